@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make setup` builds from requirements.lock; no other preparation is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# Compiled bytecode halves the start of every Ray worker; some shells switch it off.
+export PYTHONDONTWRITEBYTECODE =
+
+.PHONY: setup quickstart test test-slow test-gpu lint benchmark clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps -e .
+	touch $@
+
+quickstart: setup
+	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy i3cl
+
+benchmark: setup
+	$(BIN)/python jobs/benchmark.py step
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,19 @@
+"""I3CL on Ray: find text of any shape in photographs, label with ensembles, train on the labels."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Detections", "detect", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Torch takes seconds to import: jobs that only print settings or usage must not wait for it.
+    if name == "Detections":
+        from i3cl.detections import Detections
+
+        return Detections
+    if name in ("load", "detect"):
+        from i3cl import predict
+
+        return getattr(predict, name)
+    raise AttributeError(f"module 'i3cl' has no attribute {name!r}")

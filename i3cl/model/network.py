@@ -1,0 +1,131 @@
+"""I3CL (arXiv 2108.01343): a Mask R-CNN whose features know their instance and whose instances know each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from i3cl.config import ModelSettings
+from i3cl.model.backbone import Backbone
+from i3cl.model.heads import Heads
+from i3cl.model.intra import IntraBlock, as_channels_last
+from i3cl.model.proposals import STRIDES, Proposals
+from i3cl.model.pyramid import Pyramid
+from i3cl.model.targets import Truth, read_truths
+
+MULTIPLE = 32
+"""Image sides are padded to a multiple of this."""
+Size = tuple[int, int]
+"""Height, width in pixels."""
+
+
+def padded_size(size: Size) -> Size:
+    """(H, W) rounded up to multiples of 32."""
+    return -(-size[0] // MULTIPLE) * MULTIPLE, -(-size[1] // MULTIPLE) * MULTIPLE
+
+
+class I3CL(nn.Module):
+    """The detector. Called with images it returns detections (eval mode) or losses (train mode, with targets)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = Backbone(settings.backbone)
+        self.pyramid = Pyramid(self.backbone.channels, settings.pyramid_channels)
+        self.intra = nn.ModuleList(IntraBlock(settings.pyramid_channels) for _ in STRIDES) if settings.intra else None
+        self.proposals = Proposals(settings)
+        self.heads = Heads(settings)
+        self.register_buffer("mean", torch.tensor(settings.mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std).reshape(3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses or detections of a list of images.
+
+        images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict an image: `boxes` (N, 4) float32
+        x0, y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N uint8 crops (h, w) with
+        `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value; optionally `lossweight` (N,) float32 and
+        `ignore` (N,) bool, instances that are no truth but whose surroundings are not taught as background.
+
+        Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, scalars times their weights in the settings.
+        Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels` (n,), `masks` (n, 28, 28) float32
+        probabilities in the frame of the box, by descending score. Images share a pass only with images of their own padded
+        size, so every answer is that of the image alone.
+
+        Raises ValueError for wrong shapes and for train mode without targets.
+        """
+        for image in images:
+            if image.dim() != 3 or image.shape[0] != 3 or not image.shape[1] or not image.shape[2]:
+                raise ValueError(f"an image must be (3, H, W), not {tuple(image.shape)}")
+        if self.training:
+            if targets is None or len(targets) != len(images) or not len(images):
+                raise ValueError("training needs images and a target for each of them")
+            return self.losses(images, targets)
+        return self.detect(images)
+
+    # ----------------------------------------------------------------------------------------------------------- parts
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) float32: normalised, padded at the right and bottom with zeros to the largest multiple of 32."""
+        height = max(padded_size((x.shape[1], x.shape[2]))[0] for x in images)
+        width = max(padded_size((x.shape[1], x.shape[2]))[1] for x in images)
+        batch = self.mean.new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
+        for row, image in zip(batch, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = (image.to(self.mean) - self.mean) / self.std
+        return batch
+
+    def features(self, batch: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) of `batch` -> the five maps (B, C, H_i, W_i) that everything else reads."""
+        levels = self.pyramid(self.backbone(as_channels_last(batch)))
+        if self.intra is not None:
+            levels = [block(x) for block, x in zip(self.intra, levels, strict=True)]
+        return levels
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The training losses; see `forward`."""
+        sizes = [(x.shape[1], x.shape[2]) for x in images]
+        truths = read_truths(targets, self.mean.device)
+        return self.losses_of(self.features(self.batch(images)), sizes, truths)
+
+    def losses_of(
+        self, levels: Sequence[Tensor], sizes: Sequence[Size], truths: Sequence[Truth],
+        proposals: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses from feature maps; `proposals` (n, 4 or more) replace the network's own as the second stage's input."""
+        if proposals is None:
+            proposals = self.proposals.propose(levels, sizes)
+        rpn_cls, rpn_box = self.proposals.losses(levels, truths, [padded_size(s) for s in sizes])
+        second = self.heads.losses(levels, self.heads.sample(proposals, truths), truths)
+        s = self.settings
+        return {
+            "loss_rpn_cls": rpn_cls.sum() * s.loss_rpn_cls,
+            "loss_rpn_box": rpn_box.sum() * s.loss_rpn_box,
+            "loss_cls": second["loss_cls"] * s.loss_cls,
+            "loss_box": second["loss_box"] * s.loss_box,
+            "loss_mask": second["loss_mask"] * s.loss_mask,
+        }
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The detections; see `forward`."""
+        groups: dict[Size, list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[padded_size((image.shape[1], image.shape[2]))].append(i)
+        results: list[dict[str, Tensor]] = [{} for _ in images]
+        for members in groups.values():
+            group = [images[i] for i in members]
+            sizes = [(x.shape[1], x.shape[2]) for x in group]
+            levels = self.features(self.batch(group))
+            found = self.heads.detect(levels, self.proposals.propose(levels, sizes), sizes)
+            for i, detections in zip(members, found, strict=True):
+                results[i] = detections
+        return results

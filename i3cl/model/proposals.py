@@ -1,0 +1,194 @@
+"""Region proposals (arXiv 1506.01497): where in the image might an instance be, without saying which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from i3cl.config import ModelSettings
+from i3cl.model.anchors import Anchors
+from i3cl.model.boxes import clip, decode, encode, grouped_nms
+from i3cl.model.matching import Choose, Sample, assign, random_choice, sample
+from i3cl.model.targets import Truth
+
+STRIDES = (4, 8, 16, 32, 64)
+Size = tuple[int, int]
+"""Height, width in pixels."""
+
+
+class Proposals(nn.Module):
+    """The proposal head. `choose` draws the samples of the loss and may be replaced to make them repeatable."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.anchors = Anchors(STRIDES, settings.anchor_scale, settings.anchor_ratios)
+        self.choose: Choose = random_choice()
+        channels, per_cell = settings.pyramid_channels, self.anchors.per_cell
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls = nn.Conv2d(channels, per_cell, 1)
+        self.reg = nn.Conv2d(channels, per_cell * 4, 1)
+        for layer in (self.conv, self.cls, self.reg):
+            assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def predict(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (B, C, H, W) -> per level logits (B, A, H, W) and offsets (B, 4A, H, W), A = anchors a cell."""
+        weight = torch.cat([self.cls.weight, self.reg.weight])
+        bias = torch.cat([self.cls.bias, self.reg.bias]) if self.cls.bias is not None else None
+        logits, offsets = [], []
+        for x in levels:
+            both = F.conv2d(F.relu(self.conv(x)), weight, bias)
+            logits.append(both[:, : self.anchors.per_cell].float())
+            offsets.append(both[:, self.anchors.per_cell :].float())
+        return logits, offsets
+
+    @torch.no_grad()
+    def propose(self, levels: Sequence[Tensor], images: Sequence[Size]) -> list[Tensor]:
+        """The best boxes of every image, (n, 5) float32 each: box in pixels inside the image (H, W) and score, best first."""
+        return self.select(*self.predict(levels), images)
+
+    @torch.no_grad()
+    def select(self, logits: Sequence[Tensor], offsets: Sequence[Tensor], images: Sequence[Size]) -> list[Tensor]:
+        """What `propose` does after `predict`: the best of each level, decoded, clipped, suppressed per level."""
+        settings = self.settings
+        limit = settings.proposals_per_level_train if self.training else settings.proposals_per_level_test
+        sizes = [(x.shape[2], x.shape[3]) for x in logits]
+        counts = self.anchors.counts(sizes)
+        all_anchors = self.anchors(sizes, logits[0].device).split(counts)
+        scores, boxes, groups = [], [], []
+        for level, (logit, offset, anchors) in enumerate(zip(logits, offsets, all_anchors, strict=True)):
+            score = logit.permute(0, 2, 3, 1).flatten(1).sigmoid()
+            score, index = score.topk(min(limit, score.shape[1]), dim=1)
+            offset = offset.permute(0, 2, 3, 1).reshape(len(offset), -1, 4)
+            offset = offset.gather(1, index[:, :, None].expand(-1, -1, 4))
+            scores.append(score)
+            boxes.append(decode(anchors[index], offset))
+            groups.append(torch.full_like(index[0], level))
+        score, box, group = torch.cat(scores, dim=1), torch.cat(boxes, dim=1), torch.cat(groups)
+        results = []
+        for i, (height, width) in enumerate(images):
+            image_box = clip(box[i], height, width)
+            usable = (image_box[:, 2:] > image_box[:, :2]).all(dim=1)
+            image_box, image_score, image_group = image_box[usable], score[i][usable], group[usable]
+            kept = grouped_nms(
+                image_box, image_score, image_group, settings.proposal_nms, settings.proposals_per_image
+            )
+            results.append(torch.cat([image_box[kept], image_score[kept, None]], dim=1))
+        return results
+
+    @torch.no_grad()
+    def sample(
+        self, sizes: Sequence[Size], truths: Sequence[Truth], padded: Sequence[Size], device: torch.device
+    ) -> tuple[list[Sample], list[Tensor]]:
+        """Samples of the loss for every image: flat anchor indices, and for each positive the index of its truth.
+
+        sizes: (H, W) of the five maps; padded: (H, W) pixels of each image rounded up to multiples of 32, beyond which no
+        anchor is used.
+        """
+        settings = self.settings
+        anchors = self.anchors(sizes, device)
+        samples, matches = [], []
+        for truth, own in zip(truths, padded, strict=True):
+            valid = self.anchors.valid(sizes, own, device)
+            index = None if valid is None else valid.nonzero().flatten()
+            assigned = assign(
+                anchors if index is None else anchors[index],
+                truth.boxes,
+                settings.rpn_positive_iou,
+                settings.rpn_negative_iou,
+                settings.rpn_negative_iou,
+                truth.ignored,
+                settings.ignore_iof,
+            )
+            drawn = sample(assigned, settings.rpn_samples, 0.5, self.choose)
+            matches.append(assigned[drawn.positive])
+            samples.append(drawn if index is None else Sample(index[drawn.positive], index[drawn.negative]))
+        return samples, matches
+
+    def losses(
+        self, levels: Sequence[Tensor], truths: Sequence[Truth], padded: Sequence[Size]
+    ) -> tuple[Tensor, Tensor]:
+        """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the loss.
+
+        Binary cross-entropy and L1, weighted by the truth's loss weight on positives, summed over the samples of the batch and
+        divided by their number (at least one positive and one negative an image are counted).
+        """
+        sizes = [(x.shape[2], x.shape[3]) for x in levels]
+        samples, matches = self.sample(sizes, truths, padded, levels[0].device)
+        return self.losses_of(levels, truths, samples, matches)
+
+    def losses_of(
+        self, levels: Sequence[Tensor], truths: Sequence[Truth], samples: Sequence[Sample], matches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`losses` for given samples and the truth (P,) of each positive."""
+        device = levels[0].device
+        sizes = [(x.shape[2], x.shape[3]) for x in levels]
+        anchors = self.anchors(sizes, device)
+        total = sum(max(len(s.positive), 1) + max(len(s.negative), 1) for s in samples)
+        # positives of all images first, then negatives
+        picked = [s.positive for s in samples] + [s.negative for s in samples]
+        anchor = torch.cat(picked)
+        image = torch.cat([torch.full_like(p, i % len(samples)) for i, p in enumerate(picked)])
+        positives = sum(len(s.positive) for s in samples)
+        truth_boxes = torch.cat([t.boxes[m] for t, m in zip(truths, matches, strict=True)])
+        positive_weight = torch.cat([t.weights[m] for t, m in zip(truths, matches, strict=True)])
+        weight = torch.cat([positive_weight, positive_weight.new_ones(len(anchor) - positives)])
+        is_positive = (torch.arange(len(anchor), device=device) < positives).float()
+        logits, offsets, level = self.answers_at(levels, image, anchor, positives)
+        cls = weight * F.binary_cross_entropy_with_logits(logits, is_positive, reduction="none")
+        wanted = encode(anchors[anchor[:positives]], truth_boxes)
+        reg = positive_weight * (offsets - wanted).abs().sum(1)
+        zeros = logits.new_zeros(len(levels))
+        return (
+            zeros.index_add(0, level, cls) / total,
+            zeros.index_add(0, level[:positives], reg) / total,
+        )
+
+    def answers_at(
+        self, levels: Sequence[Tensor], image: Tensor, anchor: Tensor, positives: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N,) at the given flat anchors of the given images, offsets (P, 4) of the first P, levels (N,) int64.
+
+        The head is evaluated at these few cells alone, which is the same numbers as picking them from the whole maps and
+        spares the backward pass of a convolution over every cell.
+        """
+        per_cell = self.anchors.per_cell
+        counts = torch.tensor(self.anchors.counts([(x.shape[2], x.shape[3]) for x in levels]), device=anchor.device)
+        ends = counts.cumsum(0)
+        level = torch.bucketize(anchor, ends, right=True)
+        cell = (anchor - (ends - counts)[level]) // per_cell
+        ratio = anchor % per_cell
+        order = level.argsort(stable=True)
+        level_counts = torch.bincount(level, minlength=len(levels)).tolist()
+        patches = [
+            neighbourhoods(x, image[members], cell[members])
+            for x, members in zip(levels, order.split(level_counts), strict=True)
+        ]
+        patch = torch.cat(patches)[order.argsort()]
+        hidden = F.relu(F.linear(patch, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias))
+        logits = F.linear(hidden, self.cls.weight.flatten(1), self.cls.bias).float()
+        offsets = F.linear(hidden[:positives], self.reg.weight.flatten(1), self.reg.bias).float()
+        chosen = offsets.reshape(positives, per_cell, 4)[torch.arange(positives, device=anchor.device), ratio[:positives]]
+        return logits.gather(1, ratio[:, None])[:, 0], chosen, level
+
+
+def neighbourhoods(x: Tensor, image: Tensor, cell: Tensor) -> Tensor:
+    """(N, 9C): the 3 x 3 cells around chosen cells of a map (B, C, H, W), row by row, zero outside the map.
+
+    image, cell: (N,) int64 index in the batch and row x W + column.
+    """
+    batch, channels, height, width = x.shape
+    y, across = cell // width, cell % width
+    shift = torch.arange(-1, 2, device=x.device)
+    rows = (y[:, None] + shift)[:, :, None].expand(-1, 3, 3)
+    columns = (across[:, None] + shift)[:, None, :].expand(-1, 3, 3)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    index = (image[:, None, None] * height + rows.clamp(0, height - 1)) * width + columns.clamp(0, width - 1)
+    table = x.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+    values = F.embedding(index.flatten(1), table) * inside.flatten(1)[:, :, None].to(x.dtype)
+    return values.flatten(1)

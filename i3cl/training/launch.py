@@ -1,0 +1,215 @@
+"""One training run on Ray Train: start or continue it, show its progress, keep its best checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from i3cl import storage
+from i3cl.config import Settings, UserError, to_yaml
+from i3cl.job import connect, duration
+
+_IDENTITY = ("model", "data", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run: str
+    """Run directory."""
+    checkpoint: str
+    """Directory of the best checkpoint by F (the latest where there is no validation set)."""
+    metrics: dict[str, Any]
+    """Of that checkpoint: step, hmean, recall, precision, threshold, losses."""
+
+
+def train(settings: Settings) -> TrainResult:
+    """Train `settings` in <storage>/<name>/, or continue it, or return at once when it is done.
+
+    UserError when the directory holds a run with other settings, or when the loss turned NaN (with step, part and images).
+    """
+    return train_all([settings])[0]
+
+
+def train_all(runs: list[Settings]) -> list[TrainResult]:
+    """Several runs, side by side where the cluster holds them (cluster.parallel_runs), in the order given. As `train`."""
+    for settings in runs:
+        _claim(_run(settings), settings)
+    todo = [settings for settings in runs if not _done(settings)]
+    if todo:
+        connect()
+        import ray
+
+        together = _together(todo)
+        fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
+        for start in range(0, len(todo), together):
+            group = todo[start : start + together]
+            with ExitStack() as progress:
+                for settings in group:
+                    progress.enter_context(Progress(settings.name, storage.join(_run(settings), "metrics.jsonl")))
+                stopped = ray.get([fit.remote(_with_threads(settings, len(group))) for settings in group])
+            for settings, message in zip(group, stopped, strict=True):
+                if message:
+                    raise UserError(f"{_run(settings)}: training stopped: {message}")
+    return [_result(settings) for settings in runs]
+
+
+def _run(settings: Settings) -> str:
+    return storage.join(storage.absolute(settings.storage), settings.name)
+
+
+def _done(settings: Settings) -> bool:
+    return storage.exists(storage.join(_run(settings), "best", "metrics.json"))
+
+
+def _result(settings: Settings) -> TrainResult:
+    best = storage.join(_run(settings), "best")
+    return TrainResult(_run(settings), best, json.loads(storage.read_text(storage.join(best, "metrics.json"))))
+
+
+def _use_gpu(settings: Settings) -> bool:
+    import ray
+
+    gpu = settings.cluster.gpu
+    return ray.cluster_resources().get("GPU", 0) > 0 if gpu == "auto" else gpu
+
+
+def _together(runs: list[Settings]) -> int:
+    """How many of the runs train at the same time."""
+    import ray
+
+    cluster = runs[0].cluster
+    if cluster.parallel_runs:
+        return cluster.parallel_runs
+    room = ray.cluster_resources().get("GPU", 0) if _use_gpu(runs[0]) else os.cpu_count() or 1
+    return int(min(len(runs), max(1, room // cluster.workers)))
+
+
+def _with_threads(settings: Settings, together: int) -> Settings:
+    """Runs that share a machine's cores must not each take all of them."""
+    if settings.cluster.threads or _use_gpu(settings):
+        return settings
+    threads = max(1, (os.cpu_count() or 1) // (settings.cluster.workers * together))
+    return settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"threads": threads})})
+
+
+def _fit(settings: Settings) -> str | None:
+    """Run or continue one training to its end and put its best checkpoint in place; a message when the loss turned NaN."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from i3cl.training.loop import train_worker
+
+    run = _run(settings)
+    use_gpu = _use_gpu(settings)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.cluster.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=run,
+            failure_config=ray.train.FailureConfig(max_failures=settings.cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=settings.train.keep,
+                checkpoint_score_attribute="hmean" if settings.data.validation else None,
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
+    result = trainer.fit()
+    stopped = (result.return_value or {}).get("stopped")
+    if stopped:
+        return stopped
+    ranked = result.best_checkpoints or []
+    if settings.data.validation and ranked:
+        checkpoint, metrics = max(ranked, key=lambda pair: (pair[1].get("hmean", -1.0), pair[1].get("step", 0)))
+    else:
+        checkpoint, metrics = result.checkpoint, result.metrics or {}
+    with storage.atomic_directory(storage.join(run, "best")) as folder:
+        checkpoint.to_directory(str(folder))
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return None
+
+
+def _claim(run: str, settings: Settings) -> None:
+    """Write the settings into a new run directory; refuse one that another recipe has begun."""
+    path = storage.join(run, "settings.yaml")
+    if not storage.exists(path):
+        storage.write_text_atomic(path, to_yaml(settings))
+        return
+    there = yaml.safe_load(storage.read_text(path))
+    here = settings.model_dump(mode="json")
+    for section in _IDENTITY:
+        difference = _first_difference(there.get(section), here[section], section)
+        if difference:
+            raise UserError(f"{run}: holds a run with other settings ({difference}); give another name=… or remove it")
+
+
+def _first_difference(there: Any, here: Any, key: str) -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}")
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key}: {there!r} there, {here!r} here"
+
+
+class Progress:
+    """Prints the rows of a run's metrics file as they come, from a thread, with the time left."""
+
+    def __init__(self, name: str, path: str, every: float = 2.0) -> None:
+        self.name, self.path, self.every = name, path, every
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._seen = 0
+        self._started: tuple[float, int] | None = None
+
+    def __enter__(self) -> Progress:
+        print(f"{self.name}: starting training workers", flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self.every):
+            self._show()
+
+    def _show(self) -> None:
+        if not storage.exists(self.path):
+            return
+        rows = [json.loads(line) for line in storage.read_text(self.path).splitlines()]
+        fresh = [row for row in rows if row["step"] > self._seen or (row["step"] == 0 and self._seen == 0)]
+        for row in fresh:
+            for note in row.get("notes", ()):
+                print(f"{self.name}: {note}", flush=True)
+            if "loss" in row:
+                self._print(row)
+            self._seen = max(self._seen, row["step"])
+
+    def _print(self, row: dict[str, Any]) -> None:
+        now = time.monotonic()
+        left = ""
+        if self._started and row["step"] > self._started[1]:
+            pace = (now - self._started[0]) / (row["step"] - self._started[1])
+            left = f"  {duration(pace * (row['steps'] - row['step']))} left"
+        self._started = self._started or (now, row["step"])
+        parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+        score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
+        print(f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "
+              f"{row['images_per_second']:.1f} images/s{score}{left}", flush=True)

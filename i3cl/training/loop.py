@@ -1,0 +1,289 @@
+"""The loop that every training worker runs: batches, losses, optimiser, validation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from i3cl import storage
+from i3cl.config import Settings, to_yaml
+from i3cl.data.ingest import mix, read_source, training_batches
+from i3cl.data.transforms import Sample, to_target
+from i3cl.evaluation.iou import IouMetric, mark_small
+from i3cl.model.checkpoint import load_weights, save_checkpoint
+from i3cl.model.network import I3CL
+from i3cl.predict import detect_records
+from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
+
+STATE = "training"
+"""Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+
+
+class TrainingStopped(RuntimeError):
+    """The loss is no number any more. Carries the step, the loss part and the images of the batch."""
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's per-worker function. `config`: {'settings': the resolved tree as a dict, 'run': run directory}.
+
+    Returns {'stopped': message} when the loss turned NaN (so that Ray does not retry what would fail again), else {}.
+    """
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    settings = Settings.model_validate(config["settings"])
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    threads = settings.cluster.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(threads)
+    torch.manual_seed(settings.train.seed)
+
+    model = I3CL(settings.model)
+    notes = []
+    if settings.train.start_from:
+        with storage.local_copy(settings.train.start_from) as folder:
+            notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
+    model = model.to(device=device, memory_format=torch.channels_last)
+    checkpoint = ray.train.get_checkpoint()
+    trainer = Trainer(settings, model, device, rank, workers, config["run"])
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.restore(Path(folder))
+    trainer.log.notes(notes)
+    trainer.parallel = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+
+    def report(metrics: dict[str, Any], step: int) -> None:
+        if rank:
+            ray.train.report(metrics)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
+        trainer.save(folder)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    try:
+        trainer.run(report)
+    except TrainingStopped as stop:
+        return {"stopped": str(stop)}
+    return {}
+
+
+@dataclass
+class MetricsLog:
+    """Rows of numbers by step, as JSON lines and TensorBoard events in the run directory; only rank 0 writes.
+
+    A run that continues drops the rows after its checkpoint, so that no step stands twice.
+    """
+
+    run: str
+    enabled: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _events: Any = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if not self.enabled:
+            return
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._folder = tempfile.mkdtemp(prefix="events_") if storage.is_remote(self.run) else storage.join(self.run, "tensorboard")
+            self._events = SummaryWriter(self._folder, purge_step=row.get("step"))
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._events.add_scalar(key, value, row["step"])
+
+    def notes(self, lines: list[str]) -> None:
+        if self.enabled and lines and not self.rows:
+            self.rows.append({"step": 0, "notes": lines})
+
+    def flush(self) -> None:
+        """Write everything so far, whole."""
+        if not self.enabled:
+            return
+        storage.write_text_atomic(storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
+        if self._events is not None:
+            self._events.flush()
+            if storage.is_remote(self.run):
+                for path in Path(self._folder).iterdir():
+                    storage.write_bytes_atomic(storage.join(self.run, "tensorboard", path.name), path.read_bytes())
+
+
+class Trainer:
+    """Everything that one worker trains with. `run` goes from the current step to the last."""
+
+    def __init__(self, settings: Settings, model: I3CL, device: torch.device, rank: int, workers: int, run: str) -> None:
+        self.settings = settings
+        self.model = model
+        self.parallel: nn.Module = model
+        self.device = device
+        self.rank = rank
+        self.workers = workers
+        self.step = 0
+        self.log = MetricsLog(run, rank == 0)
+        self.optimizer = make_optimizer(model, settings.train)
+        self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
+        self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad)
+        images_per_step = settings.train.batch * workers
+        self.steps = settings.train.steps
+        if settings.train.epochs is not None:
+            self.steps = math.ceil(settings.train.epochs * self.mixture.epoch_images / images_per_step)
+        wanted = settings.train.precision
+        self.half = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
+        self.validation = None
+        if settings.data.validation is not None:
+            records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+            kept = records.records[: settings.train.validate_images or None]
+            self.validation = (kept[rank::workers], records.images_root)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint directory that `save` wrote."""
+        state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
+        self.step = state["step"]
+        if self.average is not None:
+            self.model.load_state_dict(state["model"])
+            load_weights(self.average.model, folder)
+            self.average.updates = state["updates"]
+        else:
+            load_weights(self.model, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        lines = (folder / STATE / "metrics.jsonl").read_text().splitlines()
+        self.log.rows = [json.loads(line) for line in lines]
+
+    def save(self, folder: Path) -> None:
+        """A complete checkpoint: weights and settings for prediction, and apart from them the state of training."""
+        save_checkpoint(self._best_model(), folder, to_yaml(self.settings))
+        state: dict[str, Any] = {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state |= {"model": self.model.state_dict(), "updates": self.average.updates}
+        (folder / STATE).mkdir()
+        torch.save(state, folder / STATE / "state.pt")
+        (folder / STATE / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.log.rows))
+
+    def _best_model(self) -> I3CL:
+        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
+
+    def run(self, report: Any) -> None:
+        """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank."""
+        train = self.settings.train
+        batches = self._batches()
+        since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0
+        while self.step < self.steps:
+            waiting = time.perf_counter()
+            samples = next(batches)
+            data_time += time.perf_counter() - waiting
+            losses, rate = self._train_step(samples)
+            self.step += 1
+            images += len(samples) * self.workers
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+            last = self.step == self.steps
+            checkpoint = last or self.step % train.checkpoint_every == 0
+            if checkpoint or self.step % train.log_every == 0:
+                elapsed = time.perf_counter() - since
+                count = images / (train.batch * self.workers)
+                row: dict[str, Any] = {"step": self.step, "steps": self.steps}
+                row |= {name: value / count for name, value in sums.items()}
+                row |= {"learning_rate": rate, "images_per_second": images / elapsed, "data_wait": data_time / elapsed}
+                if checkpoint:
+                    row |= self.validate()
+                self.log.add(row)
+                self.log.flush()
+                if checkpoint:
+                    report({key: value for key, value in row.items() if isinstance(value, int | float)}, self.step)
+                since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0
+
+    def _batches(self) -> Iterator[list[Sample]]:
+        return training_batches(
+            self.mixture,
+            self.settings.data,
+            steps=range(self.step, self.steps),
+            batch=self.settings.train.batch,
+            rank=self.rank,
+            workers=self.workers,
+            seed=self.settings.train.seed,
+        )
+
+    def _train_step(self, samples: list[Sample]) -> tuple[dict[str, float], float]:
+        train = self.settings.train
+        # Dropout and the samplers draw from torch's generator: seeding it by the step makes a continued run the same run.
+        torch.manual_seed((train.seed * 1_000_003 + self.step) * 4099 + self.rank)
+        self.parallel.train()
+        rate = learning_rate(self.step, self.steps, train.batch * self.workers, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        pairs = [to_target(sample) for sample in samples]
+        images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
+        targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
+        with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", torch.bfloat16) if self.half else nullcontext():
+            losses: dict[str, torch.Tensor] = self.parallel(images, targets)
+        total = torch.stack(list(losses.values())).sum()
+        self._check_finite(total, losses, samples)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if train.gradient_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in losses.items()}, rate
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [v.to(self.device, non_blocking=True) for v in value]
+        return value.to(self.device, non_blocking=True)
+
+    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], samples: list[Sample]) -> None:
+        bad = (~torch.isfinite(total.detach())).float()
+        if self.workers > 1:
+            # All ranks must stop together, or the others would wait in the gradient exchange.
+            torch.distributed.all_reduce(bad)
+        if not bad.item():
+            return
+        parts = [f"{name} = {float(value.detach())}" for name, value in losses.items() if not torch.isfinite(value)]
+        message = None
+        if parts:
+            names = ", ".join(sample.record.file_name for sample in samples)
+            message = f"step {self.step + 1}: {', '.join(parts)}; images of the batch: {names}; lower train.learning_rate or check them"
+        if self.workers > 1:
+            messages: list[str | None] = [None] * self.workers
+            torch.distributed.all_gather_object(messages, message)
+            message = next(text for text in messages if text)
+        raise TrainingStopped(message)
+
+    def validate(self) -> dict[str, float]:
+        """hmean, recall, precision at the best threshold over the whole validation set, on every rank; {} without one."""
+        if self.validation is None:
+            return {}
+        records, root = self.validation
+        found = []
+        for record, detections in detect_records(self._best_model(), records, root, self.settings):
+            found.append((record.id, [i.polygon for i in record.instances], [i.ignore for i in record.instances],
+                          detections.polygons, detections.scores))
+        self.parallel.train()
+        if self.workers > 1:
+            gathered: list[Any] = [None] * self.workers
+            torch.distributed.all_gather_object(gathered, found)
+            found = [item for part in gathered for item in part]
+        evaluate = self.settings.evaluate
+        every, large = IouMetric(evaluate.iou, evaluate.matching), IouMetric(evaluate.iou, evaluate.matching)
+        for image_id, truths, ignore, polygons, scores in found:
+            every.update(image_id, truths, ignore, polygons, scores)
+            large.update(image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores)
+        best, best_large = every.summary(evaluate.score_threshold), large.summary(evaluate.score_threshold)
+        return {"hmean": best.hmean, "recall": best.recall, "precision": best.precision, "threshold": best.threshold,
+                "hmean_large": best_large.hmean}

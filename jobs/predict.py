@@ -1,0 +1,61 @@
+"""Find text in images with a checkpoint: an ArT submission json, COCO results and drawn pictures."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from i3cl.config import Settings, UserError
+from i3cl.job import run
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def work(settings: Settings, options: argparse.Namespace) -> None:
+    import cv2
+
+    import i3cl
+    from i3cl import storage
+    from i3cl.data.images import ImageError, decode_image
+
+    files: list[Path] = []
+    for given in map(Path, options.images):
+        if not given.exists():
+            raise UserError(f"{given}: no such image or folder")
+        files += sorted(p for p in given.iterdir() if p.suffix.lower() in SUFFIXES) if given.is_dir() else [given]
+    if not files:
+        raise UserError(f"{options.images[0]}: has no image ({', '.join(sorted(SUFFIXES))})")
+    model = i3cl.load(options.checkpoint)
+    out = Path(options.out)
+    art: dict[str, list] = {}
+    coco: list[dict] = []
+    bad: list[str] = []
+    for number, file in enumerate(files, 1):
+        try:
+            image = decode_image(str(file))
+        except ImageError as error:
+            bad.append(str(error))
+            continue
+        found = i3cl.detect(model, [image], options.score)[0]
+        digits = re.findall(r"\d+", file.stem)
+        art[f"res_{digits[-1] if digits else file.stem}"] = found.to_art(options.score)
+        coco += found.to_coco(int(digits[-1]) if digits else number)
+        drawn = cv2.cvtColor(found.draw(image), cv2.COLOR_RGB2BGR)
+        storage.write_bytes_atomic(str(out / "pictures" / f"{file.stem}.jpg"), cv2.imencode(".jpg", drawn)[1].tobytes())
+        print(f"{number}/{len(files)} {file.name}: {len(found)} texts", flush=True)
+    storage.write_text_atomic(str(out / "art.json"), json.dumps(art))
+    storage.write_text_atomic(str(out / "coco.json"), json.dumps(coco))
+    for reason in bad:
+        print(f"skipped {reason}")
+    print(f"{len(files) - len(bad)} images, {len(coco)} texts: {out}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR")
+    parser.add_argument("--images", required=True, nargs="+", metavar="PATH", help="images or folders of images")
+    parser.add_argument("--out", default="runs/predict", metavar="FOLDER")
+    parser.add_argument("--score", type=float, default=0.45, help="lowest score, 0-1 (default 0.45)")
+
+
+if __name__ == "__main__":
+    run(work, __doc__, arguments)

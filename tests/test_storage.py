@@ -1,0 +1,225 @@
+import os
+import stat
+import time
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from i3cl import storage
+from i3cl.config import UserError
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 folder, played by fsspec's in-memory file system: it too has keys, and no folders to be made."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    monkeypatch.setattr(storage, "_s3", lambda: _Keys())
+    return "s3://bucket/data"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    """A folder of each kind."""
+    return str(tmp_path / "data") if request.param == "local" else request.getfixturevalue("s3")
+
+
+class _Keys:
+    """Memory file system under bucket/key names without the leading slash, as s3fs has them."""
+
+    def __init__(self):
+        self.fs = fsspec.filesystem("memory")
+
+    def __getattr__(self, name):
+        return getattr(self.fs, name)
+
+    def ls(self, path, detail):
+        return [p.lstrip("/") for p in self.fs.ls(path, detail=detail)]
+
+    def find(self, path):
+        return [p.lstrip("/") for p in self.fs.find(path)]
+
+
+def test_join_keeps_urls_and_starts_anew_at_absolute_parts():
+    assert storage.join("a", "b", "c.txt") == "a/b/c.txt"
+    assert storage.join("s3://bucket/a/", "b") == "s3://bucket/a/b"
+    assert storage.join("s3://bucket", "b") == "s3://bucket/b"
+    assert storage.join("root", "/data/x") == "/data/x"
+    assert storage.join("root", "s3://bucket/x") == "s3://bucket/x"
+    assert storage.join("root", "") == "root"
+
+
+def test_absolute_leaves_urls():
+    assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
+    assert storage.absolute("a/b") == os.path.join(os.getcwd(), "a/b")
+    assert storage.absolute("file:///a/b") == "/a/b"
+
+
+def test_other_schemes_are_refused():
+    with pytest.raises(UserError, match="gs:// is not supported"):
+        storage.exists("gs://bucket/a")
+    with pytest.raises(UserError, match="names no bucket"):
+        storage.read_bytes("s3://")
+
+
+def test_write_and_read_back(root):
+    path = storage.join(root, "sub", "a.txt")
+    assert not storage.exists(path)
+    storage.write_text_atomic(path, "straße")
+    storage.write_text_atomic(path, "zwei")
+    assert storage.read_text(path) == "zwei"
+    assert storage.read_bytes(path) == b"zwei"
+    with storage.open_read(path) as file:
+        assert file.read(2) == b"zw"
+    assert storage.exists(path) and storage.is_file(path) and not storage.is_dir(path)
+    assert storage.exists(root) and storage.is_dir(root) and not storage.is_file(root)
+    assert storage.list_dir(storage.join(root, "sub")) == ["a.txt"]
+
+
+def test_listing(root):
+    assert storage.list_dir(root) == [] and storage.list_files(root) == set()
+    for name in ("b/c.txt", "a.txt", "b/d/e.txt"):
+        storage.write_bytes_atomic(storage.join(root, name), b"x")
+    assert storage.list_dir(root) == ["a.txt", "b"]
+    assert storage.list_files(root) == {"a.txt", "b/c.txt", "b/d/e.txt"}
+
+
+def test_a_missing_file_is_named(root):
+    path = storage.join(root, "nothing.json")
+    for call in (storage.read_bytes, storage.read_text, storage.open_read):
+        with pytest.raises(UserError, match=r"nothing\.json: no such file"):
+            call(path)
+    with pytest.raises(UserError, match="no such file"), storage.local_copy(path):
+        pass
+
+
+def test_byte_order_mark_and_wrong_encoding(root):
+    path = storage.join(root, "a.txt")
+    storage.write_bytes_atomic(path, b"\xef\xbb\xbfa")
+    assert storage.read_text(path) == "a"
+    storage.write_bytes_atomic(path, b"a\xff")
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 1\)"):
+        storage.read_text(path)
+
+
+def test_remove_tree(root):
+    storage.remove_tree(root)
+    storage.write_bytes_atomic(storage.join(root, "a", "b.txt"), b"x")
+    storage.write_bytes_atomic(storage.join(root, "c.txt"), b"x")
+    storage.remove_tree(storage.join(root, "c.txt"))
+    assert storage.list_dir(root) == ["a"]
+    storage.remove_tree(root)
+    assert not storage.exists(root)
+
+
+def test_remove_tree_does_not_follow_a_link(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    storage.remove_tree(str(tmp_path / "link"))
+    assert (tmp_path / "kept" / "a.txt").exists() and not (tmp_path / "link").is_symlink()
+
+
+def test_atomic_directory(root):
+    target = storage.join(root, "out")
+    with storage.atomic_directory(target) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.txt").write_text("one")
+        assert not storage.exists(target)
+    assert storage.is_complete(target)
+    assert storage.read_text(storage.join(target, "deep", "a.txt")) == "one"
+    with pytest.raises(UserError, match="exists already"), storage.atomic_directory(target):
+        pytest.fail("the block must not be entered")
+    with storage.atomic_directory(target, replace=True) as folder:
+        (folder / "b.txt").write_text("two")
+    assert storage.list_dir(target) == [storage.COMPLETE, "b.txt"]
+
+
+def test_atomic_directory_leaves_nothing_after_an_error(root):
+    target = storage.join(root, "out")
+    with pytest.raises(KeyError), storage.atomic_directory(target) as folder:
+        (folder / "a.txt").write_text("one")
+        raise KeyError
+    assert not storage.exists(target) and storage.list_dir(root) == []
+
+
+def test_atomic_directory_replaces_a_broken_upload(s3):
+    target = storage.join(s3, "out")
+    storage.write_bytes_atomic(storage.join(target, "stale.txt"), b"x")
+    with storage.atomic_directory(target) as folder:
+        (folder / "a.txt").write_text("one")
+    assert storage.list_dir(target) == [storage.COMPLETE, "a.txt"]
+
+
+def test_local_copy(root):
+    target = storage.join(root, "model")
+    storage.write_bytes_atomic(storage.join(target, "a", "b.txt"), b"x")
+    with storage.local_copy(target) as folder:
+        assert (folder / "a" / "b.txt").read_bytes() == b"x"
+        remembered = folder
+    with storage.local_copy(storage.join(target, "a", "b.txt")) as file:
+        assert file.read_bytes() == b"x"
+    assert remembered.exists() != storage.is_remote(root)
+
+
+def test_files_are_readable_by_others_and_no_temporary_is_left(tmp_path):
+    path = tmp_path / "a.txt"
+    storage.write_bytes_atomic(str(path), b"x")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("x")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    assert storage.list_dir(str(tmp_path)) == ["a.txt", "plain.txt"]
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="no space left"):
+        storage.write_bytes_atomic(str(path), b"new")
+    assert path.read_text() == "old" and storage.list_dir(str(tmp_path)) == ["a.txt"]
+
+
+def test_user_errors_of_local_paths(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a folder"):
+        storage.read_bytes(str(tmp_path))
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        storage.read_bytes(str(tmp_path / "file" / "a"))
+    with pytest.raises(UserError, match="taken by something else"):
+        storage.write_bytes_atomic(str(tmp_path / "file" / "a"), b"x")
+    with pytest.raises(UserError, match="null character"):
+        storage.read_bytes("a\0b")
+    with pytest.raises(UserError, match="too long"):
+        storage.read_bytes("a" * 5000)
+
+
+def test_pyarrow_filesystem(tmp_path):
+    odd = tmp_path / "a #1%20.bin"
+    odd.write_bytes(b"abc")
+    filesystem, path = storage.filesystem(str(odd))
+    with filesystem.open_input_file(path) as file:
+        assert file.read() == b"abc"
+
+
+def test_pyarrow_filesystem_of_s3_keeps_the_key(monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    filesystem, path = storage.filesystem("s3://bucket/a b/c#1.parquet")
+    assert filesystem.type_name == "s3" and path == "bucket/a b/c#1.parquet"
+
+
+def test_no_server_is_the_users_error(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"s3://bucket/a\.json: .*AWS_"):
+        storage.read_bytes("s3://bucket/a.json")
+    assert time.monotonic() - started < 60
