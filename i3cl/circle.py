@@ -13,7 +13,7 @@ from i3cl import storage
 from i3cl.config import Settings, UserError, with_overrides
 from i3cl.data.ingest import read_source
 from i3cl.data.predictions import member_predictions
-from i3cl.evaluation.score import Measured, Score, measure
+from i3cl.evaluation.score import Score, measure
 from i3cl.job import duration
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import fused_images, make_pseudo_labels
@@ -59,18 +59,30 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
     with stages("teachers"):
-        teachers = dict(zip(
-            (teacher.name for teacher in settings.selftrain.teachers),
-            train_all([_variant(settings, t.name, t.overrides, "selftrain.teachers") for t in settings.selftrain.teachers]),
-            strict=True,
-        ))
+        teachers = dict(
+            zip(
+                (teacher.name for teacher in settings.selftrain.teachers),
+                train_all(
+                    [_variant(settings, t.name, t.overrides, "selftrain.teachers") for t in settings.selftrain.teachers]
+                ),
+                strict=True,
+            )
+        )
     with stages("labels"):
-        predictions = predict(unlabelled, {name: t.checkpoint for name, t in teachers.items()}, settings,
-                              storage.join(run, "predictions", "unlabelled"), "labels")
+        predictions = predict(
+            unlabelled,
+            {name: t.checkpoint for name, t in teachers.items()},
+            settings,
+            storage.join(run, "predictions", "unlabelled"),
+            "labels",
+        )
         pseudo = storage.join(run, "pseudo.json")
         counts = make_pseudo_labels(predictions, settings.label, pseudo)
-        print(f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
-              f"mean weight {counts['mean_weight']:.2f}", flush=True)
+        print(
+            f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
+            f"mean weight {counts['mean_weight']:.2f}",
+            flush=True,
+        )
         if not counts["instances"]:
             raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
     with stages("student"):
@@ -104,8 +116,16 @@ def selftrain(settings: Settings) -> dict[str, Any]:
 
         runs = {name: t.run for name, t in teachers.items()} | {settings.selftrain.student.name: student.run}
         write_circle_report(
-            storage.join(run, "report.html"), settings, measured, pseudo_measured, stages.seconds, validation, found,
-            pseudo, unlabelled.images_root, runs,
+            storage.join(run, "report.html"),
+            settings,
+            measured,
+            pseudo_measured,
+            stages.seconds,
+            validation,
+            found,
+            pseudo,
+            unlabelled.images_root,
+            runs,
         )
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
@@ -121,12 +141,16 @@ def use_synthetic(settings: Settings, folder: str) -> Settings:
     def source(name: str, images: str) -> dict[str, Any]:
         return {"annotations": storage.join(folder, f"{name}.json"), "images": storage.join(folder, images)}
 
-    return with_overrides(settings, {
-        "data.train": [source("labelled", "labelled")],
-        "data.validation": source("validation", "validation"),
-        "label.source": source("unlabelled", "unlabelled"),
-        "selftrain.unlabelled_truth": source("unlabelled_truth", "unlabelled"),
-    }, "synthetic")
+    return with_overrides(
+        settings,
+        {
+            "data.train": [source("labelled", "labelled")],
+            "data.validation": source("validation", "validation"),
+            "label.source": source("unlabelled", "unlabelled"),
+            "selftrain.unlabelled_truth": source("unlabelled_truth", "unlabelled"),
+        },
+        "synthetic",
+    )
 
 
 def _variant(settings: Settings, name: str, overrides: dict[str, Any], origin: str) -> Settings:
@@ -146,9 +170,9 @@ def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, 
 
 
 def _brief(score: Score) -> dict[str, Any]:
-    return {key: round(value, 4) if isinstance(value, float) else value
-            for key, value in asdict(score).items() if key != "rules"}
-
+    return {
+        key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items() if key != "rules"
+    }
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -168,4 +192,6 @@ def print_table(summary: dict[str, Any]) -> None:
         table.add_row(row["name"], *numbers, style=mark)
     Console().print(table)
     labels = summary["pseudo_labels"]
-    print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")
+    print(
+        f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}"
+    )

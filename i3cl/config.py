@@ -125,7 +125,9 @@ class ModelSettings(_Settings):
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelSettings:
         if (9 * self.inter_channels) % self.inter_heads:
-            raise ValueError(f"inter_heads: {self.inter_heads} does not divide 9 * inter_channels = {9 * self.inter_channels}")
+            raise ValueError(
+                f"inter_heads: {self.inter_heads} does not divide 9 * inter_channels = {9 * self.inter_channels}"
+            )
         if not self.rpn_negative_iou <= self.rpn_positive_iou:
             raise ValueError("rpn_negative_iou: must not be above rpn_positive_iou")
         return self
@@ -287,7 +289,9 @@ class SelectSettings(_Settings):
     @model_validator(mode="after")
     def _ordered(self) -> SelectSettings:
         if not self.ignore <= self.low <= self.high:
-            raise ValueError(f"low: thresholds must satisfy ignore <= low <= high, not {self.ignore}, {self.low}, {self.high}")
+            raise ValueError(
+                f"low: thresholds must satisfy ignore <= low <= high, not {self.ignore}, {self.low}, {self.high}"
+            )
         return self
 
 
@@ -295,6 +299,7 @@ class LabelSettings(_Settings):
     members: dict[str, str] = {}
     """Name -> checkpoint directory."""
     views: tuple[ViewSettings, ...] = (ViewSettings(),)
+    """Ways in which every member looks at every image."""
     source: SourceSettings | None = None
     """Unlabelled images (a COCO json whose annotations may be empty)."""
     batch: PositiveInt = 4

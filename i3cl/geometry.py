@@ -34,8 +34,14 @@ def as_polygon(points: ArrayLike) -> NDArray[np.float32]:
 
 def polygon_area(polygon: Polygon) -> float:
     """Unsigned area in square pixels by the shoelace formula; self-intersecting rings may give less than their extent."""
-    x, y = np.asarray(polygon, dtype=np.float64).T
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+    return abs(_signed_area(polygon))
+
+
+def _signed_area(polygon: Polygon) -> float:
+    """Positive when the ring runs clockwise as seen on screen."""
+    # Relative to the first point: far from the origin the products would cancel.
+    x, y = (np.asarray(polygon, np.float64) - polygon[0]).T
+    return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
 
 def polygon_box(polygon: Polygon) -> NDArray[np.float32]:
@@ -55,24 +61,25 @@ def short_side(polygon: Polygon) -> float:
 
 def clockwise(polygon: Polygon) -> Polygon:
     """The same ring in clockwise order as seen on screen (y down)."""
-    x, y = np.asarray(polygon, dtype=np.float64).T
-    signed = np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))
-    return polygon if signed >= 0 else polygon[::-1]
+    return polygon if _signed_area(polygon) >= 0 else polygon[::-1]
 
 
 def simplify(polygon: Polygon, tolerance: float = 0.005) -> NDArray[np.float32]:
-    """Douglas-Peucker on the closed ring with epsilon = tolerance x perimeter. Returns the polygon itself if fewer than 3 remain."""
+    """Douglas-Peucker on the closed ring, epsilon = tolerance x perimeter; the polygon itself if fewer than 3 points remain."""
     ring = np.ascontiguousarray(polygon, np.float32)
-    kept = cv2.approxPolyDP(ring, tolerance * cv2.arcLength(ring, True), True).reshape(-1, 2)
+    kept = np.asarray(cv2.approxPolyDP(ring, tolerance * cv2.arcLength(ring, True), True), np.float32).reshape(-1, 2)
     return kept if len(kept) >= 3 else ring
 
 
 def to_shapely(polygons: Sequence[Polygon]) -> NDArray[np.object_]:
     """(N,) shapely geometries, made valid (a bow-tie becomes its parts); empty geometry where nothing with area is left."""
-    rings = np.empty(len(polygons), dtype=object)
-    for i, polygon in enumerate(polygons):
-        rings[i] = shapely.Polygon(polygon)
-    invalid = ~shapely.is_valid(rings) if len(rings) else np.zeros(0, bool)
+    if not len(polygons):
+        return np.empty(0, dtype=object)
+    # One call for all rings: a loop over shapely.Polygon costs ten times as much.
+    points = np.concatenate([np.asarray(polygon, np.float64) for polygon in polygons])
+    owner = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
+    rings: NDArray[np.object_] = shapely.polygons(shapely.linearrings(points, indices=owner))
+    invalid = ~shapely.is_valid(rings)
     if invalid.any():
         rings[invalid] = shapely.buffer(shapely.make_valid(rings[invalid]), 0)
     return rings

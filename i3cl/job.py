@@ -62,7 +62,9 @@ def connect() -> None:
     if ray.is_initialized():
         return
     started = time.perf_counter()
-    workers_env = {key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))}
+    workers_env = {
+        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))
+    }
     quiet = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"env_vars": workers_env}, **quiet)
@@ -78,8 +80,11 @@ def connect() -> None:
             **quiet,
         )
     where = os.environ.get("RAY_ADDRESS", "started here")
-    print(f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "
-          f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)", flush=True)
+    print(
+        f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "
+        f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)",
+        flush=True,
+    )
 
 
 def duration(seconds: float) -> str:

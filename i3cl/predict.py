@@ -30,7 +30,9 @@ def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     """
     with storage.local_copy(checkpoint) as folder:
         if not (folder / "settings.yaml").is_file():
-            raise UserError(f"{checkpoint}: is no checkpoint (it has no settings.yaml); give a directory that train.py wrote")
+            raise UserError(
+                f"{checkpoint}: is no checkpoint (it has no settings.yaml); give a directory that train.py wrote"
+            )
         settings = load_settings(folder / "settings.yaml")
         backbone = settings.model.backbone.model_copy(update={"weights": "none"})
         model = I3CL(settings.model.model_copy(update={"backbone": backbone}))
@@ -43,7 +45,9 @@ def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     return model
 
 
-def detect(model: I3CL, images: Sequence[str | ImageArray], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
+def detect(
+    model: I3CL, images: Sequence[str | ImageArray], score_threshold: float = 0.5, batch: int = 4
+) -> list[Detections]:
     """Text in images: paths, URLs or (H, W, 3) uint8 RGB arrays of any size. One Detections each, in original pixels.
 
     Scores are above `score_threshold` (0-1). UserError for an image that cannot be read.
@@ -65,8 +69,13 @@ def detect_arrays(
     view = view or ViewSettings()
     tensors, scales = [], []
     for image in images:
-        scale = test_scale(image.shape[0], image.shape[1], view.short_side or settings.data.test_short_side,
-                           settings.data.test_long_side, settings.data.test_upscale)
+        scale = test_scale(
+            image.shape[0],
+            image.shape[1],
+            view.short_side or settings.data.test_short_side,
+            settings.data.test_long_side,
+            settings.data.test_upscale,
+        )
         sized = resize(image, scale)
         scales.append(np.array([sized.shape[1] / image.shape[1], sized.shape[0] / image.shape[0]], np.float32))
         tensor = torch.from_numpy(np.ascontiguousarray(sized[:, ::-1] if view.flip else sized)).permute(2, 0, 1)
@@ -107,6 +116,7 @@ def detect_records(
     ordered = sorted(records, key=lambda r: (r.height, r.width))
     groups = [ordered[i : i + batch] for i in range(0, len(ordered), batch)]
     with ThreadPoolExecutor(max_workers=2) as pool:
+
         def decode(group: list[ImageRecord]) -> list[ImageArray]:
             return [decode_image(storage.join(images_root, record.file_name)) for record in group]
 

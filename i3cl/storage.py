@@ -24,8 +24,8 @@ from i3cl.config import UserError
 if TYPE_CHECKING:
     import pyarrow.fs
 
-COMPLETE = "_complete"
-"""Empty file that ``atomic_directory`` writes last. S3 cannot move a folder at once: this file means done."""
+UNFINISHED = "_unfinished"
+"""Empty file in a folder on S3 while ``atomic_directory`` uploads it: S3 cannot move a folder at once."""
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 
@@ -199,11 +199,11 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
     """A local folder to fill, put in place as a whole when the block ends and removed when it raises.
 
     Local: a move, so the result is there entirely or not at all. S3: an upload; readers must ask
-    ``is_complete``. UserError, before the work starts, when something other than the rest of an unfinished
-    upload stands at `url`, unless `replace`.
+    ``is_complete``, and the rest of an upload that was stopped is cleared away. UserError, before the work
+    starts, when anything else stands at `url`, unless `replace`.
     """
     remote = is_remote(url)
-    if not replace and (is_complete(url) or (not remote and _occupied(url))):
+    if not replace and _occupied(url):
         raise UserError(f"{url}: exists already; choose another name or remove it")
     target = None if remote else Path(_local(url))
     with _user_errors(url):
@@ -212,21 +212,25 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent if target is not None else None))
     try:
         yield work
-        (work / COMPLETE).touch()
         with _user_errors(url):
             if target is None:
                 _upload(work, url)
-            else:
-                work.chmod(0o777 & ~_umask())
-                for file in work.rglob("*"):
-                    if file.is_file():
-                        _fsync(file)
-                if replace:
-                    remove_tree(url)
-                os.replace(work, target)
-                _fsync_folder(target.parent)
+                return
+            work.chmod(0o777 & ~_umask())
+            for file in work.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            if replace:
+                remove_tree(url)
+            os.replace(work, target)
+            _fsync_folder(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def is_complete(url: str) -> bool:
+    """Whether a folder is there as a whole: not the rest of an upload that was stopped."""
+    return is_dir(url) and not is_file(join(url, UNFINISHED))
 
 
 @contextmanager
@@ -249,21 +253,18 @@ def local_copy(url: str) -> Iterator[Path]:
         yield target
 
 
-def is_complete(url: str) -> bool:
-    """Whether a folder written with ``atomic_directory`` is there as a whole."""
-    return is_file(join(url, COMPLETE))
-
-
 def _upload(folder: Path, url: str) -> None:
     remove_tree(url)
-    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    for name in sorted(names, key=lambda n: n == COMPLETE):
-        _s3().put_file(str(folder / name), posixpath.join(_key(url), name))
+    _s3().pipe_file(_key(join(url, UNFINISHED)), b"")
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        _s3().put_file(str(file), _key(join(url, file.relative_to(folder).as_posix())))
+    _s3().rm_file(_key(join(url, UNFINISHED)))
 
 
 def _occupied(url: str) -> bool:
-    path = Path(_local(url))
-    return any(path.iterdir()) if path.is_dir() else path.exists()
+    if is_dir(url):
+        return bool(list_dir(url)) and not (is_remote(url) and is_file(join(url, UNFINISHED)))
+    return exists(url)
 
 
 def _local(url: str) -> str:

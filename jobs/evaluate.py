@@ -25,8 +25,10 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     for name in settings.label.members:
         score = measure(name, truth.records, member_predictions(predictions, name), settings.evaluate).score
         result[name] = vars(score)
-        print(f"{name}: R {score.recall:.4f}  P {score.precision:.4f}  F {score.hmean:.4f}  (short side >= "
-              f"{settings.evaluate.small_side:g} px: F {score.hmean_large:.4f})  mask AP {score.mask_ap:.4f}, AP50 {score.mask_ap50:.4f}")
+        print(
+            f"{name}: R {score.recall:.4f}  P {score.precision:.4f}  F {score.hmean:.4f}  (short side >= "
+            f"{settings.evaluate.small_side:g} px: F {score.hmean_large:.4f})  mask AP50 {score.mask_ap50:.4f}"
+        )
         print(f"  {score.rules}")
     if options.json:
         storage.write_text_atomic(options.json, json.dumps(result, indent=1) + "\n")

@@ -23,7 +23,11 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     if options.step in ("select", "all"):
         out = storage.join(folder, "pseudo.json")
         counts = make_pseudo_labels(predictions, settings.label, out)
-        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()
+            )
+        )
         print(f"pseudo labels: {out}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from i3cl import storage
 from i3cl.config import UserError
@@ -17,6 +17,16 @@ MAX_PIXELS = 178_956_970
 """Largest image decoded by default; the decoder itself refuses more."""
 # Listed because the library knows formats that start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> what turns an upright image back into the stored one."""
 
 
 class ImageError(UserError):
@@ -67,7 +77,11 @@ def _has_end(data: bytes) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    turned = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
     image.load()
+    if turned in _UNDO:
+        # Loading a TIFF, and nothing else, applies its orientation.
+        image = image.transpose(_UNDO[turned])
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
         # 16-bit grey keeps its order of magnitude; a 32-bit image may hold 8-bit or 16-bit values.

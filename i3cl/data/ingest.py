@@ -107,9 +107,9 @@ def training_batches(
     Position p = (step * workers + rank) * batch + i of the run's order; its augmentation is drawn from (seed, p), so neither
     the number of prefetching tasks nor a restart changes a pixel.
     """
-    positions = (
-        (np.asarray(steps, np.int64)[:, None] * workers + rank) * batch + np.arange(batch, dtype=np.int64)
-    ).reshape(-1)
+    positions = ((np.asarray(steps, np.int64)[:, None] * workers + rank) * batch + np.arange(batch, dtype=np.int64)).reshape(
+        -1
+    )
     load = _Loader(settings, seed)
     for start in range(0, len(positions), _SEGMENT // batch * batch or batch):
         part = positions[start : start + (_SEGMENT // batch * batch or batch)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,33 +32,6 @@ _ROWS = 1024
 """Rows in memory at a time: a row may hold hundreds of polygons."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class MemberRow:
-    """What one member saw in one view."""
-
-    member: str
-    view: str
-    polygons: list[NDArray[np.float32]]
-    """N arrays (K, 2) float32 x, y in original pixels, K >= 3."""
-    scores: NDArray[np.float32]
-    """(N,) float32, 0-1."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ImagePredictions:
-    """All rows of one image."""
-
-    image_id: int
-    file_name: str
-    height: int
-    """Pixels; 0 when the image could not be read."""
-    width: int
-    error: str | None
-    """Why the image has no predictions; None when it has."""
-    rows: tuple[MemberRow, ...]
-    """One a member and view, without those that failed."""
-
-
 def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view` and `error` may be absent.
 
@@ -75,11 +46,6 @@ def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         for name, column in columns.items():
             column.append(flat[name] if name in flat else row.get(name))
     return pa.table(columns, schema=PREDICTION_SCHEMA)
-
-
-def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The columns (all by default) as one table in memory, so choose few. Errors as ``read_batches``."""
-    return pa.Table.from_batches(read_batches(url, columns), _schema(columns))
 
 
 def read_batches(url: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -104,39 +70,41 @@ def _schema(columns: Sequence[str] | None) -> pa.Schema:
     return PREDICTION_SCHEMA if columns is None else pa.schema([PREDICTION_SCHEMA.field(n) for n in columns])
 
 
-def read_predictions(url: str) -> Iterator[ImagePredictions]:
-    """One image after another, however its rows are spread over the parts.
+def read_predictions(url: str) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one image after another, however they are spread over the parts.
 
-    An image comes out as soon as its last row is read, so memory holds the unfinished ones only. A row that
-    a repeated task has written twice counts once. Errors as ``read_batches``.
+    A row is a dict of the columns, its polygons (N, 2) float32 arrays and its scores an (N,) float32 array.
+    An image comes out as soon as its last row is read, so memory holds the unfinished ones only. A row that a
+    repeated task has written twice counts once. Errors as ``read_batches``.
     """
     left: Counter[int] = Counter()
     for batch in read_batches(url, ["image_id"]):
         left.update(batch["image_id"].to_pylist())
-    pending: dict[int, dict[tuple[str, str], _Row]] = {}
+    pending: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
     for batch in read_batches(url):
         for row in _rows(batch, url):
-            pending.setdefault(row.image_id, {}).setdefault((row.seen.member, row.seen.view), row)
-            left[row.image_id] -= 1
-            if not left[row.image_id]:
-                yield _image(list(pending.pop(row.image_id).values()))
+            image_id = row["image_id"]
+            pending.setdefault(image_id, {}).setdefault((row["member"], row["view"]), row)
+            left[image_id] -= 1
+            if not left[image_id]:
+                yield list(pending.pop(image_id).values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    error: str | None
-    seen: MemberRow
+def member_predictions(
+    url: str, member: str
+) -> dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]]:
+    """One member's polygons and scores by image id, of its first view; without images that cannot be read."""
+    found: dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]] = {}
+    for rows in read_predictions(url):
+        for row in rows:
+            if row["member"] == member and row["error"] is None:
+                found.setdefault(row["image_id"], (row["polygons"], row["scores"]))
+    return found
 
 
-def _image(rows: list[_Row]) -> ImagePredictions:
-    good = [row for row in rows if row.error is None]
-    head = (good or rows)[0]
-    seen = tuple(row.seen for row in good)
-    return ImagePredictions(head.image_id, head.file_name, head.height, head.width, head.error, seen)
+def polygons_of(row: Mapping[str, Any]) -> list[NDArray[np.float32]]:
+    """The (N, 2) float32 polygons of one row, which may hold them flat."""
+    return [np.asarray(polygon, np.float32).reshape(-1, 2) for polygon in row["polygons"]]
 
 
 def _read_part(path: str, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -154,50 +122,27 @@ def _read_part(path: str, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
         raise UserError(f"{path}: cannot be read as predictions ({reason}); label again") from error
 
 
-def _rows(batch: pa.RecordBatch, url: str) -> Iterator[_Row]:
+def _rows(batch: pa.RecordBatch, url: str) -> Iterator[dict[str, Any]]:
     """The batch's rows with polygons cut out of its arrays: no number becomes a Python object."""
-    head = ("image_id", "file_name", "height", "width", "error", "member", "view")
-    columns = {name: batch[name].to_pylist() for name in head}
-    lists, scores = batch["polygons"], batch["scores"]
+    heads = batch.drop_columns(["polygons", "scores"]).to_pylist()
+    lists, numbers = batch["polygons"], batch["scores"]
     outer, inner = lists.offsets.to_numpy(), lists.values.offsets.to_numpy()
-    score_ends, score_values = scores.offsets.to_numpy(), scores.values.to_numpy(zero_copy_only=False)
     points = lists.values.values.to_numpy(zero_copy_only=False)
+    ends, scores = numbers.offsets.to_numpy(), numbers.values.to_numpy(zero_copy_only=False)
     lengths = np.diff(inner)
     fits = (
         not any(batch[name].null_count for name in ("image_id", "file_name", "height", "width", "member"))
-        and np.array_equal(np.diff(outer), np.diff(score_ends))
+        and np.array_equal(np.diff(outer), np.diff(ends))
         and not ((lengths % 2 == 1) | (lengths < 6)).any()
         and bool(np.isfinite(points).all())
-        and bool(((score_values >= 0) & (score_values <= 1)).all())
+        and bool(((scores >= 0) & (scores <= 1)).all())
     )
     if not fits:
         raise UserError(f"{url}: polygons and scores do not fit together; label again")
-    for i in range(batch.num_rows):
+    for i, head in enumerate(heads):
         polygons = [points[inner[k] : inner[k + 1]].reshape(-1, 2) for k in range(outer[i], outer[i + 1])]
-        row = {name: column[i] for name, column in columns.items()}
-        seen = MemberRow(
-            row.pop("member"),
-            row.pop("view") or "",
-            polygons,
-            score_values[score_ends[i] : score_ends[i + 1]],
-        )
-        yield _Row(**row, seen=seen)
+        yield head | {"polygons": polygons, "scores": scores[ends[i] : ends[i + 1]]}
 
 
 def _flat(polygon: Any) -> NDArray[np.float32]:
     return np.asarray(polygon, np.float32).ravel()
-
-
-def polygons_of(row: Mapping[str, Any]) -> list[NDArray[np.float32]]:
-    """The (N, 2) float32 polygons of one row."""
-    return [np.asarray(flat, np.float32).reshape(-1, 2) for flat in row["polygons"]]
-
-
-def member_predictions(url: str, member: str) -> dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]]:
-    """One member's polygons and scores by image id, of its first view. Images that could not be read have none."""
-    found: dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]] = {}
-    for rows in read_predictions(url):
-        for row in rows:
-            if row["member"] == member:
-                found.setdefault(row["image_id"], (polygons_of(row), np.asarray(row["scores"], np.float32)))
-    return found

@@ -34,7 +34,8 @@ def write_synthetic_set(settings: SyntheticSettings, folder: str) -> None:
     for part, count in parts.items():
         storage.make_dirs(storage.join(folder, part))
         pending[part] = [
-            make.remote(settings, storage.join(folder, part), first + i, min(_CHUNK, count - i)) for i in range(0, count, _CHUNK)
+            make.remote(settings, storage.join(folder, part), first + i, min(_CHUNK, count - i))
+            for i in range(0, count, _CHUNK)
         ]
         first += count
     for part, chunks in pending.items():

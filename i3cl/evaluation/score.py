@@ -57,7 +57,14 @@ def measure(name: str, truth: Sequence[ImageRecord], found: Found, settings: Eva
     best = every.summary(settings.score_threshold)
     ap = coco_mask_ap(for_ap)
     score = Score(
-        name, best.recall, best.precision, best.hmean, best.threshold, large.summary(settings.score_threshold).hmean,
-        ap["AP"], ap["AP50"], best.rules,
+        name,
+        best.recall,
+        best.precision,
+        best.hmean,
+        best.threshold,
+        large.summary(settings.score_threshold).hmean,
+        ap["AP"],
+        ap["AP50"],
+        best.rules,
     )
     return Measured(score, every.curve())

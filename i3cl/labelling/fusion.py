@@ -61,12 +61,12 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
       `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
     - Within a view, polygons that overlap a better one by more than `settings.iou` are left out.
     - By descending score, polygons that no seed of another view overlaps by `settings.iou` or more are the
-    seeds of clusters. The others join seeds that they overlap so, by descending IoU and at most one of each
-    view to a seed. What finds no place is clustered in the same way again.
+      seeds of clusters. The others join seeds that they overlap so, by descending IoU and at most one of each
+      view to a seed. What finds no place is clustered in the same way again.
     - Score: sum of view weight x score over the cluster / total weight of the members.
     - Shape: where polygons with at least half of the cluster's sum of view weight x score lie over each
-    other. A polygon that has more than half alone, and so any that nobody joined, is returned as it is;
-    other shapes are true to about a hundredth of their length and of their width.
+      other. A polygon that has more than half alone, and so any that nobody joined, is returned as it is;
+      other shapes are true to about a hundredth of their length and of their width.
     - Of results that overlap by more than `settings.iou` the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
@@ -201,9 +201,7 @@ class _Shapes:
         return stays
 
 
-def _clusters(
-    shapes: _Shapes, view: NDArray[np.int64], alive: NDArray[np.bool_]
-) -> list[NDArray[np.int64]]:
+def _clusters(shapes: _Shapes, view: NDArray[np.int64], alive: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
     """Ascending numbers of the polygons in each cluster of those `alive`, by the rules of `fuse`."""
     partners = shapes.possible & (view[:, None] != view)
     waiting = alive.copy()
@@ -219,8 +217,9 @@ def _clusters(
                 iou = shapes.iou(np.full(len(near), seed), near)
                 enough = (iou >= shapes.limit) & (iou > 0)
                 unseeded[near[enough]] = False
-                matches += [(-value, seed, k) for value, k in zip(iou[enough].tolist(),
-                near[enough].tolist())]
+                matches += [
+                    (-value, seed, k) for value, k in zip(iou[enough].tolist(), near[enough].tolist())
+                ]
 
         waiting[list(joined)] = False
         for _, seed, k in sorted(matches):

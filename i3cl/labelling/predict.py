@@ -76,10 +76,26 @@ class Labeller:
                     rows.append(row)
         return rows
 
-    def _row(self, entry: dict[str, Any], member: str, view: ViewSettings, height: int = 0, width: int = 0,
-             error: str | None = None) -> dict[str, Any]:
-        return {"image_id": entry["image_id"], "file_name": entry["file_name"], "height": height, "width": width,
-                "member": member, "view": view_name(view), "polygons": [], "scores": [], "error": error}
+    def _row(
+        self,
+        entry: dict[str, Any],
+        member: str,
+        view: ViewSettings,
+        height: int = 0,
+        width: int = 0,
+        error: str | None = None,
+    ) -> dict[str, Any]:
+        return {
+            "image_id": entry["image_id"],
+            "file_name": entry["file_name"],
+            "height": height,
+            "width": width,
+            "member": member,
+            "view": view_name(view),
+            "polygons": [],
+            "scores": [],
+            "error": error,
+        }
 
 
 def _read(path: str) -> np.ndarray | str:
@@ -97,6 +113,8 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
     """
     if not members:
         raise UserError("label.members: names no checkpoint; add label.members.NAME=CHECKPOINT_DIRECTORY")
+    if not dataset.records:
+        raise UserError(f"{dataset.name}: has no images")
     if storage.exists(storage.join(out, "done.json")):
         return out
     connect()
@@ -110,7 +128,10 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
     storage.remove_tree(out)
     records = dataset.records
     manifest = pa.Table.from_pylist(
-        [{"image_id": r.id, "file_name": r.file_name, "path": storage.join(dataset.images_root, r.file_name)} for r in records],
+        [
+            {"image_id": r.id, "file_name": r.file_name, "path": storage.join(dataset.images_root, r.file_name)}
+            for r in records
+        ],
         schema=MANIFEST_SCHEMA,
     )
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -169,8 +190,11 @@ class _Watch:
         self._thread.join()
         if kind is None:
             spent = time.monotonic() - self._started
-            print(f"{self.title}: {self.images} images in {duration(spent)} ({self.images / max(spent, 1e-9):.1f}/s "
-                  "with start-up)", flush=True)
+            print(
+                f"{self.title}: {self.images} images in {duration(spent)} ({self.images / max(spent, 1e-9):.1f}/s "
+                "with start-up)",
+                flush=True,
+            )
 
     def _follow(self) -> None:
         shown = 0

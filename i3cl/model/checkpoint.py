@@ -18,6 +18,8 @@ from i3cl.config import UserError
 
 WEIGHTS = "weights.safetensors"
 SETTINGS = "settings.yaml"
+OPTIONAL = ("intra.", "heads.inter.")
+"""Modules that may start from scratch on top of a detector trained without them."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,22 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Copies the tensors whose name and shape fit into `module`; UserError when less than half of its tensors are found."""
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()
+) -> LoadReport:
+    """Copies the tensors whose name and shape fit into `module`.
+
+    Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin with one of
+    `optional` are not counted.
+    """
     own = module.state_dict()
     loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
-    if 2 * len(loaded) < len(own):
-        raise UserError(f"{source}: only {len(loaded)} of the network's {len(own)} tensors fit; is it another network's?")
+    needed = {name for name in own if not name.startswith(optional)} if optional else set(own)
+    found = len(needed.intersection(loaded))
+    if 2 * found < len(needed):
+        raise UserError(
+            f"{source}: only {found} of the network's {len(needed)} tensors fit; is it another network's?"
+        )
     fitting = set(loaded)
     module.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return LoadReport(
@@ -119,4 +131,4 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str]) -> LoadReport
     tensors = read_tensors(path)
     if is_original(tensors):
         tensors = from_original(tensors)
-    return load_tensors(model, tensors, str(path))
+    return load_tensors(model, tensors, str(path), OPTIONAL)

@@ -41,7 +41,7 @@ class BoxHead(nn.Module):
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Regions (N, C, 7, 7) -> logits (N, classes + 1) and offsets (N, 4 x classes), float32."""
-        hidden = F.relu(self.fc2(F.relu(self.fc1(regions.flatten(1)))))
+        hidden = self.fc2(self.fc1(regions.flatten(1)).relu_()).relu_()
         return self.cls(hidden).float(), self.reg(hidden).float()
 
 
@@ -62,22 +62,31 @@ class MaskHead(nn.Module):
         assert self.logits.bias is not None
         nn.init.zeros_(self.logits.bias)
 
-    def features(self, regions: Tensor) -> Tensor:
-        """Regions (N, C, 14, 14) -> (N, hidden, 28, 28), what the last layer reads."""
-        for conv in self.convs:
-            regions = F.relu(conv(regions))
-        return F.relu(self.upsample(regions))
-
     def forward(self, regions: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels` (N,) only."""
-        x = self.features(regions)
-        if labels is None:
-            return self.logits(x).float()
-        assert self.logits.bias is not None
-        weight, bias = self.logits.weight.flatten(1)[labels], self.logits.bias[labels]
+        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels` (N,) only.
+
+        The transposed convolution's kernel equals its stride, so each input cell makes its own 2 x 2 output cells and nothing
+        else: it is a matrix product. The last layer works on single cells, so the rearrangement into 28 x 28 waits until
+        there is one number a cell instead of a vector.
+        """
+        x = regions
+        for conv in self.convs:
+            x = conv(x).relu_()
         n, channels, height, width = x.shape
-        cells = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
-        return ((cells @ weight[:, :, None])[:, :, 0] + bias[:, None]).reshape(n, height, width).float()
+        assert self.upsample.bias is not None and self.logits.bias is not None
+        hidden = len(self.upsample.bias)
+        kernel = self.upsample.weight.permute(2, 3, 1, 0).reshape(4 * hidden, channels)
+        rows = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)
+        fine = F.linear(rows, kernel, self.upsample.bias.repeat(4)).relu_().reshape(n, height * width * 4, hidden)
+        weight = self.logits.weight.flatten(1)
+        if labels is None:
+            logits = F.linear(fine, weight, self.logits.bias)
+        else:
+            logits = (fine @ weight[labels][:, :, None]) + self.logits.bias[labels][:, None, None]
+        # (image, y, x, half of y, half of x, class) -> (image, class, y and half, x and half)
+        logits = logits.float().reshape(n, height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        logits = logits.reshape(n, -1, 2 * height, 2 * width)
+        return logits if labels is None else logits[:, 0]
 
 
 @dataclass(frozen=True)

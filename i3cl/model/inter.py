@@ -68,7 +68,7 @@ class InterBlock(nn.Module):
         added = self.expand(tokens) + self.global_context(levels)[image][:, :, None, None]
         rois = rois + F.interpolate(added, size=rois.shape[-2:], mode="bilinear", align_corners=True)
         y = F.conv2d(rois, self.merged(), self.conv1.bias, padding=1)
-        return F.relu(batch_norm(self.norm, y))
+        return batch_norm(self.norm, y).relu_()
 
     def merged(self) -> Tensor:
         """(C, C, 3, 3): the 3x3 convolution followed by the 1x1 convolution, as one 3x3 kernel (nothing is in between)."""

@@ -34,7 +34,9 @@ class IntraBlock(nn.Module):
         """
         square, column, row = self.square[round_], self.column[round_], self.row[round_]
         half = ROUNDS[round_] // 2
-        weight = square.weight + F.pad(column.weight, (half, half)) + F.pad(row.weight, (0, 0, half, half))
+        weight = square.weight.clone()
+        weight[:, :, :, half] += column.weight[:, :, :, 0]
+        weight[:, :, half, :] += row.weight[:, :, 0, :]
         return weight, square.bias + column.bias + row.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class IntraBlock(nn.Module):
             weight, bias = self.merged(i)
             y = F.conv2d(y, weight, bias, padding=k // 2)
         y = self.expand(y)
-        return x + F.relu(batch_norm(self.norm, y))
+        return x + batch_norm(self.norm, y).relu_()
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

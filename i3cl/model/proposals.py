@@ -42,7 +42,7 @@ class Proposals(nn.Module):
         bias = torch.cat([self.cls.bias, self.reg.bias]) if self.cls.bias is not None else None
         logits, offsets = [], []
         for x in levels:
-            both = F.conv2d(F.relu(self.conv(x)), weight, bias)
+            both = F.conv2d(self.conv(x).relu_(), weight, bias)
             logits.append(both[:, : self.anchors.per_cell].float())
             offsets.append(both[:, self.anchors.per_cell :].float())
         return logits, offsets
@@ -170,7 +170,7 @@ class Proposals(nn.Module):
             for x, members in zip(levels, order.split(level_counts), strict=True)
         ]
         patch = torch.cat(patches)[order.argsort()]
-        hidden = F.relu(F.linear(patch, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias))
+        hidden = F.linear(patch, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias).relu_()
         logits = F.linear(hidden, self.cls.weight.flatten(1), self.cls.bias).float()
         offsets = F.linear(hidden[:positives], self.reg.weight.flatten(1), self.reg.bias).float()
         chosen = offsets.reshape(positives, per_cell, 4)[torch.arange(positives, device=anchor.device), ratio[:positives]]

@@ -38,27 +38,32 @@ def write_circle_report(
         results.append(_result(pseudo_measured, "pseudo"))
     results.append(_result(measured[student], "student"))
     best = max(teachers, key=lambda name: measured[name].score.hmean)
-    write_report(path, ReportData(
-        title=f"I3CL self-training: {settings.name}",
-        facts=[
-            ("backbone", settings.model.backbone.name),
-            ("pseudo label thresholds", f"{settings.label.select.low:g} to {settings.label.select.high:g}"),
-            ("protocol", measured[student].score.rules.split(";")[0]),
-        ],
-        results=results,
-        small_side=settings.evaluate.small_side,
-        curves={name: _curve(item) for name, item in measured.items()},
-        metrics={name: _rows(run) for name, run in runs.items()},
-        validation=_validation_pictures(validation, predictions, measured, [best, student]),
-        pseudo_labels=_pseudo_pictures(pseudo, pseudo_images),
-        seconds=dict(seconds),
-        settings=to_yaml(settings),
-    ))
+    write_report(
+        path,
+        ReportData(
+            title=f"I3CL self-training: {settings.name}",
+            facts=[
+                ("backbone", settings.model.backbone.name),
+                ("pseudo label thresholds", f"{settings.label.select.low:g} to {settings.label.select.high:g}"),
+                ("protocol", measured[student].score.rules.split(";")[0]),
+            ],
+            results=results,
+            small_side=settings.evaluate.small_side,
+            curves={name: _curve(item) for name, item in measured.items()},
+            metrics={name: _rows(run) for name, run in runs.items()},
+            validation=_validation_pictures(validation, predictions, measured, [best, student]),
+            pseudo_labels=_pseudo_pictures(pseudo, pseudo_images),
+            seconds=dict(seconds),
+            settings=to_yaml(settings),
+        ),
+    )
 
 
 def _result(item: Measured, kind: Any) -> Result:
     score = item.score
-    return Result(score.name, kind, score.recall, score.precision, score.hmean, score.threshold, score.hmean_large, score.mask_ap)
+    return Result(
+        score.name, kind, score.recall, score.precision, score.hmean, score.threshold, score.hmean_large, score.mask_ap
+    )
 
 
 def _curve(item: Measured) -> Curve:

@@ -65,7 +65,7 @@ def _run(settings: Settings) -> str:
 
 
 def _done(settings: Settings) -> bool:
-    return storage.exists(storage.join(_run(settings), "best", "metrics.json"))
+    return storage.is_complete(storage.join(_run(settings), "best"))
 
 
 def _result(settings: Settings) -> TrainResult:
@@ -211,5 +211,8 @@ class Progress:
         self._started = self._started or (now, row["step"])
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
-        print(f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "
-              f"{row['images_per_second']:.1f} images/s{score}{left}", flush=True)
+        print(
+            f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "
+            f"{row['images_per_second']:.1f} images/s{score}{left}",
+            flush=True,
+        )

@@ -72,7 +72,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             return
         folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
         trainer.save(folder)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}")
+        ray.train.report(
+            metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}"
+        )
         shutil.rmtree(folder, ignore_errors=True)
 
     try:
@@ -101,7 +103,9 @@ class MetricsLog:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._folder = tempfile.mkdtemp(prefix="events_") if storage.is_remote(self.run) else storage.join(self.run, "tensorboard")
+            self._folder = (
+                tempfile.mkdtemp(prefix="events_") if storage.is_remote(self.run) else storage.join(self.run, "tensorboard")
+            )
             self._events = SummaryWriter(self._folder, purge_step=row.get("step"))
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
@@ -115,7 +119,9 @@ class MetricsLog:
         """Write everything so far, whole."""
         if not self.enabled:
             return
-        storage.write_text_atomic(storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
+        storage.write_text_atomic(
+            storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows)
+        )
         if self._events is not None:
             self._events.flush()
             if storage.is_remote(self.run):
@@ -258,7 +264,8 @@ class Trainer:
         message = None
         if parts:
             names = ", ".join(sample.record.file_name for sample in samples)
-            message = f"step {self.step + 1}: {', '.join(parts)}; images of the batch: {names}; lower train.learning_rate or check them"
+            reason = f"step {self.step + 1}: {', '.join(parts)}; images of the batch: {names}"
+            message = f"{reason}; lower train.learning_rate or check them"
         if self.workers > 1:
             messages: list[str | None] = [None] * self.workers
             torch.distributed.all_gather_object(messages, message)
@@ -272,8 +279,15 @@ class Trainer:
         records, root = self.validation
         found = []
         for record, detections in detect_records(self._best_model(), records, root, self.settings):
-            found.append((record.id, [i.polygon for i in record.instances], [i.ignore for i in record.instances],
-                          detections.polygons, detections.scores))
+            found.append(
+                (
+                    record.id,
+                    [i.polygon for i in record.instances],
+                    [i.ignore for i in record.instances],
+                    detections.polygons,
+                    detections.scores,
+                )
+            )
         self.parallel.train()
         if self.workers > 1:
             gathered: list[Any] = [None] * self.workers
@@ -283,7 +297,14 @@ class Trainer:
         every, large = IouMetric(evaluate.iou, evaluate.matching), IouMetric(evaluate.iou, evaluate.matching)
         for image_id, truths, ignore, polygons, scores in found:
             every.update(image_id, truths, ignore, polygons, scores)
-            large.update(image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores)
+            large.update(
+                image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores
+            )
         best, best_large = every.summary(evaluate.score_threshold), large.summary(evaluate.score_threshold)
-        return {"hmean": best.hmean, "recall": best.recall, "precision": best.precision, "threshold": best.threshold,
-                "hmean_large": best_large.hmean}
+        return {
+            "hmean": best.hmean,
+            "recall": best.recall,
+            "precision": best.precision,
+            "threshold": best.threshold,
+            "hmean_large": best_large.hmean,
+        }

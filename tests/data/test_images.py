@@ -5,7 +5,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from i3cl.config import UserError
 from i3cl.data import images
@@ -113,10 +113,12 @@ def test_the_first_frame_of_an_animation():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_pixels_come_as_stored(kind):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(PICTURE, kind, exif=exif)
-    assert decode_image(data).shape == (30, 40, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        pixels = decode_image(encode(PICTURE, kind, exif=exif))
+        assert pixels.shape == (30, 40, 3)
+        assert np.abs(pixels.astype(int) - picture()).mean() < 6
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])

@@ -5,7 +5,7 @@ import pytest
 
 from i3cl.config import UserError
 from i3cl.data import predictions
-from i3cl.data.predictions import PREDICTION_SCHEMA, read_batches, read_predictions, read_table, to_table
+from i3cl.data.predictions import PREDICTION_SCHEMA, read_batches, read_predictions, to_table
 
 TRIANGLE = np.array([[0.5, 0], [4, 0], [4, 3]], np.float32)
 
@@ -38,104 +38,81 @@ def test_round_trip(tmp_path):
     (tmp_path / "p" / "done.json").write_text("{}")
     (tmp_path / "p" / "_metadata.parquet").write_text("not a part")
     first, second = read_predictions(url)
-    assert (first.image_id, first.file_name, first.height, first.width, first.error) == (
-        1,
-        "1.jpg",
-        10,
-        20,
-        None,
-    )
-    assert [(r.member, r.view, len(r.polygons)) for r in first.rows] == [
-        ("a", "default", 2),
-        ("b", "default", 1),
-    ]
-    seen = first.rows[0]
-    assert seen.polygons[1].dtype == np.float32 and seen.scores.dtype == np.float32
-    np.testing.assert_array_equal(seen.polygons[1], TRIANGLE + 1)
-    np.testing.assert_array_equal(seen.scores, [0.25, 0.75])
-    assert second.image_id == 2 and second.rows[0].polygons == [] and second.rows[0].scores.shape == (0,)
+    head = ("image_id", "file_name", "height", "width", "view", "error")
+    assert [first[0][name] for name in head] == [1, "1.jpg", 10, 20, "default", None]
+    assert [(r["member"], len(r["polygons"])) for r in first] == [("a", 2), ("b", 1)]
+    polygon, scores = first[0]["polygons"][1], first[0]["scores"]
+    assert polygon.dtype == np.float32 and scores.dtype == np.float32
+    np.testing.assert_array_equal(polygon, TRIANGLE + 1)
+    np.testing.assert_array_equal(scores, [0.25, 0.75])
+    assert second[0]["image_id"] == 2 and second[0]["polygons"] == [] and second[0]["scores"].shape == (0,)
 
 
 def test_a_single_file_is_a_url_too(tmp_path):
     write(tmp_path / "p", [row(1)])
-    assert [p.image_id for p in read_predictions(str(tmp_path / "p" / "000.parquet"))] == [1]
+    assert [rows[0]["image_id"] for rows in read_predictions(str(tmp_path / "p" / "000.parquet"))] == [1]
 
 
 def test_polygons_may_be_flat_and_view_may_be_absent(tmp_path):
     made = row(1, polygons=[[0, 0, 4, 0, 4, 3]], scores=[1])
+    np.testing.assert_array_equal(predictions.polygons_of(made)[0], [[0, 0], [4, 0], [4, 3]])
     del made["view"], made["error"]
-    (image,) = read_predictions(write(tmp_path / "p", [made]))
-    np.testing.assert_array_equal(image.rows[0].polygons[0], [[0, 0], [4, 0], [4, 3]])
-    assert image.rows[0].view == ""
+    ((read,),) = read_predictions(write(tmp_path / "p", [made]))
+    np.testing.assert_array_equal(read["polygons"][0], [[0, 0], [4, 0], [4, 3]])
+    assert read["view"] is None
 
 
 def test_an_image_whose_rows_are_spread_comes_once_and_whole(tmp_path):
     url = write(tmp_path / "p", [row(1), row(2)], [row(3, "b"), row(2, "b")], [row(1, "b"), row(3)])
     images = list(read_predictions(url))
-    assert [image.image_id for image in images] == [2, 1, 3]
-    assert all(sorted(r.member for r in image.rows) == ["a", "b"] for image in images)
+    assert [rows[0]["image_id"] for rows in images] == [2, 1, 3]
+    assert all(sorted(r["member"] for r in rows) == ["a", "b"] for rows in images)
 
 
 def test_a_row_written_twice_counts_once(tmp_path):
     url = write(tmp_path / "p", [row(1), row(1, "b")], [row(1)])
-    (image,) = read_predictions(url)
-    assert [r.member for r in image.rows] == ["a", "b"]
+    assert [[r["member"] for r in rows] for rows in read_predictions(url)] == [["a", "b"]]
 
 
 def test_views_of_one_member_are_kept_apart(tmp_path):
-    (image,) = read_predictions(write(tmp_path / "p", [row(1), row(1, view="s800")]))
-    assert [r.view for r in image.rows] == ["default", "s800"]
+    (rows,) = read_predictions(write(tmp_path / "p", [row(1), row(1, view="s800")]))
+    assert [r["view"] for r in rows] == ["default", "s800"]
 
 
-def test_unreadable_images_carry_their_reason(tmp_path):
-    failed = {"height": 0, "width": 0, "error": "1.jpg: the file is empty", "n": 0}
-    url = write(tmp_path / "p", [row(1, "a", **failed), row(1, "b", **failed), row(2)])
-    first, second = read_predictions(url)
-    assert first.error == "1.jpg: the file is empty" and first.rows == () and second.error is None
+def test_predictions_of_one_member(tmp_path):
+    failed = {"height": 0, "width": 0, "error": "3.jpg: the file is empty", "n": 0}
+    rows = [row(1), row(1, "b", n=1), row(1, "b", view="s800"), row(2, "b", n=0), row(3, "b", **failed)]
+    found = predictions.member_predictions(write(tmp_path / "p", rows), "b")
+    assert {image_id: len(polygons) for image_id, (polygons, _) in found.items()} == {1: 1, 2: 0}
+    np.testing.assert_array_equal(found[1][1], [0.25])
+    assert next(read_predictions(str(tmp_path / "p")))[0]["error"] is None
 
 
-def test_columns(tmp_path):
-    url = write(tmp_path / "p", [row(1), row(2)], [row(3)])
-    table = read_table(url, ["image_id", "error"])
-    assert table.column_names == ["image_id", "error"]
-    assert table["image_id"].to_pylist() == [1, 2, 3]
-    assert read_table(url).schema == PREDICTION_SCHEMA
-    assert sum(batch.num_rows for batch in read_batches(url)) == 3
+def test_batches_of_some_columns(tmp_path):
+    url = write(tmp_path / "p", [row(1), row(2)], [row(3, error="3.jpg: gone")])
+    table = pa.Table.from_batches(read_batches(url, ["image_id", "error"]))
+    assert table.to_pydict() == {"image_id": [1, 2, 3], "error": [None, None, "3.jpg: gone"]}
+    assert next(read_batches(url)).schema == PREDICTION_SCHEMA
 
 
 def test_batches_are_small(tmp_path, monkeypatch):
     monkeypatch.setattr(predictions, "_ROWS", 7)
     url = write(tmp_path / "p", [row(i, n=i % 4) for i in range(50)])
     assert max(batch.num_rows for batch in read_batches(url)) == 7
-    images = list(read_predictions(url))
-    assert [len(image.rows[0].polygons) for image in images] == [i % 4 for i in range(50)]
-    for image in images:
-        for i, polygon in enumerate(image.rows[0].polygons):
-            np.testing.assert_array_equal(polygon, TRIANGLE + i)
+    for i, (read,) in enumerate(read_predictions(url)):
+        assert len(read["polygons"]) == len(read["scores"]) == i % 4
+        for k, polygon in enumerate(read["polygons"]):
+            np.testing.assert_array_equal(polygon, TRIANGLE + k)
 
 
 def test_wider_types_of_other_writers_are_cast(tmp_path):
-    wide = pa.schema(
-        [
-            PREDICTION_SCHEMA.field(i).with_type(kind)
-            for i, kind in enumerate(
-                [
-                    pa.int32(),
-                    pa.large_string(),
-                    pa.int64(),
-                    pa.int64(),
-                    pa.string(),
-                    pa.string(),
-                    pa.large_list(pa.list_(pa.float64())),
-                    pa.list_(pa.float64()),
-                    pa.string(),
-                ]
-            )
-        ]
-    )
+    points = pa.large_list(pa.list_(pa.float64()))
+    kinds = [pa.int32(), pa.large_string(), pa.int64(), pa.int64(), pa.string(), pa.string(), points]
+    wide = pa.schema([PREDICTION_SCHEMA.field(i).with_type(kind) for i, kind in enumerate(kinds)])
+    wide = wide.append(pa.field("scores", pa.list_(pa.float64()))).append(PREDICTION_SCHEMA.field("error"))
     pq.write_table(to_table([row(1)]).cast(wide), tmp_path / "0.parquet")
-    (image,) = read_predictions(str(tmp_path))
-    np.testing.assert_array_equal(image.rows[0].polygons[0], TRIANGLE)
+    ((read,),) = read_predictions(str(tmp_path))
+    np.testing.assert_array_equal(read["polygons"][0], TRIANGLE)
 
 
 def test_as_many_scores_as_polygons():

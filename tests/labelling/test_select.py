@@ -79,7 +79,9 @@ def test_the_fused_instances_stay_as_they_are():
     scores=st.lists(st.floats(0, 1), max_size=10).map(sorted),
 )
 def test_weight_never_falls_with_the_score(thresholds, min_weight, scores):
-    settings = SelectSettings(ignore=thresholds[0], low=thresholds[1], high=thresholds[2], min_weight=min_weight)
+    settings = SelectSettings(
+        ignore=thresholds[0], low=thresholds[1], high=thresholds[2], min_weight=min_weight
+    )
     chosen = select(fused(*scores), settings)
     weights = chosen.lossweight
     assert (np.diff(weights) >= 0).all()
@@ -90,7 +92,14 @@ def test_weight_never_falls_with_the_score(thresholds, min_weight, scores):
 
 def test_summary():
     summary = SelectionSummary()
-    empty = {"images": 0, "images_with_labels": 0, "instances": 0, "ignored": 0, "dropped": 0, "mean_weight": 0}
+    empty = {
+        "images": 0,
+        "images_with_labels": 0,
+        "instances": 0,
+        "ignored": 0,
+        "dropped": 0,
+        "mean_weight": 0,
+    }
     assert summary.summary() == empty
     summary.update(select(fused(0.9, 0.6, 0.3, 0.1), SETTINGS))
     summary.update(select(fused(0.3), SETTINGS))

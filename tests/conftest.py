@@ -1,0 +1,96 @@
+"""A tiny data set and a tiny network, made once for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+TINY_MODEL = {
+    "backbone": {"name": "tf_efficientnet_lite0", "weights": "package", "frozen_stages": 0},
+    "num_classes": 1,
+    "pyramid_channels": 16,
+    "box_head_channels": 32,
+    "mask_head_channels": 16,
+    "mask_head_convs": 1,
+    "inter_channels": 4,
+    "inter_layers": 1,
+    "inter_heads": 2,
+    "inter_feedforward": 32,
+    "anchor_scale": 4,
+    "proposals_per_level_train": 100,
+    "proposals_per_level_test": 50,
+    "proposals_per_image": 50,
+    "rpn_samples": 64,
+    "box_samples": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory) -> Path:
+    """Twelve 96-pixel images with words: set.json, the folder images/, and unlabelled.json without annotations."""
+    import cv2
+
+    from i3cl.data.coco import ImageRecord, Instance, write_coco
+    from i3cl.data.synthetic import make_split
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "images").mkdir()
+    records = []
+    for index, made in enumerate(make_split(0, 12, seed=5, side=96)):
+        cv2.imwrite(str(folder / "images" / f"{index}.jpg"), made.image[:, :, ::-1])
+        records.append(ImageRecord(index + 1, f"{index}.jpg", 96, 96, tuple(Instance(p) for p in made.polygons)))
+    write_coco(str(folder / "set.json"), records)
+    write_coco(str(folder / "unlabelled.json"), [ImageRecord(r.id, r.file_name, 96, 96, ()) for r in records])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_set):
+    """A recipe that trains the tiny network on the tiny set in seconds."""
+    from i3cl.config import Settings
+
+    source = {"annotations": str(tiny_set / "set.json"), "images": str(tiny_set / "images")}
+    return Settings.model_validate(
+        {
+            "name": "tiny",
+            "model": TINY_MODEL,
+            "data": {
+                "train": [source],
+                "validation": source,
+                "test_short_side": 96,
+                "test_long_side": 96,
+                "ray_data": False,
+                "transform": {"short_sides": [96], "long_cap": 96, "flip_vertical": 0.0, "policies": ["resize_only"]},
+            },
+            "train": {
+                "steps": 30,
+                "batch": 2,
+                "optimizer": "adamw",
+                "learning_rate": 2e-3,
+                "warmup_steps": 2,
+                "schedule": "cosine",
+                "checkpoint_every": 15,
+                "log_every": 1,
+                "validate_images": 4,
+                "gradient_clip": 5.0,
+            },
+            "label": {"source": {**source, "annotations": str(tiny_set / "unlabelled.json")}, "rows_per_block": 4},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray for all tests that run in this process."""
+    from i3cl.job import connect
+
+    connect()
+    yield
+    import ray
+
+    ray.shutdown()

@@ -1,0 +1,100 @@
+"""The order of a run, the mixture, and Ray Data against threads."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from i3cl.config import SourceSettings, UserError, with_overrides
+from i3cl.data.ingest import Mixture, mix, training_batches
+
+
+def mixture(*weights: float) -> Mixture:
+    return Mixture(pa.table({"row": list(range(len(weights)))}), np.array(weights))
+
+
+def test_an_epoch_visits_every_image_once_in_another_order_each_time():
+    mixed = mixture(*[1.0] * 20)
+    first, second = mixed.order(0, 20, seed=3), mixed.order(20, 20, seed=3)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert list(first) != list(second)
+
+
+def test_order_does_not_depend_on_where_one_begins():
+    mixed = mixture(1, 2, 0.5, 1.5)
+    whole = mixed.order(0, 60, seed=1)
+    assert np.array_equal(whole[17:41], mixed.order(17, 24, seed=1))
+    assert not np.array_equal(whole, mixed.order(0, 60, seed=2))
+
+
+def test_weights_set_the_shares():
+    mixed = mixture(2.0, 0.5, 0.5, 1.0)
+    counts = np.bincount(mixed.order(0, 400, seed=0), minlength=4)
+    assert counts[0] == 200 and counts[3] == 100
+    assert 30 < counts[1] < 70 and counts[1] + counts[2] == 100
+
+
+def test_lossweight_override_and_several_sources(tiny_set):
+    annotations, images = str(tiny_set / "set.json"), str(tiny_set / "images")
+    mixed = mix(
+        [
+            SourceSettings(annotations=annotations, images=images),
+            SourceSettings(annotations=annotations, images=images, lossweight=0.25, weight=2),
+        ],
+        ".",
+    )
+    rows = mixed.table.to_pylist()
+    assert len(rows) == 24 and mixed.epoch_images == 36
+    assert {i["lossweight"] for i in rows[0]["instances"]} == {1.0}
+    assert {i["lossweight"] for i in rows[23]["instances"]} == {0.25}
+
+
+def test_no_data_set_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"data\.train"):
+        mix([], ".")
+
+
+def batches(settings, steps, rank=0, workers=1, batch=4):
+    mixed = mix(settings.data.train, settings.data_root)
+    return list(training_batches(mixed, settings.data, steps=steps, batch=batch, rank=rank, workers=workers, seed=7))
+
+
+def test_a_later_start_and_more_workers_see_the_same_samples(tiny_settings):
+    settings = with_overrides(
+        tiny_settings,
+        {"data.transform.policies": ["colour_rotate"], "data.transform.crop": 64, "data.transform.flip_horizontal": 0.5},
+        "test",
+    )
+    whole = batches(settings, range(0, 5))
+    late = batches(settings, range(3, 5))
+    halves = [batches(settings, range(0, 5), rank, 2, 2) for rank in (0, 1)]
+    for step, samples in enumerate(whole):
+        assert len(samples) == 4
+        for i, sample in enumerate(samples):
+            other = halves[i // 2][step][i % 2]
+            assert np.array_equal(sample.image, other.image)
+            if step >= 3:
+                assert np.array_equal(sample.image, late[step - 3][i].image)
+
+
+def test_ray_data_gives_the_same_batches_as_threads(tiny_settings, ray_cluster):
+    settings = with_overrides(tiny_settings, {"data.transform.policies": ["colour_rotate"]}, "test")
+    through_ray = with_overrides(settings, {"data.ray_data": True}, "test")
+    for samples, others in zip(batches(settings, range(4)), batches(through_ray, range(4)), strict=True):
+        for sample, other in zip(samples, others, strict=True):
+            assert np.array_equal(sample.image, other.image)
+            assert len(sample.record.instances) == len(other.record.instances)
+            for a, b in zip(sample.record.instances, other.record.instances, strict=True):
+                assert np.allclose(a.polygon, b.polygon) and (a.ignore, a.lossweight) == (b.ignore, b.lossweight)
+
+
+def test_an_unreadable_image_stops_or_is_passed_over(tiny_settings, tiny_set, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_set / "images", tmp_path / "images")
+    (tmp_path / "images" / "3.jpg").write_bytes(b"no image")
+    source = {"annotations": str(tiny_set / "set.json"), "images": str(tmp_path / "images")}
+    broken = with_overrides(tiny_settings, {"data.train": [source]}, "test")
+    with pytest.raises(UserError, match=r"3\.jpg"):
+        batches(broken, range(3))
+    samples = [s for batch in batches(with_overrides(broken, {"data.skip_bad": True}, "test"), range(3)) for s in batch]
+    assert sum(not s.record.instances for s in samples) == 1

@@ -1,0 +1,118 @@
+"""The training loop in one process: it learns, it continues exactly, it stops on NaN, it survives empty images."""
+
+import json
+
+import pytest
+import torch
+
+from i3cl.config import with_overrides
+from i3cl.data.coco import record_from_row
+from i3cl.data.images import decode_image
+from i3cl.data.transforms import EvalTransform, to_target
+from i3cl.model.network import I3CL
+from i3cl.model.targets import read_truths
+from i3cl.training.loop import Trainer, TrainingStopped
+
+
+def make_trainer(settings, run, **overrides):
+    settings = with_overrides(settings, overrides, "test") if overrides else settings
+    torch.manual_seed(settings.train.seed)
+    torch.set_num_threads(1)
+    return Trainer(settings, I3CL(settings.model), torch.device("cpu"), 0, 1, str(run))
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def loss_on_fixed_proposals(trainer):
+    """Total loss of the first six images with proposals around the truth, the same before and after training.
+
+    The losses of a run itself do not compare: they grow with the positives that a better proposal network finds.
+    """
+    torch.manual_seed(0)
+    rows, data = trainer.mixture.table.to_pylist()[:6], trainer.settings.data
+    transform = EvalTransform(data.test_short_side, data.test_long_side)
+    images, targets = zip(*[to_target(transform(decode_image(row["path"]), record_from_row(row))) for row in rows])
+    boxes = [target["boxes"] for target in targets]
+    shifts = torch.tensor([[0.0, 0, 0, 0], [2, 1, 2, 1], [-2, 1, -2, 1], [30, 0, 30, 0], [0, -25, 0, -25]])
+    proposals = [(b[:, None] + shifts).reshape(-1, 4) for b in boxes]
+    model = trainer.model.train()
+    with torch.no_grad():
+        levels = model.features(model.batch(images))
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        losses = model.losses_of(levels, sizes, read_truths(targets, torch.device("cpu")), proposals)
+    return float(sum(losses.values()))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_thirty_steps_lower_the_loss_and_resume_bit_for_bit(tiny_settings, tmp_path, decay):
+    whole = make_trainer(tiny_settings, tmp_path / "whole", **{"train.average_decay": decay})
+    saved = tmp_path / "checkpoint"
+    reports = []
+
+    def keep_first(metrics, step):
+        reports.append((step, metrics))
+        if step == 15:
+            whole.save(saved)
+
+    before = loss_on_fixed_proposals(make_trainer(tiny_settings, tmp_path / "untrained"))
+    whole.run(keep_first)
+    trained = make_trainer(tiny_settings, tmp_path / "trained")
+    trained.model.load_state_dict(whole.model.state_dict())
+    assert loss_on_fixed_proposals(trained) < 0.95 * before
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert len(losses) == 30
+    assert [step for step, _ in reports] == [15, 30]
+    assert {"hmean", "recall", "precision", "loss_mask"} <= reports[-1][1].keys()
+
+    continued = make_trainer(tiny_settings, tmp_path / "continued", **{"train.average_decay": decay, "train.seed": 0})
+    continued.restore(saved)
+    assert continued.step == 15
+    continued.run(lambda metrics, step: None)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, continued.model.state_dict()[name]), name
+    again = [json.loads(line)["loss"] for line in (tmp_path / "continued" / "metrics.jsonl").read_text().splitlines()]
+    assert again == losses
+
+
+def test_nan_names_step_part_and_images(tiny_settings, tmp_path):
+    trainer = make_trainer(tiny_settings, tmp_path / "run")
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if name.startswith("heads.mask")).fill_(float("nan"))
+    with pytest.raises(TrainingStopped, match=r"step 1: .*loss_mask = nan.*images of the batch: \d+\.jpg, \d+\.jpg"):
+        trainer.run(lambda metrics, step: None)
+
+
+def test_checkpoint_alone_is_enough_to_predict(tiny_settings, tmp_path, tiny_set):
+    import i3cl
+
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 1})
+    trainer.run(lambda metrics, step: None)
+    trainer.save(tmp_path / "checkpoint")
+    model = i3cl.load(str(tmp_path / "checkpoint"))
+    assert not model.training
+    found = i3cl.detect(model, [str(tiny_set / "images" / "0.jpg")], score_threshold=0.0)[0]
+    assert (found.height, found.width) == (96, 96)
+    for polygon, score in found:
+        assert polygon.shape[1] == 2 and 0 <= score <= 1
+
+
+def test_metrics_reach_tensorboard(tiny_settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 2, "train.checkpoint_every": 2})
+    trainer.run(lambda metrics, step: None)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("hmean")] == [2]
+
+
+def test_images_without_instances_train(tiny_settings, tmp_path, tiny_set):
+    source = {"annotations": str(tiny_set / "unlabelled.json"), "images": str(tiny_set / "images")}
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"data.train": [source], "train.steps": 2})
+    trainer.run(lambda metrics, step: None)
+    assert trainer.step == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

@@ -1,0 +1,54 @@
+"""Learning rate, parameter groups, running average: against hand-computed values."""
+
+import pytest
+import torch
+from torch import nn
+
+from i3cl.config import TrainSettings
+from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
+
+
+def test_steps_schedule_by_hand():
+    settings = TrainSettings(learning_rate=0.1, warmup_steps=10, warmup_factor=0.1, milestones=(0.5, 0.8))
+    rates = [learning_rate(step, 100, 2, settings) for step in (0, 5, 10, 49, 50, 79, 80, 99)]
+    assert rates == pytest.approx([0.01, 0.055, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_rate_scales_with_the_total_batch():
+    settings = TrainSettings(learning_rate=0.01, reference_batch=8, warmup_steps=0)
+    assert learning_rate(0, 10, 32, settings) == pytest.approx(0.04)
+    assert learning_rate(0, 10, 32, settings.model_copy(update={"reference_batch": None})) == pytest.approx(0.01)
+
+
+def test_warm_up_takes_at_most_a_fifth_of_a_short_run():
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=1000, milestones=())
+    assert learning_rate(20, 100, 1, settings) == 1.0
+
+
+def test_cosine_ends_at_a_hundredth():
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=0, schedule="cosine")
+    assert learning_rate(0, 100, 1, settings) == pytest.approx(1.0)
+    assert learning_rate(50, 100, 1, settings) == pytest.approx(0.505)
+    assert learning_rate(100, 100, 1, settings) == pytest.approx(0.01)
+
+
+def test_adamw_decays_matrices_only():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model[0].bias.requires_grad_(False)
+    optimizer = make_optimizer(model, TrainSettings(optimizer="adamw", weight_decay=0.05))
+    decayed, plain = optimizer.param_groups
+    assert [p.shape for p in decayed["params"]] == [torch.Size([4, 3])] and decayed["weight_decay"] == 0.05
+    assert len(plain["params"]) == 2 and plain["weight_decay"] == 0
+
+
+def test_running_average_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    average = WeightAverage(model, decay=0.5)
+    nn.init.constant_(model.weight, 1.0)
+    average.update(model)
+    # First update: keep min(0.5, 2 / 11).
+    assert average.model.weight.item() == pytest.approx(1 - 2 / 11)
+    for _ in range(100):
+        average.update(model)
+    assert average.model.weight.item() == pytest.approx(1.0)
