@@ -22,9 +22,9 @@ def run(work: Work, description: str, arguments: Callable[[argparse.ArgumentPars
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
     parser.add_argument("--skip-bad", action="store_true", help="list and count bad images and annotations, and go on")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
     if arguments:
         arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
     options = parser.parse_intermixed_args()
     try:
         settings = load_settings(options.config, options.overrides)

@@ -25,11 +25,13 @@ _SEGMENT = 2048
 """Images of one worker that are handed to Ray Data at a time."""
 
 
-def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False) -> Dataset:
-    """One data set with its paths under `data_root` and its lossweight override applied."""
-    dataset = read_coco(
-        storage.join(data_root, source.annotations), storage.join(data_root, source.images), skip_bad=skip_bad
-    )
+def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, check_files: bool = True) -> Dataset:
+    """One data set with its paths under `data_root` and its lossweight override applied.
+
+    check_files: look whether every image file is there; the driver does it once, before workers read the same set.
+    """
+    annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
+    dataset = read_coco(annotations, images, skip_bad=skip_bad, check_files=check_files)
     if source.lossweight is None:
         return dataset
     records = [
@@ -77,13 +79,15 @@ class Mixture:
         return random.permutation(chosen)
 
 
-def mix(sources: Sequence[SourceSettings], data_root: str, skip_bad: bool = False) -> Mixture:
-    """Read and mix the training sets. UserError when there is none, or none with an image."""
+def mix(
+    sources: Sequence[SourceSettings], data_root: str, skip_bad: bool = False, check_files: bool = True
+) -> Mixture:
+    """Read and mix the training sets; `check_files` as `read_source`. UserError when there is none, or none with an image."""
     if not sources:
         raise UserError("data.train: names no data set; add {annotations: …, images: …}")
     tables, weights = [], []
     for source in sources:
-        dataset = read_source(source, data_root, skip_bad)
+        dataset = read_source(source, data_root, skip_bad, check_files)
         tables.append(to_table(dataset.records, dataset.images_root))
         weights.append(np.full(len(dataset.records), source.weight))
     table = pa.concat_tables(tables)

@@ -14,6 +14,7 @@ import yaml
 
 from i3cl import storage
 from i3cl.config import Settings, UserError, to_yaml
+from i3cl.data.ingest import mix, read_source
 from i3cl.job import connect, duration
 
 _IDENTITY = ("model", "data", "train", "evaluate")
@@ -39,9 +40,12 @@ def train(settings: Settings) -> TrainResult:
 
 def train_all(runs: list[Settings]) -> list[TrainResult]:
     """Several runs, side by side where the cluster holds them (cluster.parallel_runs), in the order given. As `train`."""
+    runs = [_located(settings) for settings in runs]
     for settings in runs:
         _claim(_run(settings), settings)
     todo = [settings for settings in runs if not _done(settings)]
+    for settings in todo:
+        _check_data(settings)
     if todo:
         connect()
         import ray
@@ -60,8 +64,16 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
     return [_result(settings) for settings in runs]
 
 
+def _located(settings: Settings) -> Settings:
+    """With absolute paths: a worker's working directory is not the driver's."""
+    start = settings.train.start_from
+    train = settings.train.model_copy(update={"start_from": storage.absolute(start) if start else None})
+    places = {"storage": storage.absolute(settings.storage), "data_root": storage.absolute(settings.data_root)}
+    return settings.model_copy(update={**places, "train": train})
+
+
 def _run(settings: Settings) -> str:
-    return storage.join(storage.absolute(settings.storage), settings.name)
+    return storage.join(settings.storage, settings.name)
 
 
 def _done(settings: Settings) -> bool:
@@ -71,6 +83,16 @@ def _done(settings: Settings) -> bool:
 def _result(settings: Settings) -> TrainResult:
     best = storage.join(_run(settings), "best")
     return TrainResult(_run(settings), best, json.loads(storage.read_text(storage.join(best, "metrics.json"))))
+
+
+def _check_data(settings: Settings) -> None:
+    """Read the annotations once here, so that a fault in them is told before any worker starts."""
+    mix(settings.data.train, settings.data_root, settings.data.skip_bad)
+    if settings.data.validation is not None:
+        read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+    start = settings.train.start_from
+    if start and not storage.exists(start):
+        raise UserError(f"train.start_from: {start} is not there; give a checkpoint directory or a weights file")
 
 
 def _use_gpu(settings: Settings) -> bool:
@@ -100,7 +122,7 @@ def _with_threads(settings: Settings, together: int) -> Settings:
 
 
 def _fit(settings: Settings) -> str | None:
-    """Run or continue one training to its end and put its best checkpoint in place; a message when the loss turned NaN."""
+    """Run or continue one training to its end and put its best checkpoint in place; a message when it must not go on."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -127,7 +149,14 @@ def _fit(settings: Settings) -> str | None:
             ),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, UserError):
+                return str(cause)
+        raise
     stopped = (result.return_value or {}).get("stopped")
     if stopped:
         return stopped

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from i3cl import storage
-from i3cl.config import Settings, to_yaml
+from i3cl.config import Settings, UserError, to_yaml
 from i3cl.data.ingest import mix, read_source, training_batches
 from i3cl.data.transforms import Sample, to_target
 from i3cl.evaluation.iou import IouMetric, mark_small
@@ -52,19 +52,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     torch.manual_seed(settings.train.seed)
 
-    model = I3CL(settings.model)
-    notes = []
-    if settings.train.start_from:
-        with storage.local_copy(settings.train.start_from) as folder:
-            notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
-    model = model.to(device=device, memory_format=torch.channels_last)
+    try:
+        trainer = _prepare(settings, device, rank, workers, config["run"])
+    except UserError as error:
+        return {"stopped": str(error)}
     checkpoint = ray.train.get_checkpoint()
-    trainer = Trainer(settings, model, device, rank, workers, config["run"])
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.restore(Path(folder))
-    trainer.log.notes(notes)
-    trainer.parallel = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs={"find_unused_parameters": True})
 
     def report(metrics: dict[str, Any], step: int) -> None:
         if rank:
@@ -81,7 +77,26 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         trainer.run(report)
     except TrainingStopped as stop:
         return {"stopped": str(stop)}
+    except UserError as error:
+        if workers > 1:
+            # The other workers wait for this one's gradients: only its failure ends them.
+            raise
+        return {"stopped": str(error)}
     return {}
+
+
+def _prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
+    model = I3CL(settings.model)
+    notes = []
+    if model.backbone.report is not None:
+        notes.append(f"backbone weights '{settings.model.backbone.weights}': {model.backbone.report}")
+    if settings.train.start_from:
+        with storage.local_copy(settings.train.start_from) as folder:
+            notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
+    model = model.to(device=device, memory_format=torch.channels_last)
+    trainer = Trainer(settings, model, device, rank, workers, run)
+    trainer.log.notes(notes)
+    return trainer
 
 
 @dataclass
@@ -143,7 +158,7 @@ class Trainer:
         self.log = MetricsLog(run, rank == 0)
         self.optimizer = make_optimizer(model, settings.train)
         self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
-        self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad)
+        self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad, check_files=False)
         images_per_step = settings.train.batch * workers
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
@@ -152,7 +167,7 @@ class Trainer:
         self.half = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
         self.validation = None
         if settings.data.validation is not None:
-            records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+            records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad, check_files=False)
             kept = records.records[: settings.train.validate_images or None]
             self.validation = (kept[rank::workers], records.images_root)
 
