@@ -6,6 +6,7 @@ Exit status 0 done; 2 the user's mistake, one line on stderr that names the file
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -45,7 +46,8 @@ def run(work: Work, description: str, arguments: Callable[[argparse.ArgumentPars
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
 
-    Sets the environment that Ray reads on the driver: quicker health checks and no progress bars in captured output.
+    Sets the environment that Ray reads on the driver: quicker health checks, and no chatter between a job's own lines. What
+    workers print is shown with I3CL_WORKER_LOGS=1.
     """
     defaults = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -53,12 +55,16 @@ def connect() -> None:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     import ray
+    import ray.data
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     started = time.perf_counter()

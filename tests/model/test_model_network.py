@@ -80,7 +80,7 @@ def test_small_backbones_train_and_predict(name: str, classes: int) -> None:
     assert found["boxes"].shape == (n, 4) and found["masks"].shape == (n, 28, 28) and n <= 20
     assert found["scores"].diff().le(0).all() and found["labels"].dtype == torch.int64
     assert found["boxes"].min() >= 0 and found["boxes"][:, 2].max() <= 130 and found["boxes"][:, 3].max() <= 100
-    assert 0 <= found["masks"].min() and found["masks"].max() <= 1
+    assert found["masks"].min() >= 0 and found["masks"].max() <= 1
 
 
 @pytest.mark.parametrize("modules", [True, False])
