@@ -98,7 +98,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
             fused = {i.image_id: (i.fused.polygons, i.fused.scores) for i in fused_images(predictions, settings.label)}
             pseudo_measured = measure("pseudo labels", truth.records, fused, settings.evaluate)
-    summary = {
+    summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
         "student": _brief(measured[settings.selftrain.student.name].score),
         "pseudo_labels": {

@@ -188,6 +188,8 @@ class DataSettings(_Settings):
     """Feed workers through Ray Data (decoding may run on CPU nodes); false: threads inside the worker."""
     prefetch: NonNegativeInt = 2
     """Batches prepared ahead for each worker."""
+    decode_tasks: PositiveInt = 2
+    """Ray Data tasks that decode and augment for one worker at the same time."""
 
 
 # --------------------------------------------------------------------------------------------------------------- training

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from i3cl.config import Settings, UserError, load_settings, to_yaml
 
@@ -56,24 +57,23 @@ def connect() -> None:
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_worker_maximum_startup_concurrency": "6",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     import ray
-    import ray.data
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     started = time.perf_counter()
     workers_env = {
         key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))
     }
-    quiet = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
+    silent: dict[str, Any] = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": workers_env}, **quiet)
+        ray.init(runtime_env={"env_vars": workers_env}, **silent)
     else:
         # More logical CPUs than cores: on a laptop Ray Data's decoding shares the cores with a training worker that reserves
         # them, and a cluster without a free logical CPU would wait for ever.
@@ -83,7 +83,7 @@ def connect() -> None:
             runtime_env={"env_vars": workers_env},
             include_dashboard=False,
             object_store_memory=1 << 30,
-            **quiet,
+            **silent,
         )
     where = os.environ.get("RAY_ADDRESS", "started here")
     print(
@@ -91,6 +91,13 @@ def connect() -> None:
         f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)",
         flush=True,
     )
+
+
+def quiet(context: Any) -> None:
+    """Keep a Ray Data context from printing: jobs show progress of their own."""
+    context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def duration(seconds: float) -> str:

@@ -40,7 +40,7 @@ def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     if report.missing or report.unexpected:
         raise UserError(f"{checkpoint}: weights do not fit settings.yaml ({report})")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device=device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     model.recipe = settings
     return model
 
@@ -52,7 +52,7 @@ def detect(
 
     Scores are above `score_threshold` (0-1). UserError for an image that cannot be read.
     """
-    settings: Settings = model.recipe
+    settings = model.recipe or Settings(model=model.settings)
     result: list[Detections] = []
     for start in range(0, len(images), batch):
         arrays = [decode_image(image) if isinstance(image, str) else image for image in images[start : start + batch]]
@@ -104,7 +104,7 @@ def _to_detections(
         outline = outlines[i]
         assert outline is not None
         if mirrored_width is not None:
-            outline = (outline * [-1, 1] + [mirrored_width, 0])[::-1]
+            outline = (np.array([mirrored_width, 0], np.float32) + outline * np.array([-1, 1], np.float32))[::-1]
         polygons.append((outline / scale).astype(np.float32))
     return Detections(polygons, scores[kept], height=image.shape[0], width=image.shape[1])
 

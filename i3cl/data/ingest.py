@@ -20,6 +20,7 @@ from i3cl.config import DataSettings, SourceSettings, UserError
 from i3cl.data.coco import Dataset, read_coco, record_from_row, to_table
 from i3cl.data.images import decode_image
 from i3cl.data.transforms import Sample, TrainTransform
+from i3cl.job import quiet
 
 _SEGMENT = 2048
 """Images of one worker that are handed to Ray Data at a time."""
@@ -121,7 +122,7 @@ def training_batches(
         order = mixture.order(base, int(part[-1]) - base + 1, seed)
         rows = mixture.table.take(pa.array(order[part - base])).append_column("position", pa.array(part))
         source = _through_ray_data if settings.ray_data else _through_threads
-        yield from source(rows, load, batch, settings.prefetch, workers)
+        yield from source(rows, load, batch, settings, workers)
 
 
 class _Loader:
@@ -156,28 +157,29 @@ def _as_sample(row: dict[str, Any]) -> Sample:
     return Sample(np.frombuffer(row["pixels"], np.uint8).reshape(record.height, record.width, 3), record)
 
 
-def _through_ray_data(rows: pa.Table, load: _Loader, batch: int, prefetch: int, workers: int) -> Iterator[list[Sample]]:
+def _through_ray_data(
+    rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int
+) -> Iterator[list[Sample]]:
     import ray.data
     from ray.data import DataContext, ExecutionResources
 
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    quiet(DataContext.get_current())
+    options = DataContext.get_current().execution_options
+    options.preserve_order = True
     # Every worker runs its own pipeline: each may take its share of the cluster, not all of it.
-    cluster = ray.cluster_resources()
-    context.execution_options.resource_limits = ExecutionResources(
-        cpu=max(1.0, (cluster.get("CPU", 1) - workers) / workers),
-        object_store_memory=cluster.get("object_store_memory", 1 << 30) / 4 / workers,
-    )
+    store = ray.cluster_resources().get("object_store_memory", 1 << 30)
+    options.resource_limits = ExecutionResources(cpu=settings.decode_tasks, object_store_memory=store / 4 / workers)
     rows_per_task = batch * 2
     blocks = [rows.slice(i, rows_per_task).combine_chunks() for i in range(0, len(rows), rows_per_task)]
     dataset = ray.data.from_arrow(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
-    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=prefetch):
+    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=settings.prefetch):
+        assert isinstance(table, pa.Table)
         yield [_as_sample(row) for row in table.to_pylist()]
 
 
-def _through_threads(rows: pa.Table, load: _Loader, batch: int, prefetch: int, workers: int) -> Iterator[list[Sample]]:
-    with ThreadPoolExecutor(max_workers=max(1, min(prefetch, 8))) as pool:
+def _through_threads(rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int) -> Iterator[list[Sample]]:
+    prefetch = settings.prefetch
+    with ThreadPoolExecutor(max_workers=settings.decode_tasks) as pool:
         listed = rows.to_pylist()
         pending = [pool.submit(load.sample, row) for row in listed[: batch * (prefetch + 1)]]
         for start in range(0, len(listed), batch):

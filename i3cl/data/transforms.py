@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from i3cl import geometry
 from i3cl.config import TransformSettings, UserError
 from i3cl.data.coco import ImageRecord, Instance
 from i3cl.data.images import resize, scaled_size, test_scale
+
+if TYPE_CHECKING:
+    import torch
 
 FILL = (124, 116, 104)
 """RGB where a rotation shows nothing: the mean, which normalising turns into about zero, as padding is."""
@@ -163,6 +165,9 @@ def to_target(sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
     tensors (h, w) of 0 and 1, each of the polygon's own pixel box, whose left top is in mask_origins (N, 2)
     int64 x, y; lossweight (N,) float32; ignore (N,) bool.
     """
+    # Here, because the processes that only decode and augment need not load torch.
+    import torch
+
     instances = sample.record.instances
     height, width = sample.image.shape[:2]
     crops = [geometry.mask_crop(i.polygon, height, width) for i in instances]

@@ -19,7 +19,7 @@ from i3cl.config import Settings, UserError, ViewSettings
 from i3cl.data.coco import Dataset
 from i3cl.data.images import ImageError, decode_image
 from i3cl.data.predictions import read_batches, to_table
-from i3cl.job import connect, duration
+from i3cl.job import connect, duration, quiet
 
 MANIFEST_SCHEMA = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("path", pa.string())])
 
@@ -68,6 +68,7 @@ class Labeller:
         images = [image for _, image in group]
         for name, model in self.members.items():
             for view in self.views:
+                assert model.recipe is not None
                 found = detect_arrays(model, images, model.recipe, view)
                 for (entry, image), detections in zip(group, found, strict=True):
                     row = self._row(entry, name, view, height=image.shape[0], width=image.shape[1])
@@ -141,6 +142,7 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
     absolute = {name: storage.absolute(path) for name, path in members.items()}
     blocks = [manifest.slice(i, label.rows_per_block).combine_chunks() for i in range(0, len(records), label.rows_per_block)]
     filesystem, path = storage.filesystem(out)
+    quiet(ray.data.DataContext.get_current())
     pipeline = ray.data.from_arrow(blocks).map_batches(
         Labeller,
         fn_constructor_args=(absolute, label.views, label.batch, threads),

@@ -54,12 +54,13 @@ class RegionReader:
 
 
 def sparse_roi_align(x: Tensor, regions: Tensor, side: int, scale: float) -> Tensor:
-    """What torchvision's roi_align(x, regions, side, scale, 0, aligned=True) computes, several times faster on a CPU.
+    """What torchvision's roi_align(x, regions, side, scale, 0, aligned=True) computes, several times faster
+    on a CPU.
 
-    x: (B, C, H, W) float32, best with channels innermost; regions: (N, 5); returns (N, C, side, side). Each output cell is a
-    weighted sum of map cells, and its weights are the product of weights along y and along x (`axis_weights`), because
-    bilinear samples on a regular grid are separable. So all channels of a cell are summed at once, and cells that several
-    samples share are read once.
+    x: (B, C, H, W) float32, best with channels innermost; regions: (N, 5); returns (N, C, side, side). Each
+    output cell is a weighted sum of map cells, and its weights are the product of weights along y and along x
+    (`axis_weights`), because bilinear samples on a regular grid are separable. So all channels of a cell are
+    summed at once, and cells that several samples share are read once.
     """
     batch, channels, height, width = x.shape
     image, box = regions[:, 0].long(), regions[:, 1:] * scale
@@ -87,10 +88,11 @@ def sparse_roi_align(x: Tensor, regions: Tensor, side: int, scale: float) -> Ten
 def axis_weights(start: Tensor, end: Tensor, bins: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """How RoIAlign weighs the cells of one axis.
 
-    start, end: (N,) float32 edges of the regions in cells, before the half-cell shift; length: cells of the map. Each bin
-    averages ceil(size / bins) equidistant bilinear samples; a sample within a cell outside the map takes the border's value,
-    one further out counts as zero. Returns the weights (N, bins, K) float32 of up to K neighbouring cells, the first of
-    these cells (N, bins) int64 and their number (N, bins) int64, 0 where a bin reads nothing.
+    start, end: (N,) float32 edges of the regions in cells, before the half-cell shift; length: cells of the
+    map. Each bin averages ceil(size / bins) equidistant bilinear samples; a sample within a cell outside the
+    map takes the border's value, one further out counts as zero. Returns the weights (N, bins, K) float32 of
+    up to K neighbouring cells, the first of these cells (N, bins) int64 and their number (N, bins) int64, 0
+    where a bin reads nothing.
     """
     start = start - 0.5
     size = (end - 0.5) - start
@@ -112,7 +114,8 @@ def axis_weights(start: Tensor, end: Tensor, bins: int, length: int) -> tuple[Te
     most = max(int(cells.max()), 1)
     weights = position.new_zeros((len(start), bins, most + 2))
     value = used / samples.clamp(min=1)[:, None, None]
-    # unused samples have weight zero wherever they land; a sample on the last cell gives its whole weight to `low`
+    # unused samples have weight zero wherever they land; a sample on the last cell gives its whole weight to
+    # `low`
     place = (low - first[:, :, None]).clamp(0, most)
     weights.scatter_add_(2, place, value * (1 - share))
     weights.scatter_add_(2, place + 1, value * share)

@@ -52,7 +52,8 @@ class Anchors:
     def valid(
         self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int], device: torch.device
     ) -> Tensor | None:
-        """(A_total,) bool: anchors whose cell begins inside an image padded to `padded` (H, W) pixels; None when all are.
+        """(A_total,) bool: anchors whose cell begins inside an image padded to `padded` (H, W) pixels; None
+        when all are.
 
         In a batch an image may be smaller than the maps; cells past its own padding are no samples.
         """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from i3cl.config import BackboneSettings, UserError
@@ -34,27 +33,29 @@ class Backbone(nn.Module):
         """Raises UserError for a model that timm lacks or that has no such maps, and for weights that do not fit."""
         super().__init__()
         self.settings = settings
-        self.body = _timm_body(settings)
-        self.channels: list[int] = self.body.feature_info.channels()
+        body = _timm_body(settings)
+        self.body = body
+        self.channels: list[int] = body.feature_info.channels()
         self.report = _load_initial(self.body, settings)
         if self.report is not None:
             log.info("backbone %s from %s: %s", settings.name, settings.weights, self.report)
         for parameter in list(self._frozen_parameters()):
             parameter.requires_grad_(False)
-        _fold_norms(self.body)
         self.train()
 
     def _frozen_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the stem and the first `frozen_stages` stages.
 
-        timm registers layers in the order of the computation, so these are all up to the last one of that stage.
+        timm registers layers in the order of the computation, so these are all up to the last one of that
+        stage.
         """
         stages = self.settings.frozen_stages
         if stages == 0:
             return iter(())
         if stages > len(STRIDES):
             raise UserError(f"model.backbone.frozen_stages: {stages}, but there are {len(STRIDES)} stages")
-        module = self.body.feature_info.module_name()[stages - 1]
+        info: Any = self.body.feature_info
+        module = info.module_name()[stages - 1]
         prefixes = (module + ".", module.replace(".", "_") + ".")
         named = list(self.body.named_parameters())
         ends = [i for i, (name, _) in enumerate(named) if name.startswith(prefixes)]
@@ -78,104 +79,22 @@ class Backbone(nn.Module):
         """Normalised images (B, 3, H, W), sides multiples of 32 -> maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 32."""
         maps = list(self.body(images))
         for x, channels in zip(maps, self.channels, strict=True):
-            assert x.shape[1] == channels, "channels are not in the second dimension"
+            if x.shape[1] != channels:
+                raise UserError(f"model.backbone.name: {self.settings.name} does not give maps of (B, C, H, W)")
         return maps
 
 
-class _FoldedConv(nn.Conv2d):
-    """A convolution that does the work of the BatchNorm behind it while that one uses its stored statistics."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(conv.__dict__)
-        # in a tuple, so that it is not registered a second time
-        self._follower = (norm,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self._follower[0]
-        if norm.training:
-            return super().forward(x)
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        start = -norm.running_mean if self.bias is None else self.bias - norm.running_mean
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias + start * scale)
-
-
-class _FoldedNorm(nn.BatchNorm2d):
-    """A BatchNorm whose convolution has done its work already, unless it is training."""
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(norm.__dict__)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training else x
-
-
-class _FoldedNormAct(BatchNormAct2d):
-    """The same for timm's BatchNorm with an activation inside."""
-
-    def __init__(self, norm: BatchNormAct2d) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(norm.__dict__)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training else self.act(self.drop(x))
-
-
-@torch.no_grad()
-def _fold_norms(body: nn.Module) -> None:
-    """Lets convolutions absorb the BatchNorm that follows them: the same numbers with half the passes over the maps.
-
-    Scaling an output channel is scaling its kernel. Which BatchNorm reads exactly what a convolution returned is seen in one
-    small pass; names and parameters stay as they are, and gradients reach them through the scaled kernel.
-    """
-    made_by: dict[int, nn.Conv2d] = {}
-    alive: list[Tensor] = []
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-    calls: Counter[nn.Module] = Counter()
-
-    def after_conv(module: nn.Module, _: object, result: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d)
-        calls[module] += 1
-        made_by[id(result)] = module
-        alive.append(result)  # an id is unique only among the living
-
-    def before_norm(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        calls[module] += 1
-        if id(arguments[0]) in made_by:
-            pairs.append((made_by[id(arguments[0])], module))
-
-    hooks = []
-    for module in body.modules():
-        if type(module) is nn.Conv2d:
-            hooks.append(module.register_forward_hook(after_conv))
-        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d):
-            hooks.append(module.register_forward_pre_hook(before_norm))
-    if any(isinstance(module, nn.BatchNorm2d) for module in body.modules()):
-        body.eval()(torch.zeros(1, 3, 64, 64))
-    for hook in hooks:
-        hook.remove()
-    names = {module: name for name, module in body.named_modules()}
-    for conv, norm in pairs:
-        if calls[conv] == calls[norm] == 1 and norm.affine and norm.track_running_stats:
-            replacement = _FoldedNormAct(norm) if isinstance(norm, BatchNormAct2d) else _FoldedNorm(norm)
-            body.set_submodule(names[norm], replacement)
-            body.set_submodule(names[conv], _FoldedConv(conv, replacement))
-
-
-def _timm_body(settings: BackboneSettings) -> nn.Module:
+def _timm_body(settings: BackboneSettings) -> Any:
     name = TIMM_NAMES.get(settings.name, settings.name)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3] or timm.list_models(name[:6] + "*")[:3]
         hint = f"; timm has {', '.join(near)}" if near else ""
         raise UserError(f"model.backbone.name: timm has no model '{settings.name}'{hint}")
-    options = {"layers": LAYERS[settings.name]} if settings.name in LAYERS else {}
+    options: dict[str, Any] = {"layers": LAYERS[settings.name]} if settings.name in LAYERS else {}
     if settings.weights == "timm" and options:
         raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}")
     try:
-        body = timm.create_model(
+        body: Any = timm.create_model(
             name, features_only=True, out_indices=(-4, -3, -2, -1), pretrained=settings.weights == "timm", **options
         )
     except (RuntimeError, AssertionError, IndexError, AttributeError) as error:

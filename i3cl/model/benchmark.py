@@ -91,8 +91,8 @@ def i3cl_step(scene: Scene, settings: ModelSettings | None = None) -> Step:
         sample(*arguments)
         return [RegionSample(scene.samples, scene.matches)]
 
-    model.proposals.propose = fixed_proposals  # type: ignore[method-assign]
-    model.heads.sample = fixed_samples  # type: ignore[method-assign]
+    model.proposals.propose = fixed_proposals  # type: ignore[method-assign,assignment]
+    model.heads.sample = fixed_samples  # type: ignore[method-assign,assignment]
     target = {"boxes": scene.boxes, "labels": torch.zeros(len(scene.boxes), dtype=torch.int64), "masks": scene.masks}
 
     def step() -> None:
@@ -106,8 +106,8 @@ def i3cl_step(scene: Scene, settings: ModelSettings | None = None) -> Step:
 def torchvision_step(scene: Scene, frozen: bool, num_classes: int = 64) -> Step:
     """The same step of torchvision's Mask R-CNN with the scene's proposals and samples.
 
-    frozen False: as `maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)` builds it, every layer trained. frozen True:
-    as it is for fine-tuning, three trainable stages and frozen BatchNorm.
+    frozen False: as `maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)` builds it, every layer
+    trained. frozen True: as it is for fine-tuning, three trainable stages and frozen BatchNorm.
     """
     side = scene.image.shape[-1]
     size = {"min_size": side, "max_size": side, "num_classes": num_classes}
@@ -179,7 +179,8 @@ def step_report(runs: int, side: int = 640, threads: int = 2) -> str:
     steps = [i3cl_step(scene), torchvision_step(scene, frozen=False), torchvision_step(scene, frozen=True)]
     columns = compare(steps, runs)
     lines = [
-        f"training step, ResNet-50, forward and backward, 1 image {side} x {side}, float32, {threads} CPU threads, {runs} runs in turn",
+        f"training step, ResNet-50, forward and backward, 1 image {side} x {side}, float32,",
+        f"{threads} CPU threads, {runs} runs in turn;",
         "same image and truth (12 instances), same 512 regions (128 positive) in every second stage, 64 class logits;",
         "ours: stem and stage 1 frozen, BatchNorm on stored statistics, intra and inter blocks on; torchvision: its default",
         "(nothing frozen), and its fine-tuning form (3 trainable stages, frozen BatchNorm)",

@@ -72,8 +72,8 @@ def iof(boxes: Tensor, regions: Tensor) -> Tensor:
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, limit: int) -> Tensor:
     """Non-maximum suppression inside each group: boxes of different groups never suppress each other.
 
-    boxes (N, 4), scores (N,), groups (N,) int64. Returns at most `limit` indices (K,) in descending order of score. Groups are
-    suppressed one at a time, so no coordinate is shifted and none loses precision.
+    boxes (N, 4), scores (N,), groups (N,) int64. Returns at most `limit` indices (K,) in descending order of
+    score. Groups are suppressed one at a time, so no coordinate is shifted and none loses precision.
     """
     boxes, scores = boxes.float(), scores.float()
     kept = []

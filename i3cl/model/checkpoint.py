@@ -43,7 +43,8 @@ class LoadReport:
 
 
 def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], settings_yaml: str) -> Path:
-    """Writes weights.safetensors and settings.yaml into `directory`, complete or not at all; an older one is replaced.
+    """Writes weights.safetensors and settings.yaml into `directory`, complete or not at all; an older one is
+    replaced.
 
     settings_yaml: the text of the resolved settings. Returns the directory.
     """
@@ -68,7 +69,8 @@ def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], setting
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file or a torch file (weights only; 'state_dict' or 'model' inside is opened).
+    """Named tensors of a .safetensors file or a torch file (weights only; 'state_dict' or 'model' inside is
+    opened).
 
     Raises UserError when the file does not exist, cannot be read or holds more than tensors.
     """
@@ -98,8 +100,8 @@ def load_tensors(
 ) -> LoadReport:
     """Copies the tensors whose name and shape fit into `module`.
 
-    Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin with one of
-    `optional` are not counted.
+    Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin
+    with one of `optional` are not counted.
     """
     own = module.state_dict()
     loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]

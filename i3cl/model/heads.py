@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class MaskHead(nn.Module):
     def __init__(self, channels: int, hidden: int, convs: int, num_classes: int) -> None:
         super().__init__()
         widths = [channels] + [hidden] * convs
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.upsample = nn.ConvTranspose2d(widths[-1], hidden, 2, stride=2)
         self.logits = nn.Conv2d(hidden, num_classes, 1)
         for layer in (*self.convs, self.upsample):
@@ -63,11 +64,12 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, regions: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels` (N,) only.
+        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels`
+        (N,) only.
 
-        The transposed convolution's kernel equals its stride, so each input cell makes its own 2 x 2 output cells and nothing
-        else: it is a matrix product. The last layer works on single cells, so the rearrangement into 28 x 28 waits until
-        there is one number a cell instead of a vector.
+        The transposed convolution's kernel equals its stride, so each input cell makes its own 2 x 2 output
+        cells and nothing else: it is a 1x1 convolution. The last layer works on single cells, so the
+        rearrangement into 28 x 28 waits until there is one number a cell instead of a vector.
         """
         x = regions
         for conv in self.convs:
@@ -75,9 +77,9 @@ class MaskHead(nn.Module):
         n, channels, height, width = x.shape
         assert self.upsample.bias is not None and self.logits.bias is not None
         hidden = len(self.upsample.bias)
-        kernel = self.upsample.weight.permute(2, 3, 1, 0).reshape(4 * hidden, channels)
-        rows = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)
-        fine = F.linear(rows, kernel, self.upsample.bias.repeat(4)).relu_().reshape(n, height * width * 4, hidden)
+        kernel = self.upsample.weight.permute(2, 3, 1, 0).reshape(4 * hidden, channels, 1, 1)
+        fine = F.conv2d(x, kernel, self.upsample.bias.repeat(4)).relu_()
+        fine = fine.permute(0, 2, 3, 1).reshape(n, height * width * 4, hidden)
         weight = self.logits.weight.flatten(1)
         if labels is None:
             logits = F.linear(fine, weight, self.logits.bias)
@@ -126,7 +128,8 @@ class Heads(nn.Module):
             else None
         )
 
-    # -------------------------------------------------------------------------------------------------------- training
+    # --------------------------------------------------------------------------------------------------------
+    # training
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], truths: Sequence[Truth]) -> list[RegionSample]:
@@ -155,14 +158,15 @@ class Heads(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], samples: Sequence[RegionSample], truths: Sequence[Truth]
     ) -> dict[str, Tensor]:
-        """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's samples.
+        """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's
+        samples.
 
-        Cross-entropy is averaged over the samples of weight above 0; the L1 of the positives' own-class offsets is divided by
-        the number of all samples; the mask's binary cross-entropy is averaged over positives and cells.
+        Cross-entropy is averaged over the samples of weight above 0; the L1 of the positives' own-class
+        offsets is divided by the number of all samples; the mask's binary cross-entropy is averaged over
+        positives and cells.
         """
         reader = RegionReader(levels)
         logits, offsets = self.box(reader(with_batch_index([s.boxes for s in samples]), BOX_SIDE))
-        counts = [s.positives for s in samples]
         labels, weights, positive = [], [], []
         for s, truth in zip(samples, truths, strict=True):
             negatives = len(s.boxes) - s.positives
@@ -197,7 +201,8 @@ class Heads(nn.Module):
         return result
 
     def _untouched_mask_branch(self) -> Tensor:
-        """A zero that depends on every parameter of the mask branch: without positives they get zero gradients, not none.
+        """A zero that depends on every parameter of the mask branch: without positives they get zero
+        gradients, not none.
 
         Workers that train together exchange every gradient and would wait for a missing one.
         """
@@ -209,7 +214,8 @@ class Heads(nn.Module):
         regions = reader(with_batch_index(boxes), MASK_SIDE)
         return regions if self.inter is None else self.inter(regions, levels, [len(b) for b in boxes])
 
-    # --------------------------------------------------------------------------------------------------------- testing
+    # --------------------------------------------------------------------------------------------------------
+    # - testing
 
     @torch.no_grad()
     def detect(

@@ -36,11 +36,12 @@ class InterBlock(nn.Module):
     def global_context(self, levels: Sequence[Tensor]) -> Tensor:
         """(B, C): one vector an image from the first four pyramid levels (B, C, H, W).
 
-        The original pads its bias-free 1x1 convolutions by 1 and averages over the padded map, which is the convolution of
-        the mean times HW / ((H + 2)(W + 2)).
+        The original pads its bias-free 1x1 convolutions by 1 and averages over the padded map, which is the
+        convolution of the mean times HW / ((H + 2)(W + 2)).
         """
         total: Tensor | None = None
         for conv, x in zip(self.context, levels[:LEVELS], strict=True):
+            assert isinstance(conv, nn.Conv2d)
             height, width = x.shape[-2:]
             mean = x.mean(dim=(2, 3)) * (height * width / ((height + 2) * (width + 2)))
             vector = F.linear(mean, conv.weight.flatten(1))
@@ -49,7 +50,9 @@ class InterBlock(nn.Module):
         return total
 
     def instance_tokens(self, rois: Tensor, counts: Sequence[int]) -> Tensor:
-        """(N, 9 x inner) context of every RoI (N, C, S, S) among the RoIs of its image; counts = RoIs of each image, in order."""
+        """(N, 9 x inner) context of every RoI (N, C, S, S) among the RoIs of its image; counts = RoIs of each
+        image, in order.
+        """
         tokens = F.adaptive_max_pool2d(self.reduce(rois), GRID).flatten(1)
         return torch.cat([self.encoder(t[None])[0] for t in tokens.split(list(counts)) if len(t)])
 
@@ -64,7 +67,8 @@ class InterBlock(nn.Module):
             torch.tensor(list(counts), device=rois.device),
             output_size=len(rois),
         )
-        # interpolation keeps constants, so the image's vector joins on the small grid instead of the large one
+        # interpolation keeps constants, so the image's vector joins on the small grid instead of the large
+        # one
         added = self.expand(tokens) + self.global_context(levels)[image][:, :, None, None]
         rois = rois + F.interpolate(added, size=rois.shape[-2:], mode="bilinear", align_corners=True)
         y = F.conv2d(rois, self.merged(), self.conv1.bias, padding=1)

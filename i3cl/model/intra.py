@@ -22,17 +22,19 @@ class IntraBlock(nn.Module):
         self.row = nn.ModuleList(nn.Conv2d(inner, inner, (1, k), padding=(0, k // 2)) for k in ROUNDS)
         self.expand = nn.Conv2d(inner, channels, 1)
         self.norm = nn.BatchNorm2d(channels)
-        # A fresh block is a small disturbance of x, so a detector trained without it goes on from where it was. Not zero: a
-        # ReLU at exactly zero passes no gradient, and the block would never wake up.
+        # A fresh block is a small disturbance of x, so a detector trained without it goes on from where it
+        # was. Not zero: a ReLU at exactly zero passes no gradient, and the block would never wake up.
         nn.init.constant_(self.norm.weight, 0.1)
 
     def merged(self, round_: int) -> tuple[Tensor, Tensor]:
         """The k x k kernel (C, C, k, k) and bias (C,) that do one round's three convolutions at once.
 
-        Convolution is linear in its kernel, so the sum of three convolutions of one input is the convolution with the sum of
-        the kernels, the thin ones padded with zeros.
+        Convolution is linear in its kernel, so the sum of three convolutions of one input is the convolution
+        with the sum of the kernels, the thin ones padded with zeros.
         """
         square, column, row = self.square[round_], self.column[round_], self.row[round_]
+        assert isinstance(square, nn.Conv2d) and isinstance(column, nn.Conv2d) and isinstance(row, nn.Conv2d)
+        assert square.bias is not None and column.bias is not None and row.bias is not None
         half = ROUNDS[round_] // 2
         weight = square.weight.clone()
         weight[:, :, :, half] += column.weight[:, :, :, 0]

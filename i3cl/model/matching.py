@@ -44,10 +44,11 @@ def assign(
 ) -> Tensor:
     """(N,) int64: for each candidate box (N, 4) the index of its truth (M, 4), NEGATIVE or UNUSED.
 
-    A candidate belongs to the truth it overlaps most when their IoU is at least `positive_iou`, is NEGATIVE when that IoU is
-    below `negative_iou` and UNUSED in between. Beyond that each truth gets its best candidates (all that tie) when their IoU
-    is at least `rescue_iou`; if two truths claim one candidate the later has it. A NEGATIVE of which at least `ignore_iof`
-    lies in one of the `ignored` boxes (K, 4) becomes UNUSED; None for either switches this off.
+    A candidate belongs to the truth it overlaps most when their IoU is at least `positive_iou`, is NEGATIVE
+    when that IoU is below `negative_iou` and UNUSED in between. Beyond that each truth gets its best
+    candidates (all that tie) when their IoU is at least `rescue_iou`; if two truths claim one candidate the
+    later has it. A NEGATIVE of which at least `ignore_iof` lies in one of the `ignored` boxes (K, 4) becomes
+    UNUSED; None for either switches this off.
     """
     assigned = candidates.new_full((len(candidates),), NEGATIVE, dtype=torch.int64)
     if len(truths) and len(candidates):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from i3cl.config import ModelSettings
+from i3cl.config import ModelSettings, Settings
 from i3cl.model.backbone import Backbone
 from i3cl.model.heads import Heads
 from i3cl.model.intra import IntraBlock, as_channels_last
@@ -33,6 +33,8 @@ class I3CL(nn.Module):
 
     mean: Tensor
     std: Tensor
+    recipe: Settings | None = None
+    """The whole settings that the network was trained with, when it comes from a checkpoint."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -51,15 +53,16 @@ class I3CL(nn.Module):
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses or detections of a list of images.
 
-        images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict an image: `boxes` (N, 4) float32
-        x0, y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N uint8 crops (h, w) with
-        `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value; optionally `lossweight` (N,) float32 and
-        `ignore` (N,) bool, instances that are no truth but whose surroundings are not taught as background.
+        images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict an image: `boxes` (N,
+        4) float32 x0, y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N
+        uint8 crops (h, w) with `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value;
+        optionally `lossweight` (N,) float32 and `ignore` (N,) bool, instances that are no truth but whose
+        surroundings are not taught as background.
 
-        Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, scalars times their weights in the settings.
-        Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels` (n,), `masks` (n, 28, 28) float32
-        probabilities in the frame of the box, by descending score. Images share a pass only with images of their own padded
-        size, so every answer is that of the image alone.
+        Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, scalars times their weights in
+        the settings. Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels`
+        (n,), `masks` (n, 28, 28) float32 probabilities in the frame of the box, by descending score. Images
+        share a pass only with images of their own padded size, so every answer is that of the image alone.
 
         Raises ValueError for wrong shapes and for train mode without targets.
         """
@@ -72,7 +75,8 @@ class I3CL(nn.Module):
             return self.losses(images, targets)
         return self.detect(images)
 
-    # ----------------------------------------------------------------------------------------------------------- parts
+    # --------------------------------------------------------------------------------------------------------
+    # --- parts
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) float32: normalised, padded at the right and bottom with zeros to the largest multiple of 32."""

@@ -38,8 +38,9 @@ class Proposals(nn.Module):
 
     def predict(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (B, C, H, W) -> per level logits (B, A, H, W) and offsets (B, 4A, H, W), A = anchors a cell."""
+        assert self.cls.bias is not None and self.reg.bias is not None
         weight = torch.cat([self.cls.weight, self.reg.weight])
-        bias = torch.cat([self.cls.bias, self.reg.bias]) if self.cls.bias is not None else None
+        bias = torch.cat([self.cls.bias, self.reg.bias])
         logits, offsets = [], []
         for x in levels:
             both = F.conv2d(self.conv(x).relu_(), weight, bias)
@@ -85,10 +86,11 @@ class Proposals(nn.Module):
     def sample(
         self, sizes: Sequence[Size], truths: Sequence[Truth], padded: Sequence[Size], device: torch.device
     ) -> tuple[list[Sample], list[Tensor]]:
-        """Samples of the loss for every image: flat anchor indices, and for each positive the index of its truth.
+        """Samples of the loss for every image: flat anchor indices, and for each positive the index of its
+        truth.
 
-        sizes: (H, W) of the five maps; padded: (H, W) pixels of each image rounded up to multiples of 32, beyond which no
-        anchor is used.
+        sizes: (H, W) of the five maps; padded: (H, W) pixels of each image rounded up to multiples of 32,
+        beyond which no anchor is used.
         """
         settings = self.settings
         anchors = self.anchors(sizes, device)
@@ -113,10 +115,12 @@ class Proposals(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], truths: Sequence[Truth], padded: Sequence[Size]
     ) -> tuple[Tensor, Tensor]:
-        """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the loss.
+        """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the
+        loss.
 
-        Binary cross-entropy and L1, weighted by the truth's loss weight on positives, summed over the samples of the batch and
-        divided by their number (at least one positive and one negative an image are counted).
+        Binary cross-entropy and L1, weighted by the truth's loss weight on positives, summed over the samples
+        of the batch and divided by their number (at least one positive and one negative an image are
+        counted).
         """
         sizes = [(x.shape[2], x.shape[3]) for x in levels]
         samples, matches = self.sample(sizes, truths, padded, levels[0].device)
@@ -152,10 +156,11 @@ class Proposals(nn.Module):
     def answers_at(
         self, levels: Sequence[Tensor], image: Tensor, anchor: Tensor, positives: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N,) at the given flat anchors of the given images, offsets (P, 4) of the first P, levels (N,) int64.
+        """Logits (N,) at the given flat anchors of the given images, offsets (P, 4) of the first P, levels
+        (N,) int64.
 
-        The head is evaluated at these few cells alone, which is the same numbers as picking them from the whole maps and
-        spares the backward pass of a convolution over every cell.
+        The head is evaluated at these few cells alone, which is the same numbers as picking them from the
+        whole maps and spares the backward pass of a convolution over every cell.
         """
         per_cell = self.anchors.per_cell
         counts = torch.tensor(self.anchors.counts([(x.shape[2], x.shape[3]) for x in levels]), device=anchor.device)

@@ -66,8 +66,9 @@ def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
 def mask_targets(truth: Truth, boxes: Tensor, indices: Tensor, side: int) -> Tensor:
     """(P, side, side) float32 of 0 and 1: the mask of truth `indices` (P,) in the frame of `boxes` (P, 4).
 
-    A cell is 1 when RoIAlign of the bitmap is at least a half there. A crop is read at its place in the image, never moved to
-    the origin, so that rounding, and with it every cell at exactly a half, is the same as for a full bitmap.
+    A cell is 1 when RoIAlign of the bitmap is at least a half there. A crop is read at its place in the
+    image, never moved to the origin, so that rounding, and with it every cell at exactly a half, is the same
+    as for a full bitmap.
     """
     result = boxes.new_zeros((len(boxes), side, side), dtype=torch.float32)
     if not len(boxes):

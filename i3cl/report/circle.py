@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def _rows(run: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
-def _spread(records: list[ImageRecord]) -> list[ImageRecord]:
+def _spread(records: Sequence[ImageRecord]) -> list[ImageRecord]:
     """At most _PICTURES of them, evenly over the list."""
     return [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(_PICTURES, len(records))).astype(int))]
 

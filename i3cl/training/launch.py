@@ -131,7 +131,7 @@ def _fit(settings: Settings) -> str | None:
     run = _run(settings)
     use_gpu = _use_gpu(settings)
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # its return value is read below
         train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.cluster.workers,
@@ -157,7 +157,7 @@ def _fit(settings: Settings) -> str | None:
             if isinstance(cause, UserError):
                 return str(cause)
         raise
-    stopped = (result.return_value or {}).get("stopped")
+    stopped = (result.return_value or {}).get("stopped")  # type: ignore[attr-defined]
     if stopped:
         return stopped
     ranked = result.best_checkpoints or []

@@ -93,7 +93,7 @@ def _prepare(settings: Settings, device: torch.device, rank: int, workers: int, 
     if settings.train.start_from:
         with storage.local_copy(settings.train.start_from) as folder:
             notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     trainer = Trainer(settings, model, device, rank, workers, run)
     trainer.log.notes(notes)
     return trainer
@@ -202,7 +202,8 @@ class Trainer:
         """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank."""
         train = self.settings.train
         batches = self._batches()
-        since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0
+        sums: dict[str, float] = {}
+        since, images, data_time = time.perf_counter(), 0, 0.0
         while self.step < self.steps:
             waiting = time.perf_counter()
             samples = next(batches)
