@@ -22,6 +22,8 @@ from i3cl.data.images import decode_image
 from i3cl.data.transforms import Sample, TrainTransform
 from i3cl.job import quiet
 
+_SHOWN = 20
+"""Problems of a data set that are listed one by one."""
 _SEGMENT = 2048
 """Images of one worker that are handed to Ray Data at a time."""
 
@@ -29,10 +31,17 @@ _SEGMENT = 2048
 def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, check_files: bool = True) -> Dataset:
     """One data set with its paths under `data_root` and its lossweight override applied.
 
-    check_files: look whether every image file is there; the driver does it once, before workers read the same set.
+    check_files: look whether every image file is there, and list what skip_bad left out; the driver does it once, before
+    workers read the same set.
     """
     annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
     dataset = read_coco(annotations, images, skip_bad=skip_bad, check_files=check_files)
+    if skip_bad and check_files and dataset.problems:
+        for problem in dataset.problems[:_SHOWN]:
+            print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}", flush=True)
+        if len(dataset.problems) > _SHOWN:
+            print(f"... and {len(dataset.problems) - _SHOWN} more", flush=True)
+        print(dataset.summary(), flush=True)
     if source.lossweight is None:
         return dataset
     records = [

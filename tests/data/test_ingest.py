@@ -87,6 +87,22 @@ def test_ray_data_gives_the_same_batches_as_threads(tiny_settings, ray_cluster):
                 assert np.allclose(a.polygon, b.polygon) and (a.ignore, a.lossweight) == (b.ignore, b.lossweight)
 
 
+def test_skip_bad_lists_and_counts(tiny_set, tmp_path, capsys):
+    import json
+
+    from i3cl.data.ingest import read_source
+
+    tree = json.loads((tiny_set / "set.json").read_text())
+    tree["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    (tmp_path / "bad.json").write_text(json.dumps(tree))
+    source = SourceSettings(annotations=str(tmp_path / "bad.json"), images=str(tiny_set / "images"))
+    with pytest.raises(UserError, match=r"bad\.json.*3 points"):
+        read_source(source, ".")
+    dataset = read_source(source, ".", skip_bad=True)
+    printed = capsys.readouterr().out
+    assert len(dataset.problems) == 1 and printed.count("left out") == 2 and "12 images" in printed
+
+
 def test_an_unreadable_image_stops_or_is_passed_over(tiny_settings, tiny_set, tmp_path):
     import shutil
 
