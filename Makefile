@@ -17,7 +17,7 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml
+	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import Settings, UserError, with_overrides
+from i3cl.config import Settings, TeacherSettings, UserError, with_overrides
 from i3cl.data.ingest import read_source
 from i3cl.data.predictions import member_predictions
 from i3cl.evaluation.score import Score, measure
@@ -59,15 +59,9 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
     with stages("teachers"):
-        teachers = dict(
-            zip(
-                (teacher.name for teacher in settings.selftrain.teachers),
-                train_all(
-                    [_variant(settings, t.name, t.overrides, "selftrain.teachers") for t in settings.selftrain.teachers]
-                ),
-                strict=True,
-            )
-        )
+        names = [teacher.name for teacher in settings.selftrain.teachers]
+        variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
+        teachers = dict(zip(names, train_all(variants), strict=True))
     with stages("labels"):
         predictions = predict(
             unlabelled,
@@ -153,9 +147,11 @@ def use_synthetic(settings: Settings, folder: str) -> Settings:
     )
 
 
-def _variant(settings: Settings, name: str, overrides: dict[str, Any], origin: str) -> Settings:
+def _variant(settings: Settings, model: TeacherSettings, index: int, changes: dict[str, Any] | None = None) -> Settings:
+    """The settings of one of the circle's models; each has its own seed, so that teachers disagree where they are unsure."""
     run = storage.join(storage.absolute(settings.storage), settings.name)
-    return with_overrides(settings, {**overrides, "storage": run, "name": name}, f"{origin}.{name}.overrides")
+    own = {"train.seed": settings.train.seed * 100 + index + 1, **(changes or {}), **model.overrides}
+    return with_overrides(settings, {**own, "storage": run, "name": model.name}, f"selftrain, overrides of {model.name}")
 
 
 def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, images_root: str) -> Settings:
@@ -166,7 +162,7 @@ def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, 
     if circle.student_starts_from_best_teacher:
         best = max(teachers.values(), key=lambda t: t.metrics.get("hmean", 0.0))
         changes["train.start_from"] = best.checkpoint
-    return _variant(settings, circle.student.name, {**changes, **circle.student.overrides}, "selftrain.student")
+    return _variant(settings, circle.student, len(teachers), changes)
 
 
 def _brief(score: Score) -> dict[str, Any]:
@@ -180,7 +176,7 @@ def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "recall", "precision", "F", "F, small words aside")
+    table = Table("", "recall", "precision", "F", "F, large")
     rows = [*summary["teachers"], {"name": "pseudo labels", **summary["pseudo_labels"]}, summary["student"]]
     best = max((row["hmean"] for row in [*summary["teachers"], summary["student"]]), default=0.0)
     for row in rows:

@@ -347,11 +347,11 @@ class SyntheticSettings(_Settings):
 
 
 class TeacherSettings(_Settings):
-    """What one teacher does differently; every key under model, data and train may be changed."""
+    """What one model of the circle does differently; train.seed differs by itself."""
 
     name: str
     overrides: dict[str, Any] = {}
-    """Dotted keys of the tree -> values, e.g. {'train.seed': 1}."""
+    """Dotted keys under model, data, train and cluster -> values, e.g. {'model.backbone.name': 'resnet50'}."""
 
 
 class SelfTrainSettings(_Settings):

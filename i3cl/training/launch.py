@@ -177,7 +177,8 @@ def _claim(run: str, settings: Settings) -> None:
     if not storage.exists(path):
         storage.write_text_atomic(path, to_yaml(settings))
         return
-    there = yaml.safe_load(storage.read_text(path))
+    # Through the tree, so that a setting which is newer than that run counts with its default.
+    there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
     here = settings.model_dump(mode="json")
     for section in _IDENTITY:
         difference = _first_difference(there.get(section), here[section], section)
