@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled bytecode halves the start of every Ray worker; some shells switch it off.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup quickstart test test-slow test-gpu lint benchmark clean
+.PHONY: setup quickstart test test-gpu lint benchmark clean
 
 setup: .venv/ready
 
@@ -20,10 +20,7 @@ quickstart: setup
 	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
