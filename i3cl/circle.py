@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from i3cl import storage
 from i3cl.config import Settings, TeacherSettings, UserError, with_overrides
+from i3cl.data.coco import Dataset, read_coco
 from i3cl.data.ingest import read_source
 from i3cl.data.predictions import member_predictions
-from i3cl.evaluation.score import Score, measure
+from i3cl.evaluation.score import Measured, Score, measure
 from i3cl.job import duration
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import fused_images, make_pseudo_labels
-from i3cl.training.launch import TrainResult, train_all
+from i3cl.labelling.pseudo import make_pseudo_labels
+from i3cl.training.launch import TrainResult, claim, train_all
 
 
 class Stages:
@@ -58,6 +61,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad)
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
+    claim(run, settings, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
     with stages("teachers"):
         names = [teacher.name for teacher in settings.selftrain.teachers]
         variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
@@ -90,8 +94,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         pseudo_measured = None
         if settings.selftrain.unlabelled_truth is not None:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
-            fused = {i.image_id: (i.fused.polygons, i.fused.scores) for i in fused_images(predictions, settings.label)}
-            pseudo_measured = measure("pseudo labels", truth.records, fused, settings.evaluate)
+            pseudo_measured = _measure_labels(truth, read_coco(pseudo, unlabelled.images_root), settings)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
         "student": _brief(measured[settings.selftrain.student.name].score),
@@ -123,6 +126,15 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         )
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _measure_labels(truth: Dataset, labels: Dataset, settings: Settings) -> Measured:
+    """The pseudo labels as the student gets them, all of them: their thresholds are chosen already."""
+    found = {}
+    for record in labels.records:
+        kept = [i for i in record.instances if not i.ignore]
+        found[record.id] = ([i.polygon for i in kept], np.array([i.score for i in kept], np.float32))
+    return measure("pseudo labels", truth.records, found, settings.evaluate.model_copy(update={"score_threshold": 0.0}))
 
 
 def use_synthetic(settings: Settings, folder: str) -> Settings:
@@ -166,9 +178,7 @@ def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, 
 
 
 def _brief(score: Score) -> dict[str, Any]:
-    return {
-        key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items() if key != "rules"
-    }
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items() if key != "rules"}
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -188,6 +198,4 @@ def print_table(summary: dict[str, Any]) -> None:
         table.add_row(row["name"], *numbers, style=mark)
     Console().print(table)
     labels = summary["pseudo_labels"]
-    print(
-        f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}"
-    )
+    print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")

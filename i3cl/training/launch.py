@@ -18,6 +18,7 @@ from i3cl.data.ingest import mix, read_source
 from i3cl.job import connect, duration
 
 _IDENTITY = ("model", "data", "train", "evaluate")
+"""Sections of the settings that make two trainings the same one."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def train(settings: Settings) -> TrainResult:
 def train_all(runs: list[Settings]) -> list[TrainResult]:
     """Several runs, side by side where the cluster holds them (cluster.parallel_runs), in the order given. As `train`."""
     runs = [_located(settings) for settings in runs]
-    for settings in runs:
-        _claim(_run(settings), settings)
     todo = [settings for settings in runs if not _done(settings)]
     for settings in todo:
         _check_data(settings)
+    for settings in runs:
+        claim(_run(settings), settings, _IDENTITY)
     if todo:
         connect()
         import ray
@@ -171,8 +172,8 @@ def _fit(settings: Settings) -> str | None:
     return None
 
 
-def _claim(run: str, settings: Settings) -> None:
-    """Write the settings into a new run directory; refuse one that another recipe has begun."""
+def claim(run: str, settings: Settings, sections: tuple[str, ...]) -> None:
+    """Write the settings into a new run directory; UserError for one that was begun with others in these sections."""
     path = storage.join(run, "settings.yaml")
     if not storage.exists(path):
         storage.write_text_atomic(path, to_yaml(settings))
@@ -180,7 +181,7 @@ def _claim(run: str, settings: Settings) -> None:
     # Through the tree, so that a setting which is newer than that run counts with its default.
     there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
     here = settings.model_dump(mode="json")
-    for section in _IDENTITY:
+    for section in sections:
         difference = _first_difference(there.get(section), here[section], section)
         if difference:
             raise UserError(f"{run}: holds a run with other settings ({difference}); give another name=… or remove it")

@@ -68,9 +68,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             return
         folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
         trainer.save(folder)
-        ray.train.report(
-            metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}"
-        )
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}")
         shutil.rmtree(folder, ignore_errors=True)
 
     try:
@@ -134,9 +132,7 @@ class MetricsLog:
         """Write everything so far, whole."""
         if not self.enabled:
             return
-        storage.write_text_atomic(
-            storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows)
-        )
+        storage.write_text_atomic(storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._events is not None:
             self._events.flush()
             if storage.is_remote(self.run):
@@ -313,9 +309,7 @@ class Trainer:
         every, large = IouMetric(evaluate.iou, evaluate.matching), IouMetric(evaluate.iou, evaluate.matching)
         for image_id, truths, ignore, polygons, scores in found:
             every.update(image_id, truths, ignore, polygons, scores)
-            large.update(
-                image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores
-            )
+            large.update(image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores)
         best, best_large = every.summary(evaluate.score_threshold), large.summary(evaluate.score_threshold)
         return {
             "hmean": best.hmean,

@@ -15,7 +15,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_on_a_gpu_keep_the_weights_finite(tiny_settings, tmp_path, precision):
-    settings = with_overrides(tiny_settings, {"train.precision": precision, "train.steps": 4, "train.checkpoint_every": 4}, "test")
+    changes = {"train.precision": precision, "train.steps": 4, "train.checkpoint_every": 4}
+    settings = with_overrides(tiny_settings, changes, "test")
     model = I3CL(settings.model).cuda()
     trainer = Trainer(settings, model, torch.device("cuda"), 0, 1, str(tmp_path / "run"))
     trainer.run(lambda metrics, step: None)
@@ -36,6 +37,9 @@ def test_losses_on_a_gpu_are_those_on_a_cpu(tiny_settings, tmp_path):
         model.to(device)
         # The same candidates on both devices: the two generators draw differently.
         model.proposals.choose = model.heads.choose = lambda candidates, count: candidates[:count]
-        targets = [{k: [m.to(device) for m in v] if isinstance(v, list) else v.to(device) for k, v in t.items()} for _, t in pairs]
+        targets = [
+            {k: [m.to(device) for m in v] if isinstance(v, list) else v.to(device) for k, v in target.items()}
+            for _, target in pairs
+        ]
         results.append({k: float(v) for k, v in model([image.to(device) for image, _ in pairs], targets).items()})
     assert results[1] == pytest.approx(results[0], rel=1e-2)
