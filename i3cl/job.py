@@ -72,20 +72,21 @@ def connect() -> None:
         key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))
     }
     silent: dict[str, Any] = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": workers_env}, **silent)
-    else:
+    environment = {"env_vars": workers_env}
+    local: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
         # More logical CPUs than cores: on a laptop Ray Data's decoding shares the cores with a training worker that reserves
         # them, and a cluster without a free logical CPU would wait for ever.
-        cores = os.cpu_count() or 1
-        ray.init(
-            num_cpus=max(8, 2 * cores),
-            runtime_env={"env_vars": workers_env},
-            include_dashboard=False,
-            object_store_memory=1 << 30,
-            **silent,
-        )
-    where = os.environ.get("RAY_ADDRESS", "started here")
+        local = {"num_cpus": max(8, 2 * (os.cpu_count() or 1)), "include_dashboard": False, "object_store_memory": 1 << 30}
+    try:
+        ray.init(runtime_env=environment, **local, **silent)
+    except ValueError as error:
+        # Ray found a cluster that `ray start` left on this machine; its size is its own.
+        if not local or "existing cluster" not in str(error):
+            raise
+        ray.init(runtime_env=environment, **silent)
+        local = {}
+    where = "started here" if local else ray.get_runtime_context().gcs_address
     print(
         f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "
         f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)",
