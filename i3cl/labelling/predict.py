@@ -109,7 +109,8 @@ def _read(path: str) -> np.ndarray | str:
 def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: str, title: str) -> str:
     """Write the members' predictions for every image of `dataset` as Parquet parts under `out`; return `out`.
 
-    The folder appears whole when all images are done; a second call returns at once. UserError when there is no member, or
+    done.json is written last: a folder without it is begun anew, one with it is returned at once.
+    UserError when there is no member, or
     when a larger share of the images than label.max_error_share cannot be read.
     """
     if not members:

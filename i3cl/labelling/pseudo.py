@@ -24,18 +24,13 @@ class FusedImage:
     fused: FusedInstances
 
 
-def fused_images(predictions: str, settings: LabelSettings, members: set[str] | None = None) -> Iterator[FusedImage]:
-    """Every readable image of a predictions folder with its members fused; `members` limits who takes part (None = all)."""
-    weights = settings.fusion.member_weights
+def fused_images(predictions: str, settings: LabelSettings) -> Iterator[FusedImage]:
+    """Every readable image of a predictions folder with its members fused."""
     for rows in read_predictions(predictions):
         first = rows[0]
         if first["error"] is not None:
             continue
-        parts = [
-            MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"]), weights.get(row["member"], 1.0))
-            for row in rows
-            if members is None or row["member"] in members
-        ]
+        parts = [MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"])) for row in rows]
         fused = fuse(parts, settings.fusion)
         yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused)
 
