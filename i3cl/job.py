@@ -10,24 +10,60 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from i3cl.config import Settings, UserError, load_settings, to_yaml
 
 Work = Callable[[Settings, argparse.Namespace], None]
+Arguments = Callable[[argparse.ArgumentParser], None]
 
 
-def run(work: Work, description: str, arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
-    """Parse ``--config FILE [key=value …] [--dry-run]``, call `work`, end the process with the status above."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True)
+class Command:
+    """One of a job's commands: ``python jobs/NAME.py COMMAND …``."""
+
+    work: Work
+    description: str
+    arguments: Arguments | None = None
+
+
+def run_commands(commands: Mapping[str, Command], description: str) -> None:
+    """As `run`, for a job whose first argument names what to do; without one, the list of commands."""
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {name:{width}}  {command.description}" for name, command in commands.items())
+    parser = argparse.ArgumentParser(
+        description=f"{description}\n\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=commands, metavar="COMMAND")
+    name = parser.parse_args(sys.argv[1:2]).command
+    chosen = commands[name]
+    run(chosen.work, chosen.description, chosen.arguments, argv=sys.argv[2:], prog=f"{Path(sys.argv[0]).name} {name}")
+
+
+def run(
+    work: Work,
+    description: str,
+    arguments: Arguments | None = None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Parse ``--config FILE [key=value …] [--dry-run]``, call `work`, end the process with the status above.
+
+    argv, prog: arguments and name in messages; None: the process's own.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
     parser.add_argument("--skip-bad", action="store_true", help="list and count bad images and annotations, and go on")
     if arguments:
         arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(argv)
     try:
         settings = load_settings(options.config, options.overrides)
         if options.skip_bad:

@@ -1,12 +1,12 @@
-"""Make data: `synthetic` writes a labelled, an unlabelled and a validation set of synthetic scene text."""
+"""Make data and starting weights; every command has its own --help."""
 
 import argparse
 
 from i3cl.config import Settings, SyntheticSettings
-from i3cl.job import run
+from i3cl.job import Command, run_commands
 
 
-def work(settings: Settings, options: argparse.Namespace) -> None:
+def synthetic(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.data.synthetic_set import write_synthetic_set
 
@@ -15,10 +15,13 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     print(f"data set: {out}")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("synthetic",))
+def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="local folder or s3:// URL")
 
 
+COMMANDS = {
+    "synthetic": Command(synthetic, "write a labelled, an unlabelled and a validation set of synthetic scene text", _out),
+}
+
 if __name__ == "__main__":
-    run(work, __doc__, arguments)
+    run_commands(COMMANDS, __doc__)
