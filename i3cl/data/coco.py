@@ -51,6 +51,10 @@ class Instance:
     """Fused score of a pseudo label, 0-1."""
     votes: int | None = None
     """Ensemble members that saw a pseudo label."""
+    text: str | None = None
+    """Transcription where the source has one; detection does not need it, people who review do."""
+    language: str | None = None
+    """Language or script as the source names it, e.g. 'Latin'."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +68,8 @@ class ImageRecord:
     """Pixels, as stored (EXIF orientation not applied)."""
     width: int
     instances: tuple[Instance, ...] = ()
+    source: str | None = None
+    """Data set that the image comes from, e.g. 'art'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ def read_coco(
         problems.append(Problem(error.kind, where, error.message))
 
     present = _PresentFiles(images_root) if check_files else None
-    heads: dict[int, tuple[str, int, int]] = {}
+    heads: dict[int, tuple[str, int, int, str | None]] = {}
     instances: dict[int, list[Instance]] = {}
     bad_images: set[int] = set()
     for position, image in enumerate(images):
@@ -175,7 +181,7 @@ def read_coco(
                 raise _Bad(
                     "unknown image", f"image_id {image_id} is not in images; add the image or remove this"
                 )
-            _, height, width = heads[image_id]
+            _, height, width, _ = heads[image_id]
             instance, mended = _instance(entry, categories, height, width)
             instances[image_id].append(instance)
             for kind, message in mended:
@@ -185,7 +191,7 @@ def read_coco(
         except _Bad as error:
             bad(f"{annotations}: {_named('annotation', entry, position)}", error)
 
-    records = tuple(ImageRecord(i, *head, tuple(instances[i])) for i, head in heads.items())
+    records = tuple(ImageRecord(i, *head[:3], tuple(instances[i]), head[3]) for i, head in heads.items())
     name = posixpath.basename(annotations.rstrip("/")).rsplit(".", 1)[0]
     return Dataset(name, images_root, records, tuple(problems))
 
@@ -265,7 +271,7 @@ def _identity(entry: Any, position: int) -> int:
     return identity
 
 
-def _image_head(image: dict[str, Any]) -> tuple[str, int, int]:
+def _image_head(image: dict[str, Any]) -> tuple[str, int, int, str | None]:
     name = _file_name(image.get("file_name"))
     sides = []
     for key in ("height", "width"):
@@ -275,7 +281,7 @@ def _image_head(image: dict[str, Any]) -> tuple[str, int, int]:
                 "image size", f"{key} is {_shown(image.get(key))}; write the pixels as a whole number from 1"
             )
         sides.append(side)
-    return name, sides[0], sides[1]
+    return name, sides[0], sides[1], _text(image, "source")
 
 
 _DRIVE_OR_URL = re.compile(r"^[A-Za-z]:|://")
@@ -320,6 +326,8 @@ def _instance(
         if votes is None or not 0 <= votes < 2**31:
             raise _Bad("type", f"votes is {_shown(entry['votes'])}; write a whole number from 0")
 
+    text, language = _text(entry, "text"), _text(entry, "language")
+
     mended: list[tuple[str, str]] = []
     segmentation = entry.get("segmentation")
     if isinstance(segmentation, dict):
@@ -345,7 +353,8 @@ def _instance(
             )
         polygon = inside
         mended.append(("clipped", f"partly outside the image of {width} x {height}; clipped to it"))
-    return Instance(polygon, ignore, 1.0 if lossweight is None else lossweight, score, votes), mended
+    weight = 1.0 if lossweight is None else lossweight
+    return Instance(polygon, ignore, weight, score, votes, text, language), mended
 
 
 def _largest_part(segmentation: Any, mended: list[tuple[str, str]]) -> NDArray[np.float32]:
@@ -486,6 +495,14 @@ def _number(entry: dict[str, Any], key: str, low: float, high: float, wanted: st
     return float(value)
 
 
+def _text(entry: dict[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _Bad("type", f"{key} is {_shown(value)}; write text")
+    # Half a surrogate pair is valid JSON but no Unicode text, and no table can hold it.
+    return value.encode("utf-8", "replace").decode() if value else value
+
+
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
@@ -523,9 +540,8 @@ def write_coco(path: str, records: Iterable[ImageRecord], info: Mapping[str, Any
         if record.id in seen:
             raise ValueError(f"two records have the id {record.id}")
         seen.add(record.id)
-        images.append(
-            {"id": record.id, "file_name": record.file_name, "height": record.height, "width": record.width}
-        )
+        image = {"id": record.id, "file_name": record.file_name, "height": record.height, "width": record.width}
+        images.append(image if record.source is None else {**image, "source": record.source})
         for instance in record.instances:
             annotations.append(_annotation(instance, len(annotations) + 1, record.id))
     content = {
@@ -557,6 +573,10 @@ def _annotation(instance: Instance, identity: int, image_id: int) -> dict[str, A
         entry["score"] = float(instance.score)
     if instance.votes is not None:
         entry["votes"] = int(instance.votes)
+    if instance.text is not None:
+        entry["text"] = instance.text
+    if instance.language is not None:
+        entry["language"] = instance.language
     return entry
 
 
@@ -569,6 +589,8 @@ _INSTANCE_TYPE = pa.struct(
         ("lossweight", pa.float32()),
         ("score", pa.float32()),
         ("votes", pa.int32()),
+        ("text", pa.string()),
+        ("language", pa.string()),
     ]
 )
 IMAGE_SCHEMA = pa.schema(
@@ -579,6 +601,7 @@ IMAGE_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("instances", pa.list_(_INSTANCE_TYPE)),
+        ("source", pa.string()),
     ]
 )
 """One row an image; `polygon` is flat x0, y0, x1, y1, ...; `path` is images root and `file_name` joined."""
@@ -600,11 +623,14 @@ def to_table(records: Sequence[ImageRecord], images_root: str) -> pa.Table:
                     "lossweight": i.lossweight,
                     "score": i.score,
                     "votes": i.votes,
+                    "text": i.text,
+                    "language": i.language,
                 }
                 for i in r.instances
             ]
             for r in records
         ],
+        "source": [r.source for r in records],
     }
     return pa.table(columns, schema=IMAGE_SCHEMA)
 
@@ -629,9 +655,12 @@ def record_from_row(row: Mapping[str, Any]) -> ImageRecord:
                 float(i["lossweight"]),
                 None if _absent(i["score"]) else float(i["score"]),
                 None if _absent(i["votes"]) else int(i["votes"]),
+                i["text"],
+                i["language"],
             )
             for i in instances
         ),
+        row["source"],
     )
 
 
@@ -667,7 +696,7 @@ def _entries_of_table(table: pa.Table, path: str) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for row in table.to_pylist():
-        images.append({"id": row["image_id"], **{k: row[k] for k in ("file_name", "height", "width")}})
+        images.append({"id": row["image_id"], **{k: row[k] for k in ("file_name", "height", "width", "source")}})
         instances = row["instances"]
         if instances is not None and not (
             isinstance(instances, list) and all(isinstance(i, dict) and "polygon" in i for i in instances)
