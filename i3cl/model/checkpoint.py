@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from i3cl.config import UserError
+from i3cl.model.original import to_our_names
 
 WEIGHTS = "weights.safetensors"
 SETTINGS = "settings.yaml"
 OPTIONAL = ("intra.", "heads.inter.")
 """Modules that may start from scratch on top of a detector trained without them."""
+
+_PLAIN = [argparse.Namespace]
+"""Harmless classes that training scripts of others store beside the tensors, added to those that torch allows by itself."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +74,37 @@ def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], setting
     return directory
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file or a torch file (weights only; 'state_dict' or 'model' inside is
-    opened).
+def read_tensors(path: str | os.PathLike[str], source: str | None = None) -> dict[str, Tensor]:
+    """Named tensors of a .safetensors file or a torch file ('state_dict' or 'model' inside is opened).
 
-    Raises UserError when the file does not exist, cannot be read or holds more than tensors.
+    source: the file's name in messages; None: the path. Nothing but tensors and plain containers is unpickled:
+    raises UserError when the file does not exist, cannot be read or holds other objects.
     """
-    path = Path(path)
+    path, source = Path(path), source or str(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{source}: no such weights file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+            raise UserError(f"{source}: not a readable safetensors file ({error})") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_PLAIN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0]})") from error
+        refused = re.search(r"GLOBAL:? ?`?([\w.]+)`?", str(error))
+        if refused:
+            raise UserError(
+                f"{source}: holds a {refused[1]} beside its tensors, which could run code and is not opened; whoever trusts "
+                f"the file can write its tensors alone: torch.save({{'state_dict': ...}}, ...)"
+            ) from error
+        raise UserError(f"{source}: cannot be read as a file of tensors ({str(error).splitlines()[0]})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise UserError(f"{path}: holds no named tensors")
+        raise UserError(f"{source}: holds no named tensors")
     return tensors
 
 
@@ -101,36 +114,39 @@ def load_tensors(
     """Copies the tensors whose name and shape fit into `module`.
 
     Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin
-    with one of `optional` are not counted.
+    with one of `optional` are not counted, nor are BatchNorm's counters, which some files leave out.
     """
     own = module.state_dict()
     loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
-    needed = {name for name in own if not name.startswith(optional)} if optional else set(own)
-    found = len(needed.intersection(loaded))
+    fitting = set(loaded)
+    weights = [name for name in own if not name.endswith("num_batches_tracked")]
+    needed = [name for name in weights if not optional or not name.startswith(optional)]
+    found = sum(name in fitting for name in needed)
     if 2 * found < len(needed):
         raise UserError(
-            f"{source}: only {found} of the network's {len(needed)} tensors fit; is it another network's?"
+            f"{source}: only {found} of the network's {len(needed)} tensors are in it; its names look like "
+            f"'{_example(tensors)}', the network's like '{_example(own)}'. Is it another network's?"
         )
-    fitting = set(loaded)
     module.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return LoadReport(
         loaded,
-        [name for name in own if name not in fitting],
+        [name for name in weights if name not in fitting],
         [name for name in tensors if name not in fitting],
     )
 
 
+def _example(names: Mapping[str, Tensor]) -> str:
+    """A name from the middle, which says more than the first: that is often a stem's."""
+    return list(names)[len(names) // 2] if names else ""
+
+
 def load_weights(model: nn.Module, source: str | os.PathLike[str]) -> LoadReport:
-    """Loads a checkpoint directory or a weights file (ours, or one of the original release) into the model.
+    """Loads a checkpoint directory or a weights file (ours, the original release's, torchvision's) into the model.
 
-    Raises UserError when nothing readable is there or less than half of the model's tensors fit.
+    Raises UserError when nothing readable is there, it computes otherwise, or less than half of the model's
+    tensors fit.
     """
-    from i3cl.model.original import from_original, is_original
-
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
-    tensors = read_tensors(path)
-    if is_original(tensors):
-        tensors = from_original(tensors)
-    return load_tensors(model, tensors, str(path), OPTIONAL)
+    return load_tensors(model, to_our_names(read_tensors(path), str(path)), str(path), OPTIONAL)

@@ -47,6 +47,10 @@ class I3CL(nn.Module):
         self.register_buffer("mean", torch.tensor(settings.mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings.std).reshape(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
+        if settings.compile != "none":
+            # In place: the tensors keep their names, and a copy of the network is not tied to this one's code.
+            self.backbone.compile(backend=settings.compile)
+            self.pyramid.compile(backend=settings.compile)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None

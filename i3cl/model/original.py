@@ -1,19 +1,40 @@
-"""Names of the original release's tensors and ours, both ways."""
+"""Names of tensors: the original release's and ours, both ways; torchvision's Mask R-CNN's into ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from i3cl.config import UserError
 from i3cl.model.intra import ROUNDS
+from i3cl.model.vitae import STAGES, WINDOW
 
 LEVELS = 5
 """Pyramid levels, each with an intra-instance block."""
 
 
+UNUSED = ("relative_position_bias_table", "relative_position_index")
+"""Last parts of the names of ViTAE tensors that the original stores and never reads."""
+
+
+def _vitae_prefixes() -> list[tuple[str, str]]:
+    pairs = []
+    for i, stage in enumerate(STAGES):
+        theirs, ours = f"backbone.layers.{i}.RC.", f"backbone.body.stages.{i}.0."
+        pairs += [(f"{theirs}PRM.convs.{j}.0.", f"{ours}pyramid.{j}.") for j in range(len(stage.dilations))]
+        pairs += [(theirs + "PCM.", ours + "conv.")]
+        pairs += [(theirs + "attn.attn.", ours + "attention."), (theirs + "attn.", ours)]
+        for j in range(stage.depth):
+            theirs, ours = f"backbone.layers.{i}.NC.{j}.", f"backbone.body.stages.{i}.{j + 1}."
+            pairs += [(theirs + "PCM.", ours + "conv."), (theirs + "attn.", ours + "attention."), (theirs, ours)]
+    return pairs
+
+
 def _prefixes() -> list[tuple[str, str]]:
-    pairs = [("backbone.", "backbone.body.")]
+    """(theirs, ours), the more special of two that fit first."""
+    pairs = [*_vitae_prefixes(), ("backbone.", "backbone.body.")]
     for i in range(4):
         pairs += [
             (f"neck.lateral_convs.{i}.conv.", f"pyramid.lateral.{i}."),
@@ -76,15 +97,62 @@ def original_name(name: str) -> str:
     raise KeyError(name)
 
 
+def to_our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A detector's state dict under our names, whoever named it: us, the original release, or torchvision.
+
+    Names that nobody here knows stay. Raises UserError, naming `source`, for a detector that computes otherwise.
+    """
+    for wrapper in ("module.", "model."):
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    if any(name.startswith("backbone.bottom_up.") for name in state):
+        raise UserError(
+            f"{source}: is a detectron2 model; those expect BGR input on another scale and may stride in another "
+            "convolution, which the file does not say. Start from a checkpoint of the original release or of torchvision"
+        )
+    if is_original(state):
+        return from_original(state)
+    if is_torchvision(state):
+        return from_torchvision(state)
+    return dict(state)
+
+
 def is_original(names: Mapping[str, object]) -> bool:
-    """Whether a state dict is named as the original release names it."""
+    """Whether a state dict is named as the original release (and mmdetection) names it."""
     return any(name.startswith("roi_head.") for name in names)
 
 
-def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original state dict under our names; tensors that the network does not have keep their name."""
+def is_torchvision(names: Mapping[str, object]) -> bool:
+    """Whether a state dict is named as torchvision's detectors with a feature pyramid."""
+    return any(name.startswith("backbone.fpn.") for name in names)
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Backbone and pyramid of torchvision's Mask R-CNN under our names; the rest keeps its name, as it computes otherwise.
+
+    Its anchors are rounded, its RoIAlign has no half-pixel shift, its background is the first class. A pyramid
+    with BatchNorm (the second version's) is left too.
+    """
+    plain = not any(name.startswith("backbone.fpn.inner_blocks.0.1.") for name in state)
     renamed = {}
     for name, tensor in state.items():
+        parts = name.split(".")
+        ours = {"inner_blocks": "lateral", "layer_blocks": "output"}.get(parts[2] if len(parts) > 2 else "")
+        if plain and ours is not None and parts[:2] == ["backbone", "fpn"]:
+            name = f"pyramid.{ours}.{parts[3]}.{parts[-1]}"
+        renamed[name] = tensor
+    return renamed
+
+
+def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An original state dict under our names.
+
+    The unused tensors (`UNUSED`) are left out; others that the network does not have keep their name.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        if name.endswith(UNUSED):
+            continue
         try:
             renamed[our_name(name)] = tensor
         except KeyError:
@@ -92,9 +160,35 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the original's names. KeyError on a tensor that the original does not have."""
-    return {original_name(name): tensor for name, tensor in state.items()}
+def to_original(state: Mapping[str, Tensor], unused: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Our state dict under the original's names, complete. KeyError on a tensor that the original does not have.
+
+    The original's loader wants the tensors of `UNUSED` too: they are taken from `unused` (original names) where
+    it has them, else the index is computed and the table, whose values change nothing, is zero.
+    """
+    renamed = {original_name(name): tensor for name, tensor in state.items()}
+    given = unused or {}
+    for name, qkv in list(renamed.items()):
+        parts = name.split(".")
+        if parts[:2] != ["backbone", "layers"] or parts[-2:] != ["qkv", "weight"]:
+            continue
+        stage = STAGES[int(parts[2])]
+        if not stage.windowed:
+            continue
+        heads = stage.reduction_heads if parts[3] == "RC" else stage.heads
+        blank = {UNUSED[0]: qkv.new_zeros((2 * WINDOW - 1) ** 2, heads), UNUSED[1]: relative_position_index()}
+        for last, tensor in blank.items():
+            whole = ".".join([*parts[:-2], last])
+            renamed[whole] = given.get(whole, tensor)
+    return renamed
+
+
+def relative_position_index() -> Tensor:
+    """(49, 49) int64: row of the bias table for each pair of a window's tokens, as Swin (arXiv 2103.14030) counts them."""
+    y, x = torch.meshgrid(torch.arange(WINDOW), torch.arange(WINDOW), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    down, across = y[:, None] - y[None] + WINDOW - 1, x[:, None] - x[None] + WINDOW - 1
+    return down * (2 * WINDOW - 1) + across
 
 
 def cut_classes(state: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:

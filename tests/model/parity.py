@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from i3cl.config import ModelSettings
+from i3cl.config import BackboneSettings, ModelSettings
 from i3cl.model.network import I3CL
 from i3cl.model.original import from_original
 
@@ -36,6 +36,11 @@ def first(candidates: Tensor, count: int) -> Tensor:
 
 
 CHOICES = {"strided": strided, "first": first}
+BACKBONES = {
+    "r50": BackboneSettings(),
+    "vitae": BackboneSettings(name="vitaev2_s", frozen_stages=0, norm_eval=False),
+}
+"""As the original's recipes train them."""
 
 
 class Parity:
@@ -46,6 +51,7 @@ class Parity:
         if not (self.directory / "spec.json").is_file():
             pytest.skip(f"no parity data in {self.directory}; set I3CL_SHARED")
         self.spec = self.json("spec.json")
+        self._weights: dict[str, dict[str, Tensor]] = {}
 
     def json(self, name: str) -> Any:
         return json.loads((self.directory / name).read_text())
@@ -62,19 +68,21 @@ class Parity:
         spec.loader.exec_module(module)
         return module
 
-    @cached_property
-    def r50_weights(self) -> dict[str, Tensor]:
-        """Original names -> tensors."""
-        arrays = self.maker.weights(
-            self.json("state_dict_r50.json"), self.spec["weight_seed"], self.spec["background_bias"]["r50"]
-        )
-        assert self.maker.checksum(arrays) == self.spec["weights_crc32"]["r50"]
-        return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    def weights(self, network: str) -> dict[str, Tensor]:
+        """Original names -> tensors of 'r50' or 'vitae'; what the generator leaves to the architecture is absent."""
+        if network not in self._weights:
+            arrays = self.maker.weights(
+                self.json(f"state_dict_{network}.json"), self.spec["weight_seed"], self.spec["background_bias"][network]
+            )
+            assert self.maker.checksum(arrays) == self.spec["weights_crc32"][network]
+            self._weights[network] = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        return self._weights[network]
 
-    def r50(self, **settings: Any) -> I3CL:
-        """The ResNet-50 network with the recorded weights and no dropout."""
-        model = I3CL(ModelSettings(inter_dropout=0.0, **settings))
-        model.load_state_dict(from_original(self.r50_weights))
+    def network(self, network: str, **settings: Any) -> I3CL:
+        """The network with the recorded weights and nothing random in it."""
+        backbone = BACKBONES[network].model_copy(update={"drop_path": 0.0})
+        model = I3CL(ModelSettings(backbone=backbone, inter_dropout=0.0, **settings))
+        model.load_state_dict(from_original(self.weights(network)))
         return model
 
     def image(self, spec: dict[str, int]) -> Tensor:

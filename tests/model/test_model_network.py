@@ -261,7 +261,7 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))  # type: ignore[return-value]
 
     torch.save({"state_dict": Trap()}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="plain tensors"):
+    with pytest.raises(UserError, match="bad.pth: holds a .* is not opened"):
         load_weights(build(), tmp_path / "bad.pth")
     assert not (tmp_path / "sprung").exists()
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from i3cl.model.align import RegionReader
 from i3cl.model.heads import paste_masks
 from i3cl.model.network import I3CL, padded_size
-from i3cl.model.original import from_original, original_name, our_name, to_original
+from i3cl.model.original import UNUSED, from_original, original_name, our_name, to_original
 from i3cl.model.targets import mask_targets, read_truths
 
-CASES = (
-    "one_plain", "one_weighted", "one_zero", "two_plain", "two_weighted", "onefirst_plain", "onefirst_weighted"
-)
+CASES = [
+    *(("r50", case) for case in (
+        "one_plain", "one_weighted", "one_zero", "two_plain", "two_weighted", "onefirst_plain", "onefirst_weighted"
+    )),
+    ("vitae", "one_plain"), ("vitae", "one_weighted"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +27,40 @@ def parity() -> Parity:
     return Parity()
 
 
+@pytest.fixture(scope="module", params=["r50", "vitae"])
+def network(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model(parity: Parity) -> I3CL:
-    return parity.r50().eval()
+def model(parity: Parity, network: str) -> I3CL:
+    return parity.network(network).eval()
 
 
 @pytest.fixture
-def fresh(parity: Parity, model: I3CL) -> I3CL:
+def fresh(parity: Parity, model: I3CL, network: str) -> I3CL:
     """The network as loaded, without gradients."""
-    model.load_state_dict(from_original(parity.r50_weights))
+    model.load_state_dict(from_original(parity.weights(network)))
     model.zero_grad(set_to_none=True)
     return model.eval()
 
 
-def test_every_original_name_has_its_place(parity: Parity, model: I3CL) -> None:
-    names = [name for name, _, _ in parity.json("state_dict_r50.json")]
-    shapes = {name: shape for name, shape, _ in parity.json("state_dict_r50.json")}
+def test_every_original_name_has_its_place(parity: Parity, network: str, model: I3CL) -> None:
+    entries = parity.json(f"state_dict_{network}.json")
+    names = [name for name, _, _ in entries if not name.endswith(UNUSED)]
     ours = model.state_dict()
     assert {our_name(name) for name in names} == set(ours)
     assert [original_name(our_name(name)) for name in names] == names
-    assert {name: list(tensor.shape) for name, tensor in to_original(ours).items()} == shapes
+    theirs = to_original(ours)
+    assert {name: list(tensor.shape) for name, tensor in theirs.items()} == {name: shape for name, shape, _ in entries}
+    assert {name: str(tensor.dtype) for name, tensor in theirs.items()} == {n: f"torch.{d}" for n, _, d in entries}
+
+
+def test_original_tensors_come_back_bit_by_bit(parity: Parity, network: str) -> None:
+    weights = parity.weights(network)
+    back = to_original(from_original(weights), unused=weights)
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+    assert {name.rpartition(".")[2] for name in back.keys() - weights.keys()} <= {"relative_position_index"}
 
 
 @pytest.mark.parametrize("level", [0, 4])
@@ -88,8 +105,15 @@ def test_inter_block(parity: Parity, fresh: I3CL) -> None:
 
 
 @torch.no_grad()
-def test_feature_maps(parity: Parity, fresh: I3CL) -> None:
-    recorded = parity.npz("maps_r50.npz")
+def test_feature_maps(parity: Parity, network: str, fresh: I3CL) -> None:
+    recorded = parity.npz(f"maps_{network}.npz")
+    cells: dict[str, Tensor] = {}
+    if network == "vitae":
+        for i, stage in enumerate(fresh.backbone.body.stages):
+            for name, cell in zip(("reduction", "normal0", "normal1"), stage, strict=False):
+                cell.register_forward_hook(
+                    lambda _cell, _inputs, y, key=f"stage{i}.{name}": cells.update({key: y.permute(0, 3, 1, 2)})
+                )
     batch = fresh.batch([parity.image(parity.spec["image_a"])])
     assert relative_error(batch[0, :, :4, :6], recorded["input_corner"]) < 1e-6
     backbone = fresh.backbone(batch)
@@ -97,6 +121,8 @@ def test_feature_maps(parity: Parity, fresh: I3CL) -> None:
     for name, maps in (("backbone", backbone), ("fpn", pyramid), ("intra", fresh.features(batch))):
         for i, x in enumerate(maps):
             assert map_error(x, recorded, f"{name}{i}") < 2e-5, (name, i)
+    for name, x in cells.items():
+        assert map_error(x, recorded, name) < 2e-5, name
 
 
 def as_sets_apart(first: np.ndarray, second: np.ndarray) -> float:
@@ -106,16 +132,18 @@ def as_sets_apart(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def scene_b(parity: Parity, model: I3CL) -> tuple[list[Tensor], tuple[int, int]]:
-    model.load_state_dict(from_original(parity.r50_weights))
+def scene_b(parity: Parity, network: str, model: I3CL) -> tuple[list[Tensor], tuple[int, int]]:
+    model.load_state_dict(from_original(parity.weights(network)))
     spec = parity.spec["image_b"]
     with torch.no_grad():
         return model.eval().features(model.batch([parity.image(spec)])), (spec["height"], spec["width"])
 
 
 @torch.no_grad()
-def test_proposals(parity: Parity, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]) -> None:
-    recorded = parity.npz("detect_r50.npz")
+def test_proposals(
+    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
+) -> None:
+    recorded = parity.npz(f"detect_{network}.npz")
     levels, size = scene_b
     logits, offsets = fresh.proposals.predict(levels)
     for kind, maps in (("cls", logits), ("reg", offsets)):
@@ -139,9 +167,9 @@ def test_proposals(parity: Parity, fresh: I3CL, scene_b: tuple[list[Tensor], tup
 
 @torch.no_grad()
 def test_heads_on_fixed_regions(
-    parity: Parity, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
+    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
 ) -> None:
-    recorded = parity.npz("detect_r50.npz")
+    recorded = parity.npz(f"detect_{network}.npz")
     levels, _ = scene_b
     regions = torch.from_numpy(recorded["fixed_rois"])
     reader = RegionReader(levels)
@@ -163,9 +191,11 @@ def test_heads_on_fixed_regions(
 
 
 @torch.no_grad()
-def test_detections(parity: Parity, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]) -> None:
+def test_detections(
+    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
+) -> None:
     codec = pytest.importorskip("pycocotools.mask")
-    recorded, text = parity.npz("detect_r50.npz"), parity.json("detect_r50.json")
+    recorded, text = parity.npz(f"detect_{network}.npz"), parity.json(f"detect_{network}.json")
     levels, size = scene_b
     found = fresh.heads.detect(levels, fresh.proposals.propose(levels, [size]), [size])[0]
     assert relative_error(found["boxes"], recorded["det.plain.boxes"]) < 1e-4
@@ -186,10 +216,10 @@ def test_detections(parity: Parity, fresh: I3CL, scene_b: tuple[list[Tensor], tu
             assert different <= 3 or 1 - different / np.count_nonzero(mask | wanted) > 0.99
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_training_losses(parity: Parity, fresh: I3CL, case: str) -> None:
-    recorded = parity.json("train_r50.json")[case]
-    plain = parity.npz(f"train_r50_{case.split('_')[0]}_plain.npz")
+@pytest.mark.parametrize(("network", "case"), CASES, indirect=["network"])
+def test_training_losses(parity: Parity, network: str, fresh: I3CL, case: str) -> None:
+    recorded = parity.json(f"train_{network}.json")[case]
+    plain = parity.npz(f"train_{network}_{case.split('_')[0]}_plain.npz")
     specs = [parity.spec["train"][i] for i in recorded["images"]]
     weights = recorded["lossweight"] or [None] * len(specs)
     targets = [parity.target(s, w) for s, w in zip(specs, weights, strict=True)]

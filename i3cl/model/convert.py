@@ -1,0 +1,90 @@
+"""A checkpoint of ours from a weights file of the original release."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from i3cl import storage
+from i3cl.config import BackboneSettings, ModelSettings, Settings, UserError, to_yaml
+from i3cl.model.checkpoint import load_tensors, read_tensors, save_checkpoint
+from i3cl.model.network import I3CL
+from i3cl.model.original import UNUSED, cut_classes, to_our_names
+
+RESNETS = {
+    ((3, 4, 6, 3), 64): "resnet50",
+    ((3, 4, 23, 3), 64): "resnet101",
+    ((3, 4, 23, 3), 8): "resnext101",
+    ((3, 8, 36, 3), 8): "resnext151",
+}
+"""(Blocks of each stage, channels that each group of the first 3x3 convolution reads) -> name."""
+
+
+def convert_original(source: str, out: str, classes: int | None = None) -> str:
+    """Writes the checkpoint directory `out` (local or s3://) from a weights file and says in one line what it is.
+
+    source: an original I3CL checkpoint or one of an mmdetection Mask R-CNN, local or s3://; backbone, blocks
+    and classes are recognised by the names and shapes of its tensors. classes: keep only the first ones. Raises
+    UserError when the file is no such checkpoint, is not complete, or has fewer classes, and when `out` exists.
+    """
+    with storage.local_copy(source) as path:
+        state = read_tensors(path, source)
+    tensors = to_our_names(state, source)
+    settings = recognise(tensors, source)
+    if classes is not None:
+        if not 1 <= classes <= settings.num_classes:
+            raise UserError(f"--classes {classes}: {source} has {settings.num_classes}; give 1 to {settings.num_classes}")
+        tensors = cut_classes(tensors, classes)
+    before, settings = settings.num_classes, settings.model_copy(update={"num_classes": classes or settings.num_classes})
+    model = I3CL(settings)
+    report = load_tensors(model, tensors, source)
+    if report.missing:
+        raise UserError(f"{source}: is not complete: {len(report.missing)} tensors are not in it ({report.missing[0]}, ...)")
+    with storage.atomic_directory(out) as folder:
+        save_checkpoint(model, folder, to_yaml(Settings(name="converted", model=settings)))
+    blocks = [name for name, there in (("intra", settings.intra), ("inter", settings.inter)) if there]
+    text = f"{settings.backbone.name}, {settings.num_classes} classes, "
+    text += f"{' and '.join(blocks) or 'neither intra nor inter'} block{'s' * (len(blocks) != 1)}: {report}"
+    unused = sum(name.endswith(UNUSED) for name in state)
+    if unused:
+        text += f"; {unused} that nothing computes with are left out"
+    if settings.num_classes < before:
+        text += (
+            f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose thresholds anew"
+        )
+    return text
+
+
+def recognise(tensors: Mapping[str, Tensor], source: str) -> ModelSettings:
+    """The network that tensors under our names belong to. Raises UserError, naming `source`, for an unknown one."""
+    logits = tensors.get("heads.mask.logits.bias")
+    if logits is None:
+        raise UserError(
+            f"{source}: is no checkpoint of the original release or of an mmdetection Mask R-CNN; a torchvision Mask R-CNN "
+            "can be given to train.start_from, an image network to model.backbone.weights"
+        )
+    return ModelSettings(
+        backbone=_backbone(tensors, source),
+        num_classes=len(logits),
+        intra=any(name.startswith("intra.") for name in tensors),
+        inter=any(name.startswith("heads.inter.") for name in tensors),
+    )
+
+
+def _backbone(tensors: Mapping[str, Tensor], source: str) -> BackboneSettings:
+    body = "backbone.body."
+    if f"{body}stages.0.0.pyramid.0.weight" in tensors:
+        return BackboneSettings(name="vitaev2_s", frozen_stages=0, norm_eval=False)
+    blocks = [
+        len({m[1] for name in tensors if (m := re.match(rf"backbone\.body\.layer{i}\.(\d+)\.", name))}) for i in range(1, 5)
+    ]
+    convolution = tensors.get(f"{body}layer1.0.conv2.weight")
+    name = RESNETS.get((tuple(blocks), convolution.shape[1])) if convolution is not None else None  # type: ignore[call-overload]
+    if name is None:
+        raise UserError(
+            f"{source}: its image network is not known here (blocks a stage {blocks}); known are ViTAEv2-S, "
+            f"{', '.join(RESNETS.values())}"
+        )
+    return BackboneSettings(name=name)

