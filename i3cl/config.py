@@ -130,13 +130,15 @@ class ModelSettings(_Settings):
     """Detections kept per image."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelSettings:
+    def _fits_together(self) -> ModelSettings:
         if (9 * self.inter_channels) % self.inter_heads:
             raise ValueError(
                 f"inter_heads: {self.inter_heads} does not divide 9 * inter_channels = {9 * self.inter_channels}"
             )
         if not self.rpn_negative_iou <= self.rpn_positive_iou:
             raise ValueError("rpn_negative_iou: must not be above rpn_positive_iou")
+        if self.compile != "none" and self.backbone.checkpointing:
+            raise ValueError("compile: recomputes by itself; set backbone.checkpointing to false")
         return self
 
 

@@ -1,14 +1,54 @@
-"""Times the network: python jobs/benchmark.py step --runs 7"""
+"""Times the network; every command has its own --help."""
 
 import argparse
+import sys
+
+
+def step(options: argparse.Namespace) -> str:
+    from i3cl.model.benchmark import step_report
+
+    return step_report(options.runs, options.side, options.threads)
+
+
+def model(options: argparse.Namespace) -> str:
+    import torch
+
+    from i3cl.config import BackboneSettings, ModelSettings, UserError
+    from i3cl.model.benchmark import model_report
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    torch.set_num_threads(options.threads)
+    trained = {"frozen_stages": 0, "norm_eval": False} if options.backbone == "vitaev2_s" else {}
+    backbone = BackboneSettings(name=options.backbone, checkpointing=options.checkpointing, **trained)
+    settings = ModelSettings(backbone=backbone, num_classes=1, compile=options.compile)
+    return model_report(settings, options.side, options.batch, options.device, options.runs, options.precision)
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["step"], help="step: a training step beside torchvision's Mask R-CNN")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each, in turn")
-    parser.add_argument("--side", type=int, default=640, help="image side in pixels")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for work, text in (
+        (step, "a training step beside torchvision's Mask R-CNN"),
+        (model, "images a second, peak memory and each part's share"),
+    ):
+        command = commands.add_parser(work.__name__, help=text, description=text)
+        command.set_defaults(work=work)
+        command.add_argument("--runs", type=int, default=5 if work is step else 3, help="timed runs")
+        command.add_argument("--side", type=int, default=640, help="image side in pixels")
+        command.add_argument("--threads", type=int, default=2, help="CPU threads")
+        if work is model:
+            command.add_argument("--backbone", default="resnet50", help="as model.backbone.name; vitaev2_s trains everything")
+            command.add_argument("--batch", type=int, default=1, help="images at once")
+            command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+            command.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+            command.add_argument("--checkpointing", action="store_true", help="as model.backbone.checkpointing")
+            command.add_argument("--compile", default="none", help="as model.compile")
     options = parser.parse_args()
-    from i3cl.model.benchmark import step_report
+    from i3cl.config import UserError
 
-    print(step_report(options.runs, options.side, options.threads))
+    try:
+        print(options.work(options))
+    except UserError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from i3cl.config import BackboneSettings, UserError

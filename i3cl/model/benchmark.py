@@ -1,10 +1,12 @@
-"""Time of a training step, side by side with torchvision's Mask R-CNN in one process."""
+"""Time of the network: a training step beside torchvision's Mask R-CNN's, and what each part costs."""
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,4 +196,126 @@ def step_report(runs: int, side: int = 640, threads: int = 2) -> str:
         ]
         shown = "" if name == names[0] else f"{ratios[0]:>18.3f}{ratios[1]:>8.3f}"
         lines.append(f"{name:<34}{wall:>9.3f}{cpu:>9.3f}{shown}")
+    return "\n".join(lines)
+
+
+PARTS = ("backbone", "pyramid", "intra", "proposals", "box head", "inter", "mask head")
+"""Rows of `model_report`; what is in none of them (sampling, losses, suppression, RoIAlign) is 'rest'."""
+
+
+def part_modules(model: I3CL) -> dict[str, list[nn.Module]]:
+    """The modules of every part that the network has."""
+    modules: dict[str, list[nn.Module]] = {
+        "backbone": [model.backbone],
+        "pyramid": [model.pyramid],
+        "intra": list(model.intra or ()),
+        "proposals": [model.proposals.conv, model.proposals.cls, model.proposals.reg],
+        "box head": [model.heads.box],
+        "inter": [model.heads.inter] if model.heads.inter is not None else [],
+        "mask head": [model.heads.mask],
+    }
+    return {name: found for name, found in modules.items() if found}
+
+
+class PartTimer:
+    """Seconds that each part's forward passes took inside the `with` block, waiting for the GPU at every border."""
+
+    def __init__(self, model: I3CL, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._modules = part_modules(model)
+        self._device = device
+        self._handles: list[Any] = []
+        self._started = 0.0
+
+    def __enter__(self) -> PartTimer:
+        for name, modules in self._modules.items():
+            for module in modules:
+                self._handles += [
+                    module.register_forward_pre_hook(lambda *_: self._start()),
+                    module.register_forward_hook(lambda *_, part=name: self._stop(part)),
+                ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self) -> None:
+        _wait(self._device)
+        self._started = time.perf_counter()
+
+    def _stop(self, part: str) -> None:
+        _wait(self._device)
+        self.seconds[part] += time.perf_counter() - self._started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors have held on the GPU, or that the process has held of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def model_report(
+    settings: ModelSettings, side: int, batch: int, device: str = "cpu", runs: int = 3, precision: str = "float32"
+) -> str:
+    """Images a second, peak memory and the parts' shares of the network on `batch` noise images of side x side, as text.
+
+    precision: 'float32' or 'bfloat16' (autocast). A random network finds next to nothing, so detection runs
+    without a score threshold: every image gives `detections_per_image`.
+    """
+    target_device = torch.device(device)
+    torch.manual_seed(0)
+    settings = settings.model_copy(update={"score_threshold": 0.0})
+    model = I3CL(settings).to(target_device).to(memory_format=torch.channels_last)
+    scenes = [make_scene(side, seed=i) for i in range(batch)]
+    images = [scene.image.to(target_device) for scene in scenes]
+    targets = [
+        {
+            "boxes": scene.boxes.to(target_device),
+            "labels": torch.zeros(len(scene.boxes), dtype=torch.int64, device=target_device),
+            "masks": scene.masks.to(target_device),
+        }
+        for scene in scenes
+    ]
+
+    def cast() -> AbstractContextManager[object]:
+        return torch.autocast(target_device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+    def predict() -> None:
+        with cast():
+            model.eval()(images)
+        _wait(target_device)
+
+    def train() -> None:
+        with cast():
+            losses = model.train()(images, targets)
+        assert isinstance(losses, dict)
+        _backward(model, losses)
+        _wait(target_device)
+
+    lines = [
+        f"{settings.backbone.name}, {batch} x {side} x {side}, {precision}, {device}, {torch.get_num_threads()} CPU threads, "
+        f"median of {runs}",
+        f"{'':<16}{'images/s':>10}{'peak GiB':>10}",
+    ]
+    shares = {}
+    for name, step in (("prediction", predict), ("training step", train)):
+        step()
+        if target_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(target_device)
+        seconds = statistics.median(timed(step).wall for _ in range(runs))
+        lines.append(f"{name:<16}{batch / seconds:>10.2f}{_peak_memory(target_device):>10.2f}")
+        with PartTimer(model, target_device) as parts:
+            whole = timed(step).wall
+        shares[name] = {**{part: parts.seconds[part] / whole for part in PARTS}, "rest": 1 - sum(parts.seconds.values()) / whole}
+    lines += ["", f"{'forward share of':<16}{'prediction':>12}{'training step':>15}"]
+    for part in (*PARTS, "rest"):
+        lines.append(f"{part:<16}{shares['prediction'][part]:>12.1%}{shares['training step'][part]:>15.1%}")
+    lines.append("rest: RoIAlign, sampling, suppression, losses; in a training step the whole backward pass too")
     return "\n".join(lines)

@@ -6,9 +6,10 @@ import argparse
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -24,7 +25,7 @@ SETTINGS = "settings.yaml"
 OPTIONAL = ("intra.", "heads.inter.")
 """Modules that may start from scratch on top of a detector trained without them."""
 
-_PLAIN = [argparse.Namespace]
+_PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """Harmless classes that training scripts of others store beside the tensors, added to those that torch allows by itself."""
 
 

@@ -13,7 +13,7 @@ from i3cl.model.checkpoint import load_tensors, read_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
 
-RESNETS = {
+RESNETS: dict[tuple[tuple[int, ...], int], str] = {
     ((3, 4, 6, 3), 64): "resnet50",
     ((3, 4, 23, 3), 64): "resnet101",
     ((3, 4, 23, 3), 8): "resnext101",
@@ -37,7 +37,8 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
         if not 1 <= classes <= settings.num_classes:
             raise UserError(f"--classes {classes}: {source} has {settings.num_classes}; give 1 to {settings.num_classes}")
         tensors = cut_classes(tensors, classes)
-    before, settings = settings.num_classes, settings.model_copy(update={"num_classes": classes or settings.num_classes})
+    before = settings.num_classes
+    settings = settings.model_copy(update={"num_classes": classes or before})
     model = I3CL(settings)
     report = load_tensors(model, tensors, source)
     if report.missing:
@@ -45,7 +46,7 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
     with storage.atomic_directory(out) as folder:
         save_checkpoint(model, folder, to_yaml(Settings(name="converted", model=settings)))
     blocks = [name for name, there in (("intra", settings.intra), ("inter", settings.inter)) if there]
-    text = f"{settings.backbone.name}, {settings.num_classes} classes, "
+    text = f"{settings.backbone.name}, {settings.num_classes} class{'es' * (settings.num_classes > 1)}, "
     text += f"{' and '.join(blocks) or 'neither intra nor inter'} block{'s' * (len(blocks) != 1)}: {report}"
     unused = sum(name.endswith(UNUSED) for name in state)
     if unused:
@@ -81,7 +82,7 @@ def _backbone(tensors: Mapping[str, Tensor], source: str) -> BackboneSettings:
         len({m[1] for name in tensors if (m := re.match(rf"backbone\.body\.layer{i}\.(\d+)\.", name))}) for i in range(1, 5)
     ]
     convolution = tensors.get(f"{body}layer1.0.conv2.weight")
-    name = RESNETS.get((tuple(blocks), convolution.shape[1])) if convolution is not None else None  # type: ignore[call-overload]
+    name = RESNETS.get((tuple(blocks), convolution.shape[1])) if convolution is not None else None
     if name is None:
         raise UserError(
             f"{source}: its image network is not known here (blocks a stage {blocks}); known are ViTAEv2-S, "

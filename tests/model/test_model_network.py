@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from i3cl.config import BackboneSettings, ModelSettings, UserError
 from i3cl.model.backbone import Backbone
+from i3cl.model.benchmark import model_report
 from i3cl.model.checkpoint import load_tensors, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import cut_classes, to_original
@@ -261,7 +264,7 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))  # type: ignore[return-value]
 
     torch.save({"state_dict": Trap()}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="bad.pth: holds a .* is not opened"):
+    with pytest.raises(UserError, match=r"bad\.pth: holds a .* is not opened"):
         load_weights(build(), tmp_path / "bad.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -288,3 +291,57 @@ def test_bfloat16_autocast_trains_and_predicts() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = model.eval()([image(0, 100, 130)])
     assert found["boxes"].dtype == found["masks"].dtype == found["scores"].dtype == torch.float32
+
+
+def test_vitae_trains_and_predicts_in_bfloat16_with_recomputation() -> None:
+    backbone = {"name": "vitaev2_s", "frozen_stages": 0, "norm_eval": False, "checkpointing": True}
+    model = build(backbone=backbone, score_threshold=0.005).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model([image(0, 70, 100), image(1, 40, 64)], [target(100, 130), empty_target(40, 64)])
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(m.num_batches_tracked == 1 for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = model.eval()([image(0, 70, 100)])
+    assert len(found["boxes"]) and found["masks"].dtype == found["scores"].dtype == torch.float32
+
+
+def test_compiled_networks_answer_alike_and_keep_their_names(tmp_path: Path) -> None:
+    plain, compiled = build().eval(), build(compile="eager").eval()
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    x = plain.batch([image(0, 64, 96)])
+    with torch.no_grad():
+        for a, b in zip(plain.features(x), compiled.features(x), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        copied = copy.deepcopy(compiled)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied.features(x)[0].any() and compiled.features(x)[0].any()
+    losses = compiled.train()([image(0, 100, 130)], [target(100, 130)])
+    sum(losses.values()).backward()
+    assert compiled.backbone.body.get_parameter("layer4.0.conv1.weight").grad is not None
+
+
+def test_inter_block_costs_as_much_for_every_further_image() -> None:
+    block = build().heads.inter
+    assert block is not None
+
+    def operations(images: int, instances: int) -> int:
+        rois = torch.zeros(images * instances, 32, 14, 14)
+        levels = [torch.zeros(images, 32, 8, 8)] * 4
+        with FlopCounterMode(display=False) as counter:
+            block.train()(rois, levels, [instances] * images)
+        return counter.get_total_flops()
+
+    once, further = operations(1, 30), operations(2, 30) - operations(1, 30)
+    assert further <= once and operations(8, 30) == once + 7 * further
+    # one image of all the instances looks at eight times as many pairs
+    assert operations(1, 240) > operations(8, 30)
+
+
+def test_parts_of_the_benchmark_add_up() -> None:
+    text = model_report(settings(backbone={"name": "resnet10t"}), side=96, batch=2, runs=1)
+    shares = [float(line.split()[-1].rstrip("%")) for line in text.splitlines() if line.endswith("%")]
+    assert len(shares) == 8 and sum(shares) == pytest.approx(100, abs=1) and min(shares) >= 0
+    assert "images/s" in text and all(part in text for part in ("backbone", "intra", "inter", "mask head"))
