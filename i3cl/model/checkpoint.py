@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,16 @@ SETTINGS = "settings.yaml"
 OPTIONAL = ("intra.", "heads.inter.")
 """Modules that may start from scratch on top of a detector trained without them."""
 
-_PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
-"""Harmless classes that training scripts of others store beside the tensors, added to those that torch allows by itself."""
+_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
+_PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+]
+"""Harmless things that training scripts of others store beside the tensors (arguments, numpy's numbers), added to those that
+torch allows by itself."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -41,7 +42,8 @@ def test_torchvision_weights_behind_any_prefix_give_torchvisions_maps(prefix: st
     theirs = torchvision.models.resnet18(weights=None).eval()
     state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
     other = {name.replace("encoder_q", "encoder_k"): torch.zeros_like(t) for name, t in state.items() if "_q" in name}
-    torch.save({"model": {**state, **other, "queue": torch.zeros(3)}, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
+    beside = {"args": argparse.Namespace(lr=1), "best": np.float64(0.5), "epoch": np.int64(3), "seen": np.bool_(True)}
+    torch.save({"model": {**state, **other, "queue": torch.zeros(3)}, **beside}, tmp_path / "w.pth")
     backbone = loaded("resnet18", tmp_path / "w.pth").eval()
     assert backbone.report is not None and not backbone.report.missing
     assert set(backbone.report.unexpected) == {f"{prefix}fc.weight", f"{prefix}fc.bias", "queue", *other}
