@@ -167,6 +167,12 @@ class SourceSettings(_Settings):
     lossweight: NonNegative | None = None
     """Overrides the lossweight of every instance of this source; null keeps the file's (1 when absent)."""
 
+    @model_validator(mode="after")
+    def _weighted_is_named(self) -> SourceSettings:
+        if self.weighted:
+            raise ValueError("weighted: chooses between the files of a dataset; name the file itself in annotations")
+        return self
+
 
 class TransformSettings(_Settings):
     """Training augmentation of model.md; image and polygons move together and boxes are recomputed from the polygons."""
@@ -521,14 +527,15 @@ def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str])
         if not isinstance(path, str):
             raise SettingsError(f"{where}.dataset: data.catalogue names no file; add data.catalogue=configs/datasets.yaml")
         known.update(known or _read_catalogue(Path(path)))
-        name = source["dataset"]
+        name, weighted = str(source["dataset"]), source.get("weighted", False)
+        if not isinstance(weighted, bool):
+            raise SettingsError(f"{where}.weighted: must be true or false, not {weighted!r}")
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise SettingsError(f"{where}.dataset: {path} has no data set {name!r}; {hint}")
         if "annotations" in source or "images" in source:
             raise SettingsError(f"{where}: give either dataset, or annotations and images")
-        weighted = source.get("weighted", False)
         annotations = known[name].weighted if weighted else known[name].annotations
         if annotations is None:
             remedy = "take weighted: false" if weighted else "take weighted: true"
