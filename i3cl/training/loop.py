@@ -59,7 +59,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(settings.train.seed)
 
     try:
-        trainer = _prepare(settings, device, rank, workers, config["run"])
+        trainer = prepare(settings, device, rank, workers, config["run"])
     except UserError as error:
         return {"stopped": str(error)}
     checkpoint = ray.train.get_checkpoint()
@@ -89,7 +89,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
+def prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
+    """A trainer at step 0 with the network's initial weights; what was loaded and what is new stands in its log's notes.
+
+    settings: as `launch.located` gives them. UserError for weights that are missing or another network's.
+    """
     model = _fresh_model(settings)
     notes = []
     if model.backbone.report is not None:
