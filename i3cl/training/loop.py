@@ -31,8 +31,6 @@ from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 STATE = "training"
 """Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
-
-
 Pair = tuple[torch.Tensor, dict[str, Any]]
 """What the network trains on: an image and its target."""
 T = TypeVar("T")
@@ -61,6 +59,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         trainer = prepare(settings, device, rank, workers, config["run"])
     except UserError as error:
+        if workers > 1:
+            # What one node lacks others may have: they would wait for this one to join.
+            raise
         return {"stopped": str(error)}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
