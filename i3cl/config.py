@@ -545,7 +545,7 @@ def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str])
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            if value.get("dataset") is not None:
+            if value.get("dataset") is not None and "." in key:  # a section of the tree is no source
                 return spelled_out(value, key)
             return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
         if isinstance(value, list | tuple):

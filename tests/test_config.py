@@ -46,6 +46,7 @@ def test_yaml_number_without_point_is_a_number():
         ("data: {train: [{annotations: a.json, imagse: b}]}", ["data.train.0.imagse", "data.train.0.images?"]),
         ("data: {train: [{annotations: a.json, images: b, weighted: true}]}", ["data.train.0", "weighted"]),
         ("data: {train: [{dataset: art}]}", ["data.train.0.dataset", "data.catalogue"]),
+        ("data: {dataset: art}", ["data.dataset: unknown key"]),
         ("data: {transform: {short_sides: [5, 6], long_caps: [7]}}", ["data.transform", "long_caps", "2 short_sides"]),
         ("train: {steps: many}", ["train.steps", "integer", "many"]),
         ("train: {steps: 0}", ["train.steps", "greater than or equal to 1"]),
