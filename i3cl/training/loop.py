@@ -95,7 +95,7 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
 
     settings: as `launch.located` gives them. UserError for weights that are missing or another network's.
     """
-    model = _fresh_model(settings)
+    model = I3CL(settings.model)
     notes = []
     if model.backbone.report is not None:
         notes.append(f"backbone weights '{settings.model.backbone.weights}': {model.backbone.report}")
@@ -106,25 +106,6 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     trainer = Trainer(settings, model, device, rank, workers, run)
     trainer.log.notes(notes)
     return trainer
-
-
-def _fresh_model(settings: Settings) -> I3CL:
-    """The network with its backbone's initial weights, which may lie on S3."""
-    weights = settings.model.backbone.weights
-    if not storage.is_remote(weights):
-        return I3CL(settings.model)
-    with storage.local_copy(weights) as path:
-        backbone = settings.model.backbone.model_copy(update={"weights": str(path)})
-        return I3CL(settings.model.model_copy(update={"backbone": backbone}))
-
-
-def compile_parts(model: I3CL, backend: str = "inductor") -> None:
-    """Compile, in place, the two parts whose shapes follow from the image alone; names of the weights stay.
-
-    The rest works on lists of boxes whose length changes from batch to batch, and would be compiled again and again.
-    """
-    model.backbone.compile(backend=backend, dynamic=True)
-    model.pyramid.compile(backend=backend, dynamic=True)
 
 
 @dataclass
@@ -195,8 +176,6 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings.train)
         self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
         self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad, check_files=False)
-        if settings.train.compile:
-            compile_parts(model)
         images_per_step = settings.train.batch * workers
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
