@@ -145,9 +145,27 @@ class ModelSettings(_Settings):
 # ------------------------------------------------------------------------------------------------------------------- data
 
 
-class SourceSettings(_Settings):
-    """One data set: an annotation file in COCO json and the folder that its file names are relative to."""
+class CatalogueEntry(_Settings):
+    """One named data set of a catalogue file; its paths are relative to data_root."""
 
+    images: str
+    """Images root; local path or s3:// URL."""
+    annotations: str | None = None
+    """COCO json of the labels as they were published."""
+    weighted: str | None = None
+    """COCO json whose annotations carry a lossweight, for semi-supervised stages."""
+
+
+class SourceSettings(_Settings):
+    """One data set: an annotation file in COCO json and the folder that its file names are relative to.
+
+    A recipe gives either annotations and images, or the name of a set in the catalogue, which stands for them.
+    """
+
+    dataset: str | None = None
+    """Name of a set in data.catalogue, put in place of annotations and images when the recipe is loaded; null afterwards."""
+    weighted: bool = False
+    """With dataset: take the set's file with loss weights (train_lossweight.json); false after the recipe is loaded."""
     annotations: str
     """COCO json; local path or s3:// URL."""
     images: str
@@ -157,6 +175,12 @@ class SourceSettings(_Settings):
     lossweight: NonNegative | None = None
     """Overrides the lossweight of every instance of this source; null keeps the file's (1 when absent)."""
 
+    @model_validator(mode="after")
+    def _weighted_is_named(self) -> SourceSettings:
+        if self.weighted:
+            raise ValueError("weighted: chooses between the files of a dataset; name the file itself in annotations")
+        return self
+
 
 class TransformSettings(_Settings):
     """Training augmentation of model.md; image and polygons move together and boxes are recomputed from the polygons."""
@@ -165,6 +189,8 @@ class TransformSettings(_Settings):
     """Pixels; one is drawn for every image."""
     long_cap: PositiveInt = 1800
     """Pixels; the long side never exceeds this."""
+    long_caps: tuple[PositiveInt, ...] = ()
+    """Pixels; one cap for each of short_sides, in their order, in place of long_cap; empty: long_cap for all."""
     crop: NonNegativeInt = 0
     """Pixels; after resizing, a random square window of this side (placed on text three times in four); 0 = no crop."""
     flip_horizontal: Fraction = 0.5
@@ -178,8 +204,19 @@ class TransformSettings(_Settings):
     min_side: NonNegative = 2.0
     """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
 
+    @model_validator(mode="after")
+    def _caps_pair(self) -> TransformSettings:
+        if self.long_caps and len(self.long_caps) != len(self.short_sides):
+            raise ValueError(
+                f"long_caps: needs one cap for each of the {len(self.short_sides)} short_sides (or none), "
+                f"not {len(self.long_caps)}"
+            )
+        return self
+
 
 class DataSettings(_Settings):
+    catalogue: str | None = None
+    """YAML file of named data sets, a path relative to the recipe that names it; null once the recipe is loaded."""
     train: tuple[SourceSettings, ...] = ()
     """Labelled (or pseudo-labelled) sets, mixed by weight."""
     validation: SourceSettings | None = None
@@ -208,20 +245,21 @@ class TrainSettings(_Settings):
     steps: PositiveInt = 1000
     """Optimiser steps in all. Give this or epochs."""
     epochs: PositiveInt | None = None
-    """Passes over the mixture; overrides steps."""
+    """Passes over the mixture; overrides steps: ceil(epochs x images of an epoch / (workers x batch)) of them."""
     batch: PositiveInt = 2
     """Images per worker and step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive = 0.01
     """At reference_batch images a step; scaled linearly with (workers x batch) / reference_batch."""
     reference_batch: PositiveInt | None = None
-    """Images a step that learning_rate is meant for; null: no scaling."""
+    """Images a step that learning_rate and warmup_steps are meant for; null: neither is scaled."""
     momentum: Fraction = 0.9
     """SGD only."""
     weight_decay: NonNegative = 1e-4
-    """None on norms, biases and position tables with adamw."""
+    """SGD: on every trained parameter; adamw: none on norms, biases and position tables."""
     warmup_steps: NonNegativeInt = 1000
-    """Linear warm-up from warmup_factor x learning_rate; capped at a fifth of the run."""
+    """Linear warm-up from warmup_factor x learning_rate, over warmup_steps x reference_batch images: at twice the images a step
+    it takes half the steps. Capped at a fifth of the run."""
     warmup_factor: Fraction = 0.001
     schedule: Literal["steps", "cosine"] = "steps"
     milestones: tuple[Fraction, ...] = (0.5, 0.8)
@@ -239,7 +277,10 @@ class TrainSettings(_Settings):
     log_every: PositiveInt = 20
     """Steps between progress lines."""
     start_from: str | None = None
-    """Checkpoint directory whose weights start this run; tensors that it lacks are named."""
+    """A run's name (its best checkpoint in the same storage), or, with a slash, a checkpoint directory or weights file.
+
+    Its weights start this run; tensors that it lacks are named.
+    """
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights, used for validation and kept in checkpoints; 0 = off."""
     seed: int = 0
@@ -429,9 +470,7 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise SettingsError(f"{path}: extends itself; remove the circle {' -> '.join(p.name for p in seen)}")
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -450,6 +489,16 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = {}
     if not isinstance(tree, dict):
         raise SettingsError(f"{path}: must be a mapping of settings, not a {type(tree).__name__}")
+    return tree
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise SettingsError(f"{path}: extends itself; remove the circle {' -> '.join(p.name for p in seen)}")
+    tree = _read_mapping(path)
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("catalogue"), str):
+        tree["data"] = {**data, "catalogue": str(path.parent / data["catalogue"])}
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -473,15 +522,78 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str]) -> dict[str, Any]:
+    """The tree with every source that names a data set of the catalogue spelled out as annotations and images."""
+    data = tree.get("data")
+    path = data.get("catalogue") if isinstance(data, dict) else None
+    known: dict[str, CatalogueEntry] = {}
+
+    def spelled_out(source: dict[str, Any], key: str) -> dict[str, Any]:
+        where = f"{_origin(key, origin, overridden)}: {key}"
+        if not isinstance(path, str):
+            raise SettingsError(f"{where}.dataset: data.catalogue names no file; add data.catalogue=configs/datasets.yaml")
+        known.update(known or _read_catalogue(Path(path)))
+        name, weighted = str(source["dataset"]), source.get("weighted", False)
+        if not isinstance(weighted, bool):
+            raise SettingsError(f"{where}.weighted: must be true or false, not {weighted!r}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise SettingsError(f"{where}.dataset: {path} has no data set {name!r}; {hint}")
+        if "annotations" in source or "images" in source:
+            raise SettingsError(f"{where}: give either dataset, or annotations and images")
+        annotations = known[name].weighted if weighted else known[name].annotations
+        if annotations is None:
+            remedy = "take weighted: false" if weighted else "take weighted: true"
+            raise SettingsError(f"{where}: {name} has no {'weighted' if weighted else 'plain'} annotations in {path}; {remedy}")
+        rest = {k: v for k, v in source.items() if k not in ("dataset", "weighted")}
+        return {"annotations": annotations, "images": known[name].images, **rest}
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            if value.get("dataset") is not None and "." in key:  # a section of the tree is no source
+                return spelled_out(value, key)
+            return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(inner, f"{key}.{index}") for index, inner in enumerate(value)]
+        return value
+
+    tree = walk(tree, "")
+    if isinstance(path, str):
+        tree["data"]["catalogue"] = None
+    return tree
+
+
+def _read_catalogue(path: Path) -> dict[str, CatalogueEntry]:
+    known = {}
+    for name, entry in _read_mapping(path).items():
+        try:
+            known[str(name)] = CatalogueEntry.model_validate(entry)
+        except ValidationError as error:
+            key = ".".join(map(str, (name, *error.errors()[0]["loc"])))
+            raise SettingsError(f"{path}: {key}: {error.errors()[0]['msg']}; {_ENTRY}") from None
+    return known
+
+
+_ENTRY = "a data set is {images: FOLDER, annotations: FILE.json, weighted: FILE.json}"
+
+
+def _origin(key: str, origin: str, overridden: set[str]) -> str:
+    """Where a key was set: the command line, or the file `origin`."""
+    given = any(key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in overridden)
+    return "command line" if given else origin
+
+
 def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settings:
+    tree = _with_named_sources(tree, origin, overridden)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key comes before what is then missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         location = [str(part) for part in first["loc"]]
         key = ".".join(location)
-        if any(key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in overridden):
-            origin = "command line"
+        origin = _origin(key, origin, overridden)
         if first["type"] == "extra_forbidden":
             raise SettingsError(f"{origin}: {key}: unknown key{_nearest(location)}") from None
         message = first["msg"].removeprefix("Value error, ")

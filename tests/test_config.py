@@ -7,7 +7,8 @@ import yaml
 
 from i3cl.config import Settings, SettingsError, load_settings, to_yaml, with_overrides
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "datasets.yaml")
 
 
 def test_defaults_are_the_papers():
@@ -17,7 +18,7 @@ def test_defaults_are_the_papers():
     assert settings.model.rpn_positive_iou == 0.7
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_recipe_survives_a_round_trip(recipe, tmp_path):
     settings = load_settings(recipe)
     again = tmp_path / "again.yaml"
@@ -42,7 +43,11 @@ def test_yaml_number_without_point_is_a_number():
     ("text", "words"),
     [
         ("train: {lerning_rate: 0.1}", ["train.lerning_rate", "train.learning_rate?"]),
-        ("data: {train: [{annotations: a.json, imagse: b}]}", ["data.train.0"]),
+        ("data: {train: [{annotations: a.json, imagse: b}]}", ["data.train.0.imagse", "data.train.0.images?"]),
+        ("data: {train: [{annotations: a.json, images: b, weighted: true}]}", ["data.train.0", "weighted"]),
+        ("data: {train: [{dataset: art}]}", ["data.train.0.dataset", "data.catalogue"]),
+        ("data: {dataset: art}", ["data.dataset: unknown key"]),
+        ("data: {transform: {short_sides: [5, 6], long_caps: [7]}}", ["data.transform", "long_caps", "2 short_sides"]),
         ("train: {steps: many}", ["train.steps", "integer", "many"]),
         ("train: {steps: 0}", ["train.steps", "greater than or equal to 1"]),
         ("label: {select: {low: 0.9, high: 0.5}}", ["label.select", "ignore <= low <= high"]),
@@ -64,6 +69,70 @@ def test_mistakes_name_file_key_and_remedy(tmp_path, text, words):
     assert "\n" not in message
     assert str(path) in message
     assert all(word in message for word in words), message
+
+
+CATALOGUE = """
+art: {images: art/images, annotations: art/train.json, weighted: art/train_lossweight.json}
+test: {images: test/images, annotations: test/test.json}
+"""
+
+
+def test_catalogue_names_stand_for_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sets.yaml").write_text(CATALOGUE)
+    (tmp_path / "sub" / "base.yaml").write_text("data: {catalogue: ../sets.yaml}\nname: base\n")
+    text = """
+extends: sub/base.yaml
+data:
+  train: [{dataset: art, weight: 2}, {dataset: art, weighted: true, lossweight: 0.5}, {annotations: a.json, images: b}]
+  validation: {dataset: test}
+selftrain:
+  teachers: [{name: a, overrides: {data.train: [{dataset: art}]}}]
+"""
+    (tmp_path / "top.yaml").write_text(text)
+    settings = load_settings(tmp_path / "top.yaml", ["label.source={dataset: test}"])
+    plain, weighted, own = settings.data.train
+    assert (plain.annotations, plain.images, plain.weight) == ("art/train.json", "art/images", 2)
+    assert (weighted.annotations, weighted.lossweight) == ("art/train_lossweight.json", 0.5)
+    assert (own.annotations, own.images) == ("a.json", "b")
+    assert settings.data.validation is not None and settings.data.validation.annotations == "test/test.json"
+    assert settings.label.source is not None and settings.label.source.images == "test/images"
+    assert settings.selftrain.teachers[0].overrides["data.train"][0]["annotations"] == "art/train.json"
+    # The resolved tree needs no catalogue any more.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "r.yaml").write_text(to_yaml(settings))
+    assert load_settings(tmp_path / "again" / "r.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("{dataset: arrt}", ["data.train.0.dataset", "sets.yaml", "'arrt'", "did you mean art?"]),
+        ("{dataset: zzz}", ["'zzz'", "it has art, test"]),
+        ("{dataset: [art]}", ["data.train.0.dataset", "has no data set"]),
+        ("{dataset: art, weigth: 2}", ["data.train.0.weigth", "data.train.0.weight?"]),
+        ("{dataset: art, weighted: 'false'}", ["data.train.0.weighted", "true or false"]),
+        ("{dataset: test, weighted: true}", ["test has no weighted annotations"]),
+        ("{dataset: art, images: b}", ["either dataset, or annotations and images"]),
+        ("{datset: art}", ["data.train.0.datset", "data.train.0.dataset?"]),
+    ],
+)
+def test_mistakes_with_the_catalogue(tmp_path, train, words):
+    (tmp_path / "sets.yaml").write_text(CATALOGUE)
+    (tmp_path / "me.yaml").write_text(f"data: {{catalogue: sets.yaml, train: [{train}]}}")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "me.yaml")
+    message = str(caught.value)
+    assert "\n" not in message and "me.yaml" in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", ["art: {images: a, anotations: b}", "art: {annotations: b}", "art: 3", "- art", "art: ["])
+def test_a_broken_catalogue_is_named(tmp_path, text):
+    (tmp_path / "sets.yaml").write_text(text)
+    (tmp_path / "me.yaml").write_text("data: {catalogue: sets.yaml, train: [{dataset: art}]}")
+    with pytest.raises(SettingsError, match=r"sets\.yaml: "):
+        load_settings(tmp_path / "me.yaml")
 
 
 def test_missing_file_suggests_the_near_one(tmp_path):

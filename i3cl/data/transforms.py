@@ -70,8 +70,9 @@ class TrainTransform:
         angle = 0.0
         if policy in ROTATION and rng.random() < 0.5:
             angle = rng.uniform(-ROTATION[policy], ROTATION[policy])
-        short = settings.short_sides[rng.integers(len(settings.short_sides))]
-        scale = test_scale(height, width, short, settings.long_cap)
+        size = rng.integers(len(settings.short_sides))
+        long_cap = settings.long_caps[size] if settings.long_caps else settings.long_cap
+        scale = test_scale(height, width, settings.short_sides[size], long_cap)
         out_height, out_width = scaled_size(height, width, scale)
 
         # Rotated before sides are rounded to whole pixels: that stretches x and y a little differently.

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,15 @@ class LoadReport:
         text = f"{len(self.loaded)} tensors loaded"
         for word, names in (("new", self.missing), ("left over", self.unexpected)):
             if names:
-                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                text += f"; {len(names)} {word}: {shown}"
+                shown = names if len(names) <= 4 else [f"{part} ({count})" for part, count in _parts(names).items()]
+                text += f"; {len(names)} {word}: {', '.join(shown)}"
         return text
+
+
+def _parts(names: list[str]) -> Counter[str]:
+    """How many of the tensors lie in each part of the network: 'intra', 'heads.inter', ..."""
+    split = [name.split(".") for name in names]
+    return Counter(".".join(name[: 1 if name[1:2] and name[1].isdigit() else 2]) for name in split)
 
 
 def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], settings_yaml: str) -> Path:

@@ -8,17 +8,20 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from i3cl import storage
-from i3cl.config import Settings, UserError, to_yaml
+from i3cl.config import Settings, UserError, to_yaml, with_overrides
 from i3cl.data.ingest import mix, read_source
 from i3cl.job import connect, duration
 
 _IDENTITY = ("model", "data", "train", "evaluate")
 """Sections of the settings that make two trainings the same one."""
+INITIAL = ("none", "timm", "package")
+"""Values of model.backbone.weights that are no file."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def train(settings: Settings) -> TrainResult:
 
 def train_all(runs: list[Settings]) -> list[TrainResult]:
     """Several runs, side by side where the cluster holds them (cluster.parallel_runs), in the order given. As `train`."""
-    runs = [_located(settings) for settings in runs]
+    runs = [located(settings) for settings in runs]
     todo = [settings for settings in runs if not _done(settings)]
     for settings in todo:
         _check_data(settings)
@@ -65,12 +68,22 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
     return [_result(settings) for settings in runs]
 
 
-def _located(settings: Settings) -> Settings:
-    """With absolute paths: a worker's working directory is not the driver's."""
-    start = settings.train.start_from
-    train = settings.train.model_copy(update={"start_from": storage.absolute(start) if start else None})
-    places = {"storage": storage.absolute(settings.storage), "data_root": storage.absolute(settings.data_root)}
-    return settings.model_copy(update={**places, "train": train})
+def located(settings: Settings) -> Settings:
+    """With absolute paths, because a worker's working directory is not the driver's, and with a run's name in train.start_from
+    replaced by that run's best checkpoint."""
+    root = storage.absolute(settings.storage)
+    start, weights = settings.train.start_from, settings.model.backbone.weights
+    changes: dict[str, Any] = {"storage": root, "data_root": storage.absolute(settings.data_root)}
+    if start:
+        changes["train.start_from"] = storage.join(root, start, "best") if _is_run(start) else storage.absolute(start)
+    if weights not in INITIAL:
+        changes["model.backbone.weights"] = storage.absolute(weights)
+    return with_overrides(settings, changes, settings.name)
+
+
+def _is_run(start: str) -> bool:
+    """Whether train.start_from names a run: a path has a slash, or is a weights file of the working folder."""
+    return "/" not in start and not start.endswith((".pth", ".pt", ".safetensors"))
 
 
 def _run(settings: Settings) -> str:
@@ -91,9 +104,27 @@ def _check_data(settings: Settings) -> None:
     mix(settings.data.train, settings.data_root, settings.data.skip_bad)
     if settings.data.validation is not None:
         read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+    weights = settings.model.backbone.weights
+    if weights not in INITIAL and not storage.exists(weights):
+        raise UserError(f"model.backbone.weights: {weights} is not there; put the file there or set another path, timm or none")
+    _check_start(settings)
+
+
+def _check_start(settings: Settings) -> None:
+    """UserError when the checkpoint that a located run starts from is not there, with the command that makes it."""
     start = settings.train.start_from
-    if start and not storage.exists(start):
-        raise UserError(f"train.start_from: {start} is not there; give a checkpoint directory or a weights file")
+    if not start or (storage.is_file(start) or storage.is_complete(start)):
+        return
+    run, last = os.path.split(start)
+    folder, name = os.path.split(run)
+    if last != "best" or folder != settings.storage:
+        raise UserError(f"train.start_from: {start} is not there; give a run's name, a checkpoint directory or a weights file")
+    state = "has not finished" if storage.exists(run) else "has not begun"
+    recipe = Path("configs", *name.split("-", 1)).as_posix() + ".yaml"
+    if not os.path.isfile(recipe):
+        recipe = "RECIPE.yaml"
+    command = f"python jobs/train.py --config {recipe} name={name} storage={settings.storage}"
+    raise UserError(f"train.start_from: the run {name} {state} ({start} is not there); first train it: {command}")
 
 
 def _use_gpu(settings: Settings) -> bool:

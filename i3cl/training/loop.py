@@ -9,10 +9,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 STATE = "training"
 """Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+Pair = tuple[torch.Tensor, dict[str, Any]]
+"""What the network trains on: an image and its target."""
+T = TypeVar("T")
 
 
 class TrainingStopped(RuntimeError):
@@ -53,8 +57,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(settings.train.seed)
 
     try:
-        trainer = _prepare(settings, device, rank, workers, config["run"])
+        trainer = prepare(settings, device, rank, workers, config["run"])
     except UserError as error:
+        if workers > 1:
+            # What one node lacks others may have: they would wait for this one to join.
+            raise
         return {"stopped": str(error)}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -83,7 +90,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
+def prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
+    """A trainer at step 0 with the network's initial weights; what was loaded and what is new stands in its log's notes.
+
+    settings: as `launch.located` gives them. UserError for weights that are missing or another network's.
+    """
     model = I3CL(settings.model)
     notes = []
     if model.backbone.report is not None:
@@ -138,6 +149,16 @@ class MetricsLog:
             if storage.is_remote(self.run):
                 for path in Path(self._folder).iterdir():
                     storage.write_bytes_atomic(storage.join(self.run, "tensorboard", path.name), path.read_bytes())
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        end = object()
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 class Trainer:
@@ -197,14 +218,14 @@ class Trainer:
     def run(self, report: Any) -> None:
         """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank."""
         train = self.settings.train
-        batches = self._batches()
+        batches = self._ready_batches()
         sums: dict[str, float] = {}
         since, images, data_time = time.perf_counter(), 0, 0.0
         while self.step < self.steps:
             waiting = time.perf_counter()
-            samples = next(batches)
+            samples, pairs = next(batches)
             data_time += time.perf_counter() - waiting
-            losses, rate = self._train_step(samples)
+            losses, rate = self._train_step(samples, pairs)
             self.step += 1
             images += len(samples) * self.workers
             for name, value in losses.items():
@@ -236,7 +257,19 @@ class Trainer:
             seed=self.settings.train.seed,
         )
 
-    def _train_step(self, samples: list[Sample]) -> tuple[dict[str, float], float]:
+    def _ready_batches(self) -> Iterator[tuple[list[Sample], list[Pair]]]:
+        """Batches with their tensors. With a GPU a thread prepares the next batch, in pinned memory, while the GPU computes."""
+        gpu = self.device.type == "cuda"
+
+        def ready(samples: list[Sample]) -> tuple[list[Sample], list[Pair]]:
+            return samples, [to_target(sample) for sample in samples]
+
+        def pinned(samples: list[Sample]) -> tuple[list[Sample], list[Pair]]:
+            return samples, [(image.pin_memory(), target) for image, target in ready(samples)[1]]
+
+        return _one_ahead(map(pinned, self._batches())) if gpu else map(ready, self._batches())
+
+    def _train_step(self, samples: list[Sample], pairs: list[Pair]) -> tuple[dict[str, float], float]:
         train = self.settings.train
         # Dropout and the samplers draw from torch's generator: seeding it by the step makes a continued run the same run.
         torch.manual_seed((train.seed * 1_000_003 + self.step) * 4099 + self.rank)
@@ -244,13 +277,15 @@ class Trainer:
         rate = learning_rate(self.step, self.steps, train.batch * self.workers, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        pairs = [to_target(sample) for sample in samples]
         images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
         targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
         with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", torch.bfloat16) if self.half else nullcontext():
             losses: dict[str, torch.Tensor] = self.parallel(images, targets)
-        total = torch.stack(list(losses.values())).sum()
-        self._check_finite(total, losses, samples)
+        stacked = torch.stack(list(losses.values()))
+        total = stacked.sum()
+        # One transfer of all numbers: every look at a single one would stop the GPU's queue.
+        numbers = dict(zip(losses, stacked.detach().tolist(), strict=True))
+        self._check_finite(numbers, samples)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if train.gradient_clip:
@@ -258,21 +293,23 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
-        return {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in losses.items()}, rate
+        return {"loss": sum(numbers.values())} | numbers, rate
 
     def _move(self, value: Any) -> Any:
         if isinstance(value, list):
             return [v.to(self.device, non_blocking=True) for v in value]
         return value.to(self.device, non_blocking=True)
 
-    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], samples: list[Sample]) -> None:
-        bad = (~torch.isfinite(total.detach())).float()
+    def _check_finite(self, losses: dict[str, float], samples: list[Sample]) -> None:
+        parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+        stop = bool(parts)
         if self.workers > 1:
             # All ranks must stop together, or the others would wait in the gradient exchange.
+            bad = torch.tensor(float(stop), device=self.device)
             torch.distributed.all_reduce(bad)
-        if not bad.item():
+            stop = bool(bad.item())
+        if not stop:
             return
-        parts = [f"{name} = {float(value.detach())}" for name, value in losses.items() if not torch.isfinite(value)]
         message = None
         if parts:
             names = ", ".join(sample.record.file_name for sample in samples)
@@ -284,11 +321,18 @@ class Trainer:
             message = next(text for text in messages if text)
         raise TrainingStopped(message)
 
+    def _share_statistics(self) -> None:
+        """Give every rank the normalisation statistics of rank 0, so that all validate the network that is saved."""
+        if self.workers > 1:
+            for buffer in self._best_model().buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def validate(self) -> dict[str, float]:
         """hmean, recall, precision at the best threshold over the whole validation set, on every rank; {} without one."""
         if self.validation is None:
             return {}
         records, root = self.validation
+        self._share_statistics()
         found = []
         for record, detections in detect_records(self._best_model(), records, root, self.settings):
             found.append(

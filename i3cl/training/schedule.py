@@ -32,13 +32,12 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
 def learning_rate(step: int, steps: int, images_per_step: int, settings: TrainSettings) -> float:
     """Rate of 0-based `step` of `steps`, for a total batch of `images_per_step` images over all workers.
 
-    Linear scaling with the total batch (Goyal et al., arXiv 1706.02677), linear warm-up, then tenfold falls at the milestones
-    or a half cosine to a hundredth.
+    Linear scaling with the total batch (Goyal et al., arXiv 1706.02677), linear warm-up over the same number of images at any
+    batch, then tenfold falls at the milestones or a half cosine to a hundredth.
     """
-    rate = settings.learning_rate
-    if settings.reference_batch is not None:
-        rate *= images_per_step / settings.reference_batch
-    warmup = min(settings.warmup_steps, steps // 5)
+    scale = 1.0 if settings.reference_batch is None else images_per_step / settings.reference_batch
+    rate = settings.learning_rate * scale
+    warmup = min(round(settings.warmup_steps / scale), steps // 5)
     if step < warmup:
         return rate * (settings.warmup_factor + (1 - settings.warmup_factor) * step / warmup)
     if settings.schedule == "cosine":

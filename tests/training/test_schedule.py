@@ -20,6 +20,16 @@ def test_rate_scales_with_the_total_batch():
     assert learning_rate(0, 10, 32, settings.model_copy(update={"reference_batch": None})) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(("images", "rate", "warmup"), [(4, 0.001, 1000), (8, 0.002, 500), (32, 0.008, 125), (1, 0.00025, 4000)])
+def test_rate_and_warm_up_follow_the_images_of_a_step(images, rate, warmup):
+    """The paper's 1000 iterations of 4 images are 4000 images at any batch."""
+    settings = TrainSettings(learning_rate=0.001, reference_batch=4, warmup_steps=1000, warmup_factor=0.001, milestones=())
+    at = [learning_rate(step, 100_000, images, settings) for step in (0, warmup // 2, warmup - 1, warmup)]
+    assert at[0] == pytest.approx(0.001 * rate)
+    assert at[1] == pytest.approx(rate * (0.001 + 0.999 * (warmup // 2) / warmup))
+    assert at[2] < rate and at[3] == pytest.approx(rate)
+
+
 def test_warm_up_takes_at_most_a_fifth_of_a_short_run():
     settings = TrainSettings(learning_rate=1.0, warmup_steps=1000, milestones=())
     assert learning_rate(20, 100, 1, settings) == 1.0
