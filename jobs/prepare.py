@@ -96,9 +96,11 @@ def split(settings: Settings, options: argparse.Namespace) -> None:
 def _split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, metavar="PATH", help="COCO json or Parquet table")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for NAME.json, or NAME/ of a table's shards")
-    parser.add_argument("--fractions", nargs="+", metavar="NAME=SHARE", default=["train=0.9", "val=0.1"], help="add up to 1")
+    shares = "add up to 1 (default train=0.9 val=0.1)"
+    parser.add_argument("--fractions", nargs="+", metavar="NAME=SHARE", default=["train=0.9", "val=0.1"], help=shares)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--remove", nargs="+", metavar="LIST", default=[], help="files with ids of images to leave out")
+    removal = "files (or FILE:COLUMN) with ids of images to leave out"
+    parser.add_argument("--remove", nargs="+", metavar="LIST", default=[], help=removal)
 
 
 def duplicates(settings: Settings, options: argparse.Namespace) -> None:

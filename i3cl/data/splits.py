@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -38,7 +39,7 @@ def split_of(file_name: str, fractions: Mapping[str, float], seed: int) -> str:
         total += fraction
         if place < total:
             return name
-    return next(reversed(fractions))
+    return list(fractions)[-1]
 
 
 def parse_fractions(words: Sequence[str]) -> dict[str, float]:
@@ -58,24 +59,38 @@ def parse_fractions(words: Sequence[str]) -> dict[str, float]:
     return fractions
 
 
-def read_removals(path: str) -> set[str]:
-    """Image stems out of a list with an id or a pair of ids a line, separated by blanks, commas, tabs or colons.
+def read_removals(listed: str) -> tuple[set[str], set[int]]:
+    """Image stems, and with a column numbers, out of a list with an id or several a line.
 
-    Lists such as Total_Text_ID_vs_ArT_ID.list pair the id in one set with the id in another; both are taken, since which
-    column is which differs: ``remove_listed`` matches whole stems, and 'img12' of one set is no stem of a set of 'gt_12'. Folders and
-    suffixes of images are cut off; lines that begin with '#' and blank lines are passed over. UserError for a list without ids.
+    listed: path, or path:COLUMN. Fields stand apart by blanks, tabs, commas, semicolons or '->'; folders and suffixes of
+    images are cut off; blank lines and lines that begin with '#' are passed over. Without a column every field counts as the
+    whole name of an image: in a list that pairs img12 with gt_34 only gt_34 names an image of a set of gt_<n>. With COLUMN
+    (from 1) only that field counts, and one of digits alone stands for the number at the end of a name. UserError for a list
+    without ids.
     """
-    found: set[str] = set()
+    path, _, column = listed.rpartition(":")
+    if not (path and column.isdecimal() and not storage.exists(listed)):
+        path, column = listed, ""
+    stems: set[str] = set()
+    numbers: set[int] = set()
     for line in storage.read_text(path).splitlines():
         if line.lstrip().startswith("#"):
             continue
-        for word in re.split(r"[\s,;:]+|->", line.strip()):
+        words = [word for word in re.split(r"[\s,;]+|->", line.strip()) if word]
+        for word in words[int(column) - 1 : int(column)] if column else words:
             stem = re.sub(r"\.(jpe?g|png|bmp|tiff?|webp|gif|txt|mat|xml)$", "", word.rsplit("/", 1)[-1], flags=re.IGNORECASE)
-            if stem:
-                found.add(stem)
-    if not found:
+            stems.add(stem)
+            if column and re.fullmatch(r"[0-9]{1,18}", stem):
+                numbers.add(int(stem))
+    if not stems:
         raise UserError(f"{path}: lists no image; write one id or file name a line")
-    return found
+    return stems, numbers
+
+
+def _listed(record: ImageRecord, stems: set[str], numbers: set[int]) -> bool:
+    stem = PurePosixPath(record.file_name).stem
+    last = re.search(r"[0-9]{1,18}$", stem) if numbers else None
+    return stem in stems or (last is not None and int(last[0]) in numbers)
 
 
 def write_splits(
@@ -90,10 +105,10 @@ def write_splits(
     records = read_coco(source, "", skip_bad=skip_bad, check_files=False).records
     removed: set[int] = set()
     for path in remove:
-        stems = read_removals(path)
-        gone = {record.id for record in records if PurePosixPath(record.file_name).stem in stems}
+        stems, numbers = read_removals(path)
+        gone = {record.id for record in records if _listed(record, stems, numbers)}
         if not gone:
-            raise UserError(f"{path}: none of its {len(stems)} ids is the name of an image of {source}; is it the right list?")
+            raise UserError(f"{path}: none of its {len(stems)} ids names an image of {source}; give LIST:COLUMN for bare numbers")
         removed |= gone
     counts = dict.fromkeys(shares, 0)
 
@@ -165,8 +180,8 @@ def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: 
     assert 0 <= distance <= 16
     edges = np.linspace(0, 64, distance + 2).astype(int)
     found: set[tuple[int, int, int]] = set()
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        mask = np.uint64((1 << int(high - low)) - 1)
+    for low, high in pairwise(edges.tolist()):
+        mask = np.uint64((1 << (high - low)) - 1)
         keys_a, keys_b = (first >> np.uint64(low)) & mask, (second >> np.uint64(low)) & mask
         order = np.argsort(keys_b, kind="stable")
         begin = np.searchsorted(keys_b[order], keys_a, "left")

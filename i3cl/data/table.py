@@ -218,6 +218,8 @@ class _Reader:
             try:
                 if entry is None:
                     raise BadItem("type", "is null; write an instance")
+                if entry["polygon"] is None:
+                    raise BadItem("polygon", "has no polygon; write x0, y0, x1, y1, ...")
                 entry = {**entry, "segmentation": [entry["polygon"]], "category_id": CATEGORY["id"]}
                 instance, mended = checked_instance(entry, {CATEGORY["id"]: True}, height, width)
                 instances.append(instance)

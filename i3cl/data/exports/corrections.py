@@ -107,8 +107,18 @@ def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Ins
             faults.bad(where, error)
             continue
         faults.mended(where, mended)
-        instances.append(instance)
+        instances.append(_with_words(instance, record))
     return tuple(instances)
+
+
+def _with_words(instance: Instance, record: ImageRecord) -> Instance:
+    """With transcription and language of the base where the polygon was left as it is: not every tool carries them."""
+    if instance.ignore:
+        return instance
+    for old in record.instances:
+        if len(old.polygon) == len(instance.polygon) and np.abs(old.polygon - instance.polygon).max() < 0.05:
+            return replace(instance, text=instance.text if instance.text is not None else old.text, language=old.language)
+    return instance
 
 
 def _instance(region: Region, percent: bool, record: ImageRecord) -> tuple[Instance, list[tuple[str, str]]]:
@@ -131,5 +141,3 @@ def _instance(region: Region, percent: bool, record: ImageRecord) -> tuple[Insta
         "text": region.text if not ignore else None,
     }
     return checked_instance(entry, {CATEGORY["id"]: True}, record.height, record.width)
-
-

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from i3cl.data.coco import write_coco
 from i3cl.data.exports import cvat, label_studio, labelme, paddle
-from i3cl.data.exports.sources import read_labels
 from i3cl.data.exports.common import with_size
+from i3cl.data.exports.sources import read_labels
 from i3cl.data.exports.submissions import write_art, write_coco_results, write_icdar
 from i3cl.data.table import write_shards
 

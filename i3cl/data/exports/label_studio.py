@@ -148,7 +148,7 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
     if kind in ("polygonlabels", "polygon"):
         return Region(flat_points(value.get("points")), label, text)
     if kind in ("rectanglelabels", "rectangle"):
-        sides = [value.get(key) for key in ("x", "y", "width", "height")]
+        sides: list[Any] = [value.get(key) for key in ("x", "y", "width", "height")]
         turn = value.get("rotation") or 0
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (*sides, turn)):
             return Region(None, label, fault="is a rectangle without x, y, width and height")

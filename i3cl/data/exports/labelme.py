@@ -44,7 +44,7 @@ def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
 
 
 def _content(record: ImageRecord, prefix: str) -> dict[str, Any]:
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {
             "label": label_of(instance),
             "points": points_of(instance),
@@ -77,12 +77,12 @@ def read(source: str) -> Iterator[Reviewed]:
         image = content.get("imagePath")
         if not isinstance(image, str) or not image:
             raise UserError(f"{where}: imagePath is {shown(image)}; write the image's name")
-        sides = [content.get("imageWidth"), content.get("imageHeight")]
-        if any(s is not None and (not isinstance(s, int) or isinstance(s, bool)) for s in sides):
+        width, height = content.get("imageWidth"), content.get("imageHeight")
+        if any(s is not None and (not isinstance(s, int) or isinstance(s, bool)) for s in (width, height)):
             raise UserError(f"{where}: imageWidth or imageHeight is no whole number; save it again")
         # The folder tells images of one name apart; imagePath may lead out of it.
         own = posixpath.join(posixpath.dirname(name), image.replace("\\", "/").rsplit("/", 1)[-1])
-        yield Reviewed(own, where, [_region(shape) for shape in content["shapes"]], *sides)
+        yield Reviewed(own, where, [_region(shape) for shape in content["shapes"]], width, height)
 
 
 def _region(shape: Any) -> Region:
