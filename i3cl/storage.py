@@ -131,6 +131,30 @@ def write_text_atomic(url: str, text: str) -> None:
     write_bytes_atomic(url, text.encode("utf-8"))
 
 
+@contextmanager
+def atomic_file(url: str) -> Iterator[IO[bytes]]:
+    """A file to write piece by piece, put in place when the block ends and removed when it raises. Makes the folders."""
+    remote = is_remote(url)
+    with _user_errors(url):
+        folder = None if remote else Path(_local(url)).parent
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+    try:
+        with open(work / "file", "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with _user_errors(url):
+            if folder is None:
+                _s3().put_file(str(work / "file"), _key(url))
+                return
+            os.replace(work / "file", _local(url))
+            _fsync_folder(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def make_dirs(url: str) -> None:
     """Make a folder and its parents; on S3, where folders are only prefixes, nothing is to be done."""
     if not is_remote(url):

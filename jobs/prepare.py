@@ -30,6 +30,111 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _out(parser)
 
 
+def export(settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl.data.exports.formats import export_labels
+
+    printed = export_labels(
+        options.format,
+        options.source,
+        options.out,
+        score=options.score,
+        member=options.member,
+        prefix=options.image_url_prefix,
+        confidence=not options.no_confidence,
+        names=(options.from_name, options.to_name),
+        skip_bad=settings.data.skip_bad,
+    )
+    print(f"{printed}: {options.out}")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    from i3cl.data.exports.formats import FORMATS
+
+    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--source", required=True, metavar="PATH", help="COCO json, Parquet table or folder of predictions")
+    parser.add_argument("--out", required=True, metavar="PATH", help="file, or folder of labelme and parquet")
+    parser.add_argument("--score", type=float, metavar="T", help="leave out scores up to T (default 0.45 for art, else none)")
+    parser.add_argument("--member", metavar="NAME", help="whose predictions, where the folder holds several")
+    parser.add_argument("--image-url-prefix", default="", metavar="PREFIX", help="stands before the file names in review formats")
+    parser.add_argument("--no-confidence", action="store_true", help="icdar: lines without the score")
+    parser.add_argument("--from-name", default="label", help="label-studio: name of the labels in its interface")
+    parser.add_argument("--to-name", default="image", help="label-studio: name of the image in its interface")
+
+
+def import_corrections(settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl.data.exports.corrections import import_corrections
+
+    done = import_corrections(
+        options.format,
+        options.source,
+        options.base,
+        options.out,
+        only_corrected=options.only_corrected,
+        prefix=options.image_url_prefix,
+        skip_bad=settings.data.skip_bad,
+    )
+    for problem in done.problems:
+        print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}")
+    print(
+        f"{done.corrected} corrected images with {done.instances} instances and {done.ignored} ignore regions instead of "
+        f"{done.removed} labels; {done.images} images: {options.out}"
+    )
+
+
+def _import_corrections(parser: argparse.ArgumentParser) -> None:
+    from i3cl.data.exports.corrections import READERS
+
+    parser.add_argument("format", choices=READERS, metavar="FORMAT", help=", ".join(READERS))
+    parser.add_argument("--source", required=True, metavar="PATH", help="what the other tool has exported")
+    parser.add_argument("--base", required=True, metavar="PATH", help="COCO json or Parquet table that was reviewed")
+    parser.add_argument("--out", required=True, metavar="PATH", help="COCO json (.json) or folder of Parquet shards")
+    parser.add_argument("--only-corrected", action="store_true", help="leave out images that nobody has annotated")
+    parser.add_argument("--image-url-prefix", default="", metavar="PREFIX", help="as given to export")
+
+
+def split(settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl.data.splits import write_splits
+
+    counts = write_splits(
+        options.source,
+        options.out,
+        fractions=options.fractions,
+        seed=options.seed,
+        remove=options.remove,
+        skip_bad=settings.data.skip_bad,
+    )
+    for name, count in counts.items():
+        print(f"{name}: {count} images")
+    print(f"splits: {options.out}")
+
+
+def _split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, metavar="PATH", help="COCO json or Parquet table")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for NAME.json, or NAME/ of a table's shards")
+    shares = "add up to 1 (default train=0.9 val=0.1)"
+    parser.add_argument("--fractions", nargs="+", metavar="NAME=SHARE", default=["train=0.9", "val=0.1"], help=shares)
+    parser.add_argument("--seed", type=int, default=0)
+    removal = "files (or FILE:COLUMN) with ids of images to leave out"
+    parser.add_argument("--remove", nargs="+", metavar="LIST", default=[], help=removal)
+
+
+def duplicates(settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl.data.splits import report_duplicates
+
+    against = options.against or options.source
+    images = [*options.images, *options.images][:2]
+    pairs = report_duplicates((options.source, images[0]), (against, images[1]), options.distance, options.out)
+    print(f"{pairs} pairs within {options.distance} of 64 bits" + (f": {options.out}" if options.out else ""))
+
+
+def _duplicates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, metavar="PATH", help="COCO json or Parquet table")
+    parser.add_argument("--against", metavar="PATH", help="another set; left out: pairs within the source")
+    parser.add_argument("--images", required=True, action="append", metavar="FOLDER", help="images root; again for --against")
+    parser.add_argument("--distance", type=int, default=4, help="largest Hamming distance of two hashes, 0-16 (default 4)")
+    parser.add_argument("--out", metavar="FILE", help="list of pairs, tab-separated; left out: printed")
+
+
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="local folder or s3:// URL")
 
@@ -37,6 +142,10 @@ def _out(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "convert": Command(convert, "make a checkpoint of an original I3CL or mmdetection Mask R-CNN file", _convert_arguments),
     "synthetic": Command(synthetic, "write a labelled, an unlabelled and a validation set of synthetic scene text", _out),
+    "export": Command(export, "labels or predictions in the format of another tool", _export),
+    "import-corrections": Command(import_corrections, "labels that people have corrected in another tool", _import_corrections),
+    "split": Command(split, "divide a data set by the hash of the file name, and leave images out", _split),
+    "duplicates": Command(duplicates, "list images that look the same, within a set or between two", _duplicates),
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import pyarrow as pa
 
 from i3cl import storage
 from i3cl.config import DataSettings, SourceSettings, UserError
-from i3cl.data.coco import Dataset, read_coco, record_from_row, to_table
+from i3cl.data.coco import read_coco
 from i3cl.data.images import decode_image
+from i3cl.data.records import Dataset, TableRecords, record_from_row, to_table
 from i3cl.data.transforms import Sample, TrainTransform
 from i3cl.job import quiet
 
@@ -35,20 +37,14 @@ def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, 
     workers read the same set.
     """
     annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
-    dataset = read_coco(annotations, images, skip_bad=skip_bad, check_files=check_files)
+    dataset = read_coco(annotations, images, skip_bad=skip_bad, check_files=check_files, lossweight=source.lossweight)
     if skip_bad and check_files and dataset.problems:
         for problem in dataset.problems[:_SHOWN]:
             print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}", flush=True)
         if len(dataset.problems) > _SHOWN:
             print(f"... and {len(dataset.problems) - _SHOWN} more", flush=True)
         print(dataset.summary(), flush=True)
-    if source.lossweight is None:
-        return dataset
-    records = [
-        replace(record, instances=tuple(replace(i, lossweight=source.lossweight) for i in record.instances))
-        for record in dataset.records
-    ]
-    return replace(dataset, records=records)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Mixture:
     """Several data sets as one table, with how often an epoch visits each row."""
 
     table: pa.Table
-    """IMAGE_SCHEMA rows of all sources, one after the other."""
+    """IMAGE_SCHEMA rows of all sources, one after the other; those of Parquet sources stay in their memory map."""
     weights: np.ndarray
     """(rows,) float64: expected visits per epoch."""
 
@@ -64,6 +60,14 @@ class Mixture:
     def epoch_images(self) -> int:
         """Images in one epoch, at least 1."""
         return max(1, round(float(self.weights.sum())))
+
+    def rows(self, numbers: np.ndarray) -> pa.Table:
+        """The rows of (N,) int64 numbers, copied out of the table."""
+        return self._records.take(numbers)
+
+    @cached_property
+    def _records(self) -> TableRecords:
+        return TableRecords(self.table)
 
     def order(self, first: int, count: int, seed: int) -> np.ndarray:
         """(count,) int64 rows at positions first ... first + count - 1 of the endless run."""
@@ -98,7 +102,8 @@ def mix(
     tables, weights = [], []
     for source in sources:
         dataset = read_source(source, data_root, skip_bad, check_files)
-        tables.append(to_table(dataset.records, dataset.images_root))
+        records = dataset.records
+        tables.append(records.table if isinstance(records, TableRecords) else to_table(records, dataset.images_root))
         weights.append(np.full(len(dataset.records), source.weight))
     table = pa.concat_tables(tables)
     if not table.num_rows:
@@ -129,7 +134,7 @@ def training_batches(
         part = positions[start : start + (_SEGMENT // batch * batch or batch)]
         base = int(part[0])
         order = mixture.order(base, int(part[-1]) - base + 1, seed)
-        rows = mixture.table.take(pa.array(order[part - base])).append_column("position", pa.array(part))
+        rows = mixture.rows(order[part - base]).append_column("position", pa.array(part))
         source = _through_ray_data if settings.ray_data else _through_threads
         yield from source(rows, load, batch, settings, workers)
 

@@ -13,8 +13,11 @@ from pycocotools import mask as mask_codec
 
 from i3cl import geometry
 from i3cl.config import UserError
-from i3cl.data import coco
-from i3cl.data.coco import ImageRecord, Instance, read_coco, write_coco
+from i3cl.data import checks
+from i3cl.data import records as records_module
+from i3cl.data.coco import read_coco, write_coco
+from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.table import write_parquet
 
 SQUARE = [10, 20, 30, 20, 30, 40, 10, 40]
 
@@ -338,7 +341,7 @@ def test_runs_unpack_as_pycocotools_packs_them():
     rng = np.random.default_rng(0)
     for side in (1, 7, 300):
         mask = np.asfortranarray(rng.integers(0, 2, (side, side)).astype(np.uint8))
-        runs = coco._unpack_runs(mask_codec.encode(mask)["counts"].decode())
+        runs = checks._unpack_runs(mask_codec.encode(mask)["counts"].decode())
         np.testing.assert_array_equal(np.repeat(np.arange(len(runs)) & 1, runs).reshape(side, side).T, mask)
 
 
@@ -404,17 +407,17 @@ def test_two_records_with_one_id_are_not_written(tmp_path):
 
 
 def test_table_round_trip():
-    table = coco.to_table(records(), "s3://bucket/root")
-    assert table.schema == coco.IMAGE_SCHEMA
+    table = records_module.to_table(records(), "s3://bucket/root")
+    assert table.schema == records_module.IMAGE_SCHEMA
     assert table["path"].to_pylist()[1] == "s3://bucket/root/sub/ü.jpg"
-    assert all(map(same, coco.from_table(table), records()))
-    assert coco.to_table([], "root").num_rows == 0
+    assert all(map(same, records_module.from_table(table), records()))
+    assert records_module.to_table([], "root").num_rows == 0
 
 
 def test_record_from_rows_as_ray_data_hands_them():
-    rows = coco.to_table(records(), "root").to_pylist()
+    rows = records_module.to_table(records(), "root").to_pylist()
     for row, record in zip(rows, records(), strict=True):
-        assert same(coco.record_from_row(row), record)
+        assert same(records_module.record_from_row(row), record)
         # Numpy format: arrays of objects, and NaN for what is absent.
         instances = np.empty(len(row["instances"]), object)
         for i, instance in enumerate(row["instances"]):
@@ -423,20 +426,20 @@ def test_record_from_rows_as_ray_data_hands_them():
                 for key, value in instance.items()
             }
         assert same(
-            coco.record_from_row({**row, "image_id": np.int64(row["image_id"]), "instances": instances}),
+            records_module.record_from_row({**row, "image_id": np.int64(row["image_id"]), "instances": instances}),
             record,
         )
 
 
 def test_parquet_is_read_by_the_same_call(tmp_path):
     path = str(tmp_path / "set.parquet")
-    coco.write_parquet(path, records(), "root")
+    write_parquet(path, records(), "root")
     data = read_coco(path, str(tmp_path), check_files=False)
     assert data.name == "set" and all(map(same, data.records, records()))
     # A folder of parts too.
     (tmp_path / "parts").mkdir()
     for i, record in enumerate(records()):
-        coco.write_parquet(str(tmp_path / "parts" / f"{i}.parquet"), [record], "root")
+        write_parquet(str(tmp_path / "parts" / f"{i}.parquet"), [record], "root")
     data = read_coco(str(tmp_path / "parts"), str(tmp_path), check_files=False)
     assert all(map(same, data.records, records()))
 
@@ -444,7 +447,7 @@ def test_parquet_is_read_by_the_same_call(tmp_path):
 def test_parquet_passes_the_same_checks(tmp_path):
     path = str(tmp_path / "set.parquet")
     bad = [ImageRecord(1, "../a.jpg", 60, 100), records()[0]]
-    coco.write_parquet(path, bad, "root")
+    write_parquet(path, bad, "root")
     with pytest.raises(UserError, match=r"image 1: .*leaves the images root"):
         read_coco(path, str(tmp_path), check_files=False)
     assert len(read_coco(path, str(tmp_path), check_files=False, skip_bad=True)) == 1
@@ -453,13 +456,13 @@ def test_parquet_passes_the_same_checks(tmp_path):
 @pytest.mark.parametrize("kind", ["text", "other columns", "other types", "cut off"])
 def test_other_parquet_is_refused(tmp_path, kind):
     path = tmp_path / "set.parquet"
-    coco.write_parquet(str(path), records(), "root")
+    write_parquet(str(path), records(), "root")
     if kind == "text":
         path.write_text("no table")
     elif kind == "other columns":
         pq.write_table(pa.table({"a": [1]}), path)
     elif kind == "other types":
-        table = coco.to_table(records(), "root")
+        table = records_module.to_table(records(), "root")
         pq.write_table(table.set_column(5, "instances", [[["x"]] * 3]), path)
     else:
         path.write_bytes(path.read_bytes()[:-20])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from i3cl.config import with_overrides
-from i3cl.data.coco import record_from_row
 from i3cl.data.images import decode_image
+from i3cl.data.records import record_from_row
 from i3cl.data.transforms import EvalTransform, to_target
 from i3cl.model.network import I3CL
 from i3cl.model.targets import read_truths

@@ -1,0 +1,137 @@
+"""What the formats share: labels, names of images, exact decimals, and what a reader of corrections hands over."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.checks import shown
+from i3cl.data.records import ImageRecord, Instance
+
+TEXT = "text"
+"""Label of a text instance; every other label is an ignore region."""
+IGNORE = "ignore"
+"""Label that ignore regions get."""
+UNREADABLE = "###"
+"""Transcription that marks an ignore region where a format has no labels."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region that a person drew or left standing."""
+
+    points: Any
+    """List of x0, y0, x1, y1, ... in pixels, not yet checked."""
+    label: Any = TEXT
+    text: str | None = None
+    fault: str | None = None
+    """Why it cannot be used, e.g. a brush stroke."""
+
+
+@dataclass(frozen=True)
+class Reviewed:
+    """One image that a person has looked at, as it stands in the other tool."""
+
+    name: str
+    """As the file names it; ``ImageNames.find`` knows which image it is."""
+    where: str
+    """File and item, for messages."""
+    regions: Sequence[Region] = ()
+    width: int | None = None
+    """Pixels, where the format tells them."""
+    height: int | None = None
+    percent: bool = field(default=False)
+    """Points are percent of width and height, not pixels."""
+
+
+def label_of(instance: Instance) -> str:
+    return IGNORE if instance.ignore else TEXT
+
+
+def points_of(instance: Instance) -> list[list[float]]:
+    """[[x, y], ...] in the shortest decimals that give the same float32 numbers back."""
+    flat = [float(str(v)) for v in np.asarray(instance.polygon, np.float32).ravel()]
+    return [list(pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+
+
+def flat_points(points: Any) -> Any:
+    """[[x, y], ...] as one flat list; what is no such list comes back as it is, for the check to refuse."""
+    if isinstance(points, list) and all(isinstance(p, list) and len(p) == 2 for p in points):
+        return [value for point in points for value in point]
+    return [points] if not isinstance(points, list) else points
+
+
+def box_points(x0: float, y0: float, x1: float, y1: float, degrees: float = 0.0, about: Sequence[float] = ()) -> list[float]:
+    """A box as a flat polygon, turned clockwise on screen about a point."""
+    corners: NDArray[np.float64] = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64)
+    if degrees:
+        turn = np.deg2rad(degrees)
+        matrix = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        corners = (corners - about) @ matrix + about
+    return [float(v) for v in corners.ravel()]
+
+
+def with_size(records: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
+    """Without the images that could not be read when they were predicted, of which nobody knows the size."""
+    return (record for record in records if record.height and record.width)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON text; UserError that says where it is not."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: not usable JSON ({reason}); is it complete?") from None
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+class ImageNames:
+    """Finds the image that another tool means: tools put a prefix before a file name, or an upload code."""
+
+    def __init__(self, names: Iterable[str], base: str, prefix: str = "") -> None:
+        self.base, self.prefix = base, prefix
+        self.names = set(names)
+        self._last: Mapping[str, list[str]] | None = None
+
+    def find(self, name: str, where: str) -> str:
+        """The file name in the base set. UserError when none or several fit."""
+        if self.prefix and name.startswith(self.prefix):
+            name = name[len(self.prefix) :]
+        if name in self.names:
+            return name
+        if self._last is None:
+            ends: dict[str, list[str]] = {}
+            for known in self.names:
+                ends.setdefault(PurePosixPath(known).name, []).append(known)
+            self._last = ends
+        last = name.replace("\\", "/").rsplit("/", 1)[-1]
+        # Label Studio puts eight hexadecimal digits before the name of an uploaded file.
+        for ending in (last, re.sub(r"^[0-9a-f]{8}-", "", last)):
+            found = self._last.get(ending, [])
+            fitting = [known for known in found if ("/" + name).endswith("/" + known)] or found
+            if len(fitting) > 1:
+                raise UserError(f"{where}: image {shown(name)} may be {fitting[0]} or {fitting[1]}; give --image-url-prefix")
+            if fitting:
+                return fitting[0]
+        raise UserError(f"{where}: image {shown(name)} is not in {self.base}; give the set that was exported")
+
+
+def files_under(source: str, suffix: str) -> list[str]:
+    """Sorted relative names of the files with this suffix in a folder. UserError when there is none."""
+    names = sorted(n for n in storage.list_files(source) if n.lower().endswith(suffix))
+    if not names:
+        raise UserError(f"{source}: holds no {suffix} file; check the path")
+    return names

@@ -1,0 +1,130 @@
+"""CVAT: its 'CVAT for images 1.1' xml, out and back."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+from xml.etree.ElementTree import ParseError
+from xml.sax.saxutils import quoteattr
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import iterparse
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.checks import shown
+from i3cl.data.exports.common import Region, Reviewed, box_points, label_of, points_of, with_size
+from i3cl.data.records import ImageRecord
+
+_MAX_XML = 4 << 30
+"""Bytes; a zip that unpacks to more is refused."""
+_NOT_REGIONS = {"tag", "attribute"}
+
+
+def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
+    """Write `out`, to be uploaded to a task that has the same images; return their number.
+
+    prefix: what stands before the file name in the task, e.g. a folder with its '/'.
+    """
+    count = 0
+    with storage.atomic_file(out) as file:
+        file.write(b'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
+        for count, record in enumerate(with_size(records), 1):
+            file.write(_image(record, count - 1, prefix).encode())
+        file.write(b"</annotations>\n")
+    return count
+
+
+def _image(record: ImageRecord, number: int, prefix: str) -> str:
+    lines = [
+        f'<image id="{number}" name={quoteattr(prefix + record.file_name)} width="{record.width}" height="{record.height}">\n'
+    ]
+    for instance in record.instances:
+        points = ";".join(f"{x!r},{y!r}" for x, y in points_of(instance))
+        lines.append(f'<polygon label="{label_of(instance)}" source="auto" occluded="0" points="{points}" z_order="0"/>\n')
+    return "".join([*lines, "</image>\n"])
+
+
+def read(source: str) -> Iterator[Reviewed]:
+    """Images of an export 'CVAT for images 1.1': its xml or the zip around it.
+
+    Polygons and boxes (turned ones too); a shape marked occluded becomes an ignore region. UserError for any other xml, and
+    for xml that declares a document type.
+    """
+    where = source
+    with _opened(source) as file:
+        try:
+            root: Any = None
+            for event, element in iterparse(file, events=("start", "end"), forbid_dtd=True):
+                if root is None:
+                    root = element
+                    if element.tag != "annotations":
+                        raise UserError(f"{source}: its root is {shown(element.tag)}, not annotations; is it of CVAT?")
+                if event == "end" and element.tag == "track":
+                    raise UserError(f"{source}: holds tracks of a video; export as 'CVAT for images 1.1'")
+                if event == "end" and element.tag == "image":
+                    where = f"{source}: image {shown(element.get('name'))}"
+                    yield _reviewed(element, where)
+                    root.clear()
+        except DefusedXmlException as error:
+            raise UserError(f"{source}: refused ({type(error).__name__}): declares a document type or entities") from None
+        except (ParseError, ValueError, LookupError) as error:
+            raise UserError(f"{where}: not usable xml ({' '.join(str(error).split())[:200]}); export it again") from None
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[IO[bytes]]:
+    with storage.open_read(source) as file:
+        if not source.lower().endswith(".zip"):
+            yield file
+            return
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if archive.getinfo("annotations.xml").file_size > _MAX_XML:
+                    raise UserError(f"{source}: annotations.xml unpacks to more than {_MAX_XML >> 30} GiB; unpack it yourself")
+                with archive.open("annotations.xml") as inside:
+                    yield inside
+        except KeyError:
+            raise UserError(f"{source}: has no annotations.xml; export as 'CVAT for images 1.1'") from None
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, io.UnsupportedOperation) as error:
+            raise UserError(f"{source}: not a usable zip ({' '.join(str(error).split())}); export it again") from None
+
+
+def _reviewed(image: Any, where: str) -> Reviewed:
+    name = image.get("name")
+    if not name:
+        raise UserError(f"{where}: has no name; export it again")
+    try:
+        width, height = int(image.get("width", "")), int(image.get("height", ""))
+    except ValueError:
+        raise UserError(f"{where}: width or height is no whole number; export it again") from None
+    regions = [_region(shape) for shape in image if shape.tag not in _NOT_REGIONS]
+    return Reviewed(name, where, regions, width, height)
+
+
+def _region(shape: Any) -> Region:
+    label = shape.get("label")
+    text = next((a.text for a in shape if a.tag == "attribute" and a.get("name") in ("text", "transcription")), None)
+    if shape.get("occluded") == "1":
+        label = "occluded"
+    try:
+        if shape.tag == "polygon":
+            return Region(_numbers(shape.get("points", "").replace(";", ",").split(",")), label, text)
+        if shape.tag == "box":
+            x0, y0, x1, y1 = _numbers([shape.get(key, "") for key in ("xtl", "ytl", "xbr", "ybr")])
+            (turn,) = _numbers([shape.get("rotation", "0")])
+            return Region(box_points(x0, y0, x1, y1, turn, ((x0 + x1) / 2, (y0 + y1) / 2)), label, text)
+    except ValueError:
+        return Region(None, label, fault="has a coordinate that is no number")
+    return Region(None, label, fault=f"is a {shape.tag}; draw polygons or boxes")
+
+
+def _numbers(words: list[str]) -> list[float]:
+    numbers = [float(word) for word in words]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("not finite")
+    return numbers

@@ -1,0 +1,169 @@
+"""Label Studio: pre-annotated tasks out, its JSON export back. Points are percent of width and height."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from i3cl import geometry, storage
+from i3cl.config import UserError
+from i3cl.data.checks import kind_of, shown
+from i3cl.data.exports.common import (
+    IGNORE,
+    TEXT,
+    Region,
+    Reviewed,
+    box_points,
+    dumps,
+    flat_points,
+    label_of,
+    parse_json,
+    with_size,
+)
+from i3cl.data.records import ImageRecord
+
+MANY_POINTS = 64
+"""A polygon of more points is simplified: the page stalls when it must draw thousands."""
+
+
+def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
+    """The labelling interface that a project needs for the tasks of ``write`` to show."""
+    return (
+        f'<View><Image name={quoteattr(to_name)} value="$image"/>'
+        f"<PolygonLabels name={quoteattr(from_name)} toName={quoteattr(to_name)}>"
+        f'<Label value="{TEXT}"/><Label value="{IGNORE}"/></PolygonLabels></View>'
+    )
+
+
+def write(
+    out: str, records: Iterable[ImageRecord], prefix: str = "", from_name: str = "label", to_name: str = "image"
+) -> int:
+    """Tasks with predictions as one json; return their number.
+
+    prefix: what stands before the file name in the image's URL. from_name, to_name: as in the project's labelling interface;
+    with other names nothing is drawn.
+    """
+    count = 0
+    with storage.atomic_file(out) as file:
+        for record in with_size(records):
+            file.write((("," if count else "[") + "\n" + dumps(_task(record, prefix, from_name, to_name))).encode())
+            count += 1
+        file.write(b"\n]\n" if count else b"[]\n")
+    return count
+
+
+def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dict[str, Any]:
+    result = []
+    scale = np.array([100 / record.width, 100 / record.height])
+    for number, instance in enumerate(record.instances):
+        polygon = instance.polygon
+        if len(polygon) > MANY_POINTS:
+            polygon = geometry.simplify(polygon, 0.001)
+        value = {"points": np.round(polygon * scale, 6).tolist(), "closed": True, "polygonlabels": [label_of(instance)]}
+        entry: dict[str, Any] = {
+            "id": f"r{number}",
+            "type": "polygonlabels",
+            "from_name": from_name,
+            "to_name": to_name,
+            "original_width": record.width,
+            "original_height": record.height,
+            "image_rotation": 0,
+            "value": value,
+        }
+        if instance.score is not None:
+            entry["score"] = float(instance.score)
+        if instance.text is not None:
+            entry["meta"] = {"text": [instance.text]}
+        result.append(entry)
+    scores = [float(i.score) for i in record.instances if i.score is not None]
+    prediction: dict[str, Any] = {"model_version": "i3cl", "result": result}
+    if scores:
+        # The weakest label: sorted by score, the images that need a look come first.
+        prediction["score"] = min(scores)
+    data = {"image": prefix + quote(record.file_name), "file_name": record.file_name, "image_id": record.id}
+    return {"data": data, "predictions": [prediction]}
+
+
+def read(source: str) -> Iterator[Reviewed]:
+    """Images of an export 'JSON' that somebody has annotated: of several annotations the one updated last.
+
+    Cancelled (skipped) annotations and tasks with predictions only are passed over. UserError for what is no such export.
+    """
+    content = parse_json(storage.read_text(source), source)
+    if not isinstance(content, list):
+        raise UserError(f"{source}: is {kind_of(content)}, not a list of tasks; export the project as 'JSON'")
+    for number, task in enumerate(content, 1):
+        where = f"{source}: task {task['id'] if isinstance(task, dict) and isinstance(task.get('id'), int) else number}"
+        if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
+            raise UserError(f"{where}: has no data; export the project as 'JSON', not 'JSON-MIN'")
+        annotations = task.get("annotations", [])
+        if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+            raise UserError(f"{where}: annotations is not a list of objects; export the project again as 'JSON'")
+        done = [a for a in annotations if not a.get("was_cancelled")]
+        if done:
+            last = max(done, key=lambda a: str(a.get("updated_at") or ""))
+            yield _reviewed(task["data"], last, where)
+
+
+def _reviewed(data: dict[str, Any], annotation: dict[str, Any], where: str) -> Reviewed:
+    name = data.get("file_name")
+    if not isinstance(name, str):
+        url = data.get("image")
+        if not isinstance(url, str):
+            raise UserError(f"{where}: data has neither file_name nor image; export the project again as 'JSON'")
+        name = _name_in(url)
+    result = annotation.get("result", [])
+    if not isinstance(result, list) or not all(isinstance(r, dict) for r in result):
+        raise UserError(f"{where}: result is not a list of objects; export the project again as 'JSON'")
+    sizes = {(r.get("original_width"), r.get("original_height")) for r in result if r.get("original_width") is not None}
+    width = height = None
+    if sizes:
+        width, height = sizes.pop()
+        if sizes or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in (width, height)):
+            raise UserError(f"{where}: original_width and original_height are not one size; export the project again")
+    if any(r.get("image_rotation") for r in result):
+        raise UserError(f"{where}: image {shown(name)} is rotated in Label Studio; rotate it back and export again")
+    areas = [r for r in result if r.get("type") == "textarea" and isinstance(r.get("value"), dict)]
+    texts = {str(r.get("id")): r["value"].get("text") for r in areas}
+    regions = [region for r in result if (region := _region(r, width or 1, height or 1, texts)) is not None]
+    return Reviewed(name, where, regions, width, height, percent=True)
+
+
+def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, Any]) -> Region | None:
+    kind, value = result.get("type"), result.get("value")
+    if not isinstance(kind, str) or not isinstance(value, dict):
+        return Region(None, fault="has no type or value")
+    if kind in ("textarea", "choices", "relation", "rating", "labels", "taxonomy", "number", "datetime"):
+        return None
+    labels = value.get(kind)
+    label = labels[0] if isinstance(labels, list) and labels else None
+    meta = result.get("meta")
+    text = texts.get(str(result.get("id"))) or (meta.get("text") if isinstance(meta, dict) else None)
+    text = text[0] if isinstance(text, list) and text else text
+    text = text if isinstance(text, str) else None
+    if kind in ("polygonlabels", "polygon"):
+        return Region(flat_points(value.get("points")), label, text)
+    if kind in ("rectanglelabels", "rectangle"):
+        sides: list[Any] = [value.get(key) for key in ("x", "y", "width", "height")]
+        turn = value.get("rotation") or 0
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (*sides, turn)):
+            return Region(None, label, fault="is a rectangle without x, y, width and height")
+        x, y, w, h = sides
+        # Turned in pixels: percent of width and of height are not the same length.
+        pixels = box_points(x * width, y * height, (x + w) * width, (y + h) * height, turn, (x * width, y * height))
+        return Region([v / (height if i % 2 else width) for i, v in enumerate(pixels)], label, text)
+    return Region(None, label, fault=f"is of type {shown(kind)}; draw polygons or rectangles")
+
+
+def _name_in(url: str) -> str:
+    """Path of the image in a task's URL; of local storage the part after ``?d=``."""
+    try:
+        parts = urlsplit(url)
+        inside = parse_qs(parts.query).get("d")
+    except ValueError:
+        return url
+    return inside[0] if inside else unquote(parts.path)

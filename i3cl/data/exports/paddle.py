@@ -1,0 +1,59 @@
+"""PaddleOCR and PPOCRLabel: Label.txt, a line an image, out and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.checks import kind_of, shown
+from i3cl.data.exports.common import IGNORE, TEXT, UNREADABLE, Region, Reviewed, dumps, flat_points, parse_json, points_of
+from i3cl.data.records import ImageRecord
+
+
+def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
+    """Write `out`; return the number of images. Ignore regions are '###'; a text that nobody knows is empty.
+
+    prefix: what stands before the file name; PPOCRLabel wants the name of the images' folder and '/'.
+    """
+    count = 0
+    with storage.atomic_file(out) as file:
+        for record in records:
+            count += 1
+            items = [
+                {
+                    "transcription": UNREADABLE if instance.ignore else instance.text or "",
+                    "points": points_of(instance),
+                    "difficult": False,
+                }
+                for instance in record.instances
+            ]
+            file.write(f"{prefix}{record.file_name}\t{dumps(items)}\n".encode())
+    return count
+
+
+def read(source: str) -> Iterator[Reviewed]:
+    """Images of a Label.txt. '###', '*' and difficult make an ignore region. UserError for a line that is no such line."""
+    # Not splitlines: a transcription may hold other line separators of Unicode.
+    for number, line in enumerate(storage.read_text(source).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{source}: line {number}"
+        name, tab, rest = line.rstrip("\r").partition("\t")
+        if not tab or not name:
+            raise UserError(f"{where}: is not a path, a tab and a JSON list; is it a Label.txt?")
+        items = parse_json(rest, where)
+        if not isinstance(items, list):
+            raise UserError(f"{where}: is {kind_of(items)}, not a list of texts")
+        yield Reviewed(name, where, [_region(item) for item in items])
+
+
+def _region(item: Any) -> Region:
+    if not isinstance(item, dict):
+        return Region(None, fault=f"is {kind_of(item)}, not a text with points")
+    text = item.get("transcription", "")
+    if not isinstance(text, str):
+        return Region(None, fault=f"has the transcription {shown(text)}; write text")
+    ignore = text in (UNREADABLE, "*") or item.get("difficult") is True
+    return Region(flat_points(item.get("points")), IGNORE if ignore else TEXT, None if ignore else text or None)

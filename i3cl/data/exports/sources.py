@@ -1,0 +1,76 @@
+"""What can be exported: a data set (COCO json or Parquet table) or a folder of predictions, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.coco import read_coco
+from i3cl.data.predictions import read_batches, read_predictions
+from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.table import is_table
+from i3cl.detections import Detections
+
+
+def read_labels(
+    source: str, *, member: str | None = None, score: float | None = None, skip_bad: bool = False
+) -> Iterator[ImageRecord]:
+    """The images of a COCO json, a Parquet table or a predictions folder, one at a time.
+
+    score: instances with a score up to it are left out; those without a score are a person's and stay.
+    member: whose predictions (of its first view); needed when there are several. An image that could not be read when it was
+    predicted comes with height and width 0 and no instances. UserError as the readers, and for a member that is not there.
+    """
+    if not storage.exists(source):
+        raise UserError(f"{source}: no such file or folder; check the path")
+    if source.endswith(".json"):
+        records = iter(read_coco(source, "", skip_bad=skip_bad, check_files=False).records)
+    elif is_table(source):
+        if member is not None:
+            raise UserError(f"{source}: is a table of labels, not of predictions; leave out --member")
+        records = iter(read_coco(source, "", skip_bad=skip_bad, check_files=False).records)
+    else:
+        records = _predicted(source, member)
+    return records if score is None else (_above(record, score) for record in records)
+
+
+def _above(record: ImageRecord, score: float) -> ImageRecord:
+    kept = tuple(i for i in record.instances if i.score is None or i.score > score)
+    return record if len(kept) == len(record.instances) else replace(record, instances=kept)
+
+
+def _predicted(source: str, member: str | None) -> Iterator[ImageRecord]:
+    members = sorted({name for batch in read_batches(source, ["member"]) for name in batch["member"].unique().to_pylist()})
+    if member is None and len(members) > 1:
+        raise UserError(f"{source}: holds predictions of {', '.join(members)}; choose one with --member NAME")
+    if member is not None and member not in members:
+        raise UserError(f"{source}: holds no predictions of {member}; it has {', '.join(members)}")
+    # Not itself a generator, so that the faults above are told at the call.
+    return _of_member(source, member if member is not None else (members or [""])[0])
+
+
+def _of_member(source: str, member: str) -> Iterator[ImageRecord]:
+    for rows in read_predictions(source):
+        row = next((row for row in rows if row["member"] == member), None)
+        if row is None:
+            continue
+        if row["error"] is not None:
+            yield ImageRecord(row["image_id"], row["file_name"], 0, 0)
+            continue
+        pairs = zip(row["polygons"], row["scores"].tolist(), strict=True)
+        instances = tuple(Instance(polygon, score=score) for polygon, score in pairs)
+        yield ImageRecord(row["image_id"], row["file_name"], row["height"], row["width"], instances)
+
+
+def detections_of(record: ImageRecord) -> Detections:
+    """A record's text instances (no ignore regions) as detections; one without a score counts as certain."""
+    kept = [i for i in record.instances if not i.ignore]
+    scores = np.array([1.0 if i.score is None else i.score for i in kept], np.float32)
+    size = max(1, record.height), max(1, record.width)
+    return Detections([i.polygon for i in kept], scores, *size, image_id=record.id, name=record.file_name)
+
+

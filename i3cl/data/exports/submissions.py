@@ -1,0 +1,71 @@
+"""What evaluation servers and tools take: the ArT submission, RRC text files, COCO results."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from pycocotools import mask as mask_codec
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.exports.common import dumps
+from i3cl.data.exports.sources import detections_of
+from i3cl.data.records import ImageRecord
+
+
+def write_art(out: str, records: Iterable[ImageRecord]) -> int:
+    """ICDAR2019-ArT Task 1: one json object, ``res_<n>`` for every image, clockwise rings in whole pixels; return the images.
+
+    <n> is the digits after the last '_' of the image's name. UserError when a name has none or two have the same.
+    """
+    seen: set[str] = set()
+    with storage.atomic_file(out) as file:
+        for record in records:
+            found = re.search(r"(?:^|_)(\d+)$", PurePosixPath(record.file_name).stem)
+            if not found:
+                raise UserError(f"{record.file_name}: has no number after its last '_'; ArT names images gt_<number>.jpg")
+            key = f"res_{found[1]}"
+            _only_once(key, record, seen)
+            # Everything that read_labels let through: its threshold is the threshold.
+            file.write(f"{',' if len(seen) > 1 else '{'}\n{dumps(key)}: {dumps(detections_of(record).to_art(-1.0))}".encode())
+        file.write(b"\n}\n" if seen else b"{}\n")
+    return len(seen)
+
+
+def write_icdar(out: str, records: Iterable[ImageRecord], confidence: bool = True) -> int:
+    """RRC text results: a flat zip of ``res_<image>.txt`` with a line x1,y1,...,xn,yn[,confidence] a text; return the images.
+
+    UserError when two images in different folders have the same name: the zip has no folders.
+    """
+    seen: set[str] = set()
+    with storage.atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record in records:
+            name = f"res_{PurePosixPath(record.file_name).stem}.txt"
+            _only_once(name, record, seen)
+            # A fixed date: the same labels give the same file.
+            archive.writestr(zipfile.ZipInfo(name), detections_of(record).to_icdar_text(confidence), zipfile.ZIP_DEFLATED)
+    return len(seen)
+
+
+def write_coco_results(out: str, records: Iterable[ImageRecord]) -> int:
+    """COCO results with run-length masks: image_id, category_id, bbox, segmentation, score; return the images."""
+    images = results = 0
+    with storage.atomic_file(out) as file:
+        for record in records:
+            images += 1
+            for result in detections_of(record).to_coco():
+                rle = mask_codec.merge(mask_codec.frPyObjects(result["segmentation"], record.height, record.width))
+                result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+                file.write((("[" if not results else ",") + "\n" + dumps(result)).encode())
+                results += 1
+        file.write(b"\n]\n" if results else b"[]\n")
+    return images
+
+
+def _only_once(key: str, record: ImageRecord, seen: set[str]) -> None:
+    if key in seen:
+        raise UserError(f"{record.file_name}: a second image would be {key}; export the folders one by one")
+    seen.add(key)

@@ -1,0 +1,366 @@
+"""Exports, and what comes back when a person has changed something."""
+
+import json
+import random
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pycocotools.coco import COCO
+
+from i3cl.config import UserError
+from i3cl.data import predictions
+from i3cl.data.coco import read_coco, write_coco
+from i3cl.data.exports.corrections import READERS, import_corrections
+from i3cl.data.exports.formats import FORMATS, export_labels
+from i3cl.data.exports.sources import read_labels
+from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.table import write_shards
+
+CURVE = np.array([[10.1, 20], [60.7, 12.3], [110, 20], [108, 44], [60, 36], [12, 44.9]], np.float32)
+BOX = np.array([[5, 50], [30, 50], [30, 60], [5, 60]], np.float32)
+
+
+def labels() -> list[ImageRecord]:
+    """Three images: one with everything, one empty, one in a folder with blanks and other scripts in its name."""
+    odd = Instance(BOX, text='永安, "药" & <b>店', language="Chinese", lossweight=0.3, score=0.6, votes=1)
+    usual = (Instance(CURVE, score=0.9, votes=2, lossweight=0.7), Instance(BOX, True, 0.0, 0.2, 1))
+    return [
+        ImageRecord(3, "gt_3.jpg", 80, 120, usual),
+        ImageRecord(4, "gt_4.jpg", 80, 120),
+        ImageRecord(9, "größe & co/永 安 'x' 100%_5.jpg", 80, 333, (odd,), "art"),
+    ]
+
+
+@pytest.fixture
+def pseudo(tmp_path) -> str:
+    path = str(tmp_path / "pseudo.json")
+    write_coco(path, labels())
+    return path
+
+
+def export(format: str, source: str, tmp_path: Path, **options) -> str:
+    suffix = {"icdar": ".zip", "labelme": "", "parquet": "", "cvat": ".xml", "paddle": ".txt"}.get(format, ".json")
+    out = str(tmp_path / f"{format}{suffix}")
+    export_labels(format, source, out, **options)
+    return out
+
+
+def predicted(folder: Path) -> str:
+    folder.mkdir()
+    rows = []
+    for record in labels():
+        for member, shift in (("a", 0), ("b", 0.01)):
+            row = {"image_id": record.id, "file_name": record.file_name, "height": record.height, "width": record.width}
+            kept = [i for i in record.instances if not i.ignore]
+            polygons, scores = [i.polygon for i in kept], [i.score - shift for i in kept]
+            rows.append(row | {"member": member, "view": "default", "polygons": polygons, "scores": scores})
+    gone = {"image_id": 12, "file_name": "gt_12.jpg", "height": 0, "width": 0, "error": "gt_12.jpg: empty"}
+    rows += [gone | {"member": m, "view": "default", "polygons": [], "scores": []} for m in "ab"]
+    pq.write_table(predictions.to_table(rows[::-1]), folder / "0.parquet")
+    return str(folder)
+
+
+def same_shapes(found: ImageRecord, wanted: ImageRecord, tolerance: float) -> None:
+    assert (found.id, found.file_name, found.height, found.width, found.source) == (
+        wanted.id,
+        wanted.file_name,
+        wanted.height,
+        wanted.width,
+        wanted.source,
+    )
+    assert len(found.instances) == len(wanted.instances)
+    for a, b in zip(found.instances, wanted.instances, strict=True):
+        assert np.abs(a.polygon - b.polygon).max() <= tolerance
+        assert (a.ignore, a.lossweight, a.score, a.votes) == (b.ignore, 1.0, None, None)
+        assert (a.text, a.language) == (b.text, b.language)
+
+
+@pytest.mark.parametrize("prefix", ["", "photos/"])
+@pytest.mark.parametrize("format", READERS)
+def test_what_goes_out_comes_back(format, prefix, pseudo, tmp_path):
+    out = export(format, pseudo, tmp_path, prefix=prefix)
+    if format == "label-studio":
+        as_annotated(out)
+    result = str(tmp_path / "corrected.json")
+    done = import_corrections(format, out, pseudo, result, prefix=prefix)
+    assert (done.images, done.corrected, done.instances, done.ignored, done.removed) == (3, 3, 2, 1, 3)
+    for found, wanted in zip(read_coco(result, "", check_files=False).records, labels(), strict=True):
+        same_shapes(found, wanted, 0.01 if format == "label-studio" else 0)
+
+
+def as_annotated(path: str) -> None:
+    """A Label Studio export in which a person has accepted every task."""
+    tasks = json.loads(Path(path).read_text())
+    for task in tasks:
+        (prediction,) = task["predictions"]
+        task["annotations"] = [{"result": prediction["result"], "updated_at": "2024-05-01T00:00:00Z", "was_cancelled": False}]
+    Path(path).write_text(json.dumps(tasks))
+
+
+def test_images_nobody_has_annotated_keep_their_labels(pseudo, tmp_path):
+    out = tmp_path / "Label.txt"
+    out.write_text('gt_4.jpg\t[{"transcription": "", "points": [[1, 1], [9, 1], [9, 9]], "difficult": false}]\n\ngt_3.jpg\t[]\n')
+    import_corrections("paddle", str(out), pseudo, str(tmp_path / "c.json"))
+    first, second, third = read_coco(str(tmp_path / "c.json"), "", check_files=False).records
+    assert first.instances == () and len(second.instances) == 1
+    assert third.instances[0].score == pytest.approx(0.6) and third.instances[0].lossweight == pytest.approx(0.3)
+    done = import_corrections("paddle", str(out), pseudo, str(tmp_path / "only"), only_corrected=True)
+    assert done.images == 2 and [r.id for r in read_coco(str(tmp_path / "only"), "", check_files=False).records] == [3, 4]
+
+
+def region(kind: str, value: dict, **more) -> dict:
+    return {"id": "a", "type": kind, "original_width": 120, "original_height": 80, "image_rotation": 0, "value": value, **more}
+
+
+def tasks(tmp_path, *annotations, data=None) -> str:
+    path = tmp_path / "export.json"
+    data = data or {"image": "/data/local-files/?d=x/gt_3.jpg"}
+    path.write_text(json.dumps([{"id": 7, "data": data, "annotations": annotations}]))
+    return str(path)
+
+
+def test_label_studio_regions(pseudo, tmp_path):
+    polygon = {"points": [[10, 10], [50, 10], [50, 50]], "polygonlabels": ["text"]}
+    box = {"x": 50, "y": 50, "width": 10, "height": 10, "rotation": 90, "rectanglelabels": ["###"]}
+    area = region("textarea", {"text": ["CAFE"]})
+    old = {"updated_at": "2024-01-01", "result": []}
+    new = {"updated_at": "2024-02-01", "result": [region("polygonlabels", polygon), region("rectanglelabels", box, id="b"), area]}
+    skipped = {"updated_at": "2024-03-01", "was_cancelled": True, "result": []}
+    import_corrections("label-studio", tasks(tmp_path, old, new, skipped), pseudo, str(tmp_path / "c.json"))
+    first, second = read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances
+    np.testing.assert_allclose(first.polygon, [[12, 8], [60, 8], [60, 40]], atol=1e-4)
+    assert first.text == "CAFE" and second.ignore
+    # Turned by 90 degrees about its top left corner at (60, 40): 12 wide becomes 12 high, to the left.
+    np.testing.assert_allclose(second.polygon, [[60, 40], [60, 52], [52, 52], [52, 40]], atol=1e-4)
+
+
+def test_only_skipped_tasks_are_nothing_to_bring_back(pseudo, tmp_path):
+    source = tasks(tmp_path, {"was_cancelled": True, "result": []})
+    with pytest.raises(UserError, match="no annotated image"):
+        import_corrections("label-studio", source, pseudo, str(tmp_path / "c.json"))
+
+
+@pytest.mark.parametrize(
+    ("result", "data", "message"),
+    [
+        ([], {"image": "gt_77.jpg"}, r"task 7: image 'gt_77.jpg' is not in .*pseudo.json"),
+        ([region("brushlabels", {"rle": [1]})], None, "task 7: region 1: is of type 'brushlabels'"),
+        ([region("polygonlabels", {"points": [[1, 1], [2, 2]], "polygonlabels": ["text"]})], None, "at least 3 points"),
+        ([region("polygonlabels", {"points": [[1, 1], [9, 2], [5, 5]]})], None, "label is missing"),
+        ([region("polygonlabels", {"points": "x", "polygonlabels": ["text"]})], None, "list of numbers"),
+        ([region("polygonlabels", {"points": [[1, 1e999], [9, 2], [5, 5]], "polygonlabels": ["text"]})], None, "not finite"),
+        ([region("polygonlabels", {}, original_width=80, original_height=120)], None, "width 80 there and 120"),
+        ([region("polygonlabels", {}, image_rotation=90)], None, "rotated"),
+        ([region("polygonlabels", {}, original_width="x")], None, "not one size"),
+        (5, None, "result is not a list"),
+        ([], {"x": 1}, "neither file_name nor image"),
+    ],
+)
+def test_broken_label_studio_exports(result, data, message, pseudo, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        import_corrections("label-studio", tasks(tmp_path, {"result": result}, data=data), pseudo, str(tmp_path / "c.json"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "c.json").exists()
+
+
+def test_skip_bad_lists_regions_that_cannot_be_used(pseudo, tmp_path):
+    source = tasks(tmp_path, {"result": [region("brushlabels", {"rle": [1]})]})
+    done = import_corrections("label-studio", source, pseudo, str(tmp_path / "c.json"), skip_bad=True)
+    assert [p.kind for p in done.problems] == ["region"] and done.instances == 0
+
+
+def cvat(tmp_path, shapes: str, name="gt_3.jpg", head="") -> str:
+    path = tmp_path / "annotations.xml"
+    image = f'<image id="0" name="{name}" width="120" height="80">{shapes}</image>'
+    path.write_text(f"{head}<annotations><version>1.1</version>{image}</annotations>")
+    return str(path)
+
+
+def test_cvat_shapes_and_its_zip(pseudo, tmp_path):
+    source = cvat(
+        tmp_path,
+        '<tag label="x"/><polygon label="Text" points="1,1;9.5,1;9,9" occluded="0"><attribute name="text">A</attribute></polygon>'
+        '<polygon label="text" points="1,1;9.5,1;9,9" occluded="1"/><box label="ignore" xtl="10" ytl="20" xbr="30" ybr="40"/>',
+    )
+    with zipfile.ZipFile(tmp_path / "cvat.zip", "w") as archive:
+        archive.write(source, "annotations.xml")
+    for path in (source, str(tmp_path / "cvat.zip")):
+        import_corrections("cvat", path, pseudo, str(tmp_path / "c.json"))
+        found = read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances
+        assert [(i.ignore, i.text) for i in found] == [(False, "A"), (True, None), (True, None)]
+        np.testing.assert_array_equal(found[2].polygon, [[10, 20], [30, 20], [30, 40], [10, 40]])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        ('<polygon label="text" points="1,1;2"/>', {}, "region 1: a polygon has 3 numbers"),
+        ('<polygon label="text" points="1,1;x,2;3,3"/>', {}, "no number"),
+        ('<polygon label="text" points="1,1;nan,2;3,3"/>', {}, "no number"),
+        ('<polygon points="1,1;9,2;3,3"/>', {}, "label is missing"),
+        ('<mask label="text" rle="1" />', {}, "is a mask; draw polygons"),
+        ("<polygon", {}, "not usable xml"),
+        ("</image><track/><image>", {}, "tracks of a video"),
+        ("&a;", {"head": '<!DOCTYPE x [<!ENTITY a "b">]>'}, "refused"),
+        ("", {"name": "../../etc/passwd"}, r"'../../etc/passwd' is not in"),
+        ("", {"name": ""}, "has no name"),
+    ],
+)
+def test_broken_cvat_exports(shapes, options, message, pseudo, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        import_corrections("cvat", cvat(tmp_path, shapes, **options), pseudo, str(tmp_path / "c.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_zip_without_annotations_and_no_zip(pseudo, tmp_path):
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    (tmp_path / "text.zip").write_text("x")
+    for name in ("empty.zip", "text.zip"):
+        with pytest.raises(UserError, match=name):
+            import_corrections("cvat", str(tmp_path / name), pseudo, str(tmp_path / "c.json"))
+
+
+def test_labelme_rectangles_and_other_shapes(pseudo, tmp_path):
+    out = tmp_path / "labelme"
+    export("labelme", pseudo, tmp_path)
+    assert json.loads((out / "größe & co" / "永 安 'x' 100%_5.json").read_text())["imagePath"] == "永 安 'x' 100%_5.jpg"
+    content = json.loads((out / "gt_3.json").read_text())
+    content["shapes"] = [{"label": "text", "points": [[30, 40], [10, 20]], "shape_type": "rectangle"}]
+    (out / "gt_3.json").write_text(json.dumps(content))
+    import_corrections("labelme", str(out), pseudo, str(tmp_path / "c.json"))
+    (instance,) = read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances
+    assert instance.polygon.min() == 10 and instance.polygon.max() == 40
+    content["shapes"][0]["shape_type"] = "circle"
+    (out / "gt_3.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"gt_3\.json: region 1: is of shape_type 'circle'"):
+        import_corrections("labelme", str(out), pseudo, str(tmp_path / "c.json"))
+
+
+def test_images_of_one_name_in_two_folders(tmp_path):
+    base = str(tmp_path / "base.json")
+    write_coco(base, [ImageRecord(1, "a/x.jpg", 80, 120), ImageRecord(2, "b/x.jpg", 80, 120)])
+    (tmp_path / "Label.txt").write_text("root/b/x.jpg\t[]\n")
+    assert import_corrections("paddle", str(tmp_path / "Label.txt"), base, str(tmp_path / "c.json")).corrected == 1
+    (tmp_path / "Label.txt").write_text("x.jpg\t[]\n")
+    with pytest.raises(UserError, match=r"'x.jpg' may be a/x.jpg or b/x.jpg|may be b/x.jpg or a/x.jpg"):
+        import_corrections("paddle", str(tmp_path / "Label.txt"), base, str(tmp_path / "c.json"))
+    with pytest.raises(UserError, match="a second image would be"):
+        export_labels("icdar", base, str(tmp_path / "c.zip"))
+    assert not (tmp_path / "c.zip").exists()
+
+
+@pytest.mark.parametrize("format", READERS)
+def test_damaged_files_are_user_errors(format, pseudo, tmp_path):
+    """Bytes changed, cut and doubled at random: the reader either copes or names the file in one line."""
+    out = Path(export(format, pseudo, tmp_path))
+    if format == "label-studio":
+        as_annotated(str(out))
+    file = out / "gt_3.json" if out.is_dir() else out
+    right = file.read_bytes()
+    rng = random.Random(5)
+    for _ in range(80):
+        wrong = bytearray(right)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(wrong) - 1)
+            action = rng.randrange(4)
+            if action == 0:
+                wrong[place] = rng.choice(b'0"[]{}<>,.-ex\x00\xff\n\t')
+            elif action == 1:
+                del wrong[place : place + rng.randint(1, 30)]
+            elif action == 2:
+                wrong[place:place] = wrong[place : place + rng.randint(1, 30)]
+            else:
+                wrong[place:place] = rng.choice([b"null", b"1e999", b"-", b"[]", b"9" * 400, b"\xed\xa0\x80", b"&x;"])
+        file.write_bytes(bytes(wrong))
+        try:
+            import_corrections(format, str(out), pseudo, str(tmp_path / "c.json"))
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+
+
+# ------------------------------------------------------------------------------------------------------ one way
+
+
+def test_art_submission(tmp_path):
+    source = predicted(tmp_path / "predictions")
+    out = json.loads(Path(export("art", source, tmp_path, member="a", score=0.7)).read_text())
+    assert set(out) == {"res_3", "res_4", "res_5", "res_12"} and out["res_4"] == out["res_5"] == out["res_12"] == []
+    (found,) = out["res_3"]
+    assert found["confidence"] == pytest.approx(0.9) and [10, 20] in found["points"]
+    x, y = np.array(found["points"]).T
+    assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() > 0, "clockwise on screen"
+    assert len(json.loads(Path(export("art", source, tmp_path, member="a")).read_text())["res_5"]) == 1
+
+
+def test_names_that_art_cannot_have(tmp_path):
+    for names, message in ((["x.jpg"], "no number"), (["gt_1.jpg", "a/gt_1.jpg"], "a second image would be res_1")):
+        write_coco(str(tmp_path / "s.json"), [ImageRecord(i, name, 8, 8) for i, name in enumerate(names)])
+        with pytest.raises(UserError, match=message):
+            export("art", str(tmp_path / "s.json"), tmp_path)
+        assert not (tmp_path / "art.json").exists()
+
+
+def test_members_must_be_chosen(tmp_path):
+    source = predicted(tmp_path / "predictions")
+    with pytest.raises(UserError, match="predictions of a, b; choose one"):
+        read_labels(source)
+    with pytest.raises(UserError, match="no predictions of c; it has a, b"):
+        read_labels(source, member="c")
+    assert next(i for r in read_labels(source, member="b") for i in r.instances).score == pytest.approx(0.59)
+
+
+def test_coco_results_are_what_pycocotools_loads(pseudo, tmp_path):
+    results = COCO(pseudo).loadRes(export("coco-results", pseudo, tmp_path))
+    assert {a["image_id"] for a in results.anns.values()} == {3, 9}
+    first = results.loadAnns(results.getAnnIds([3]))[0]
+    mask = results.annToMask(first)
+    assert mask.shape == (80, 120) and mask[25, 60] == 1 and first["score"] == pytest.approx(0.9)
+
+
+def test_icdar_zip_is_flat(pseudo, tmp_path):
+    with zipfile.ZipFile(export("icdar", pseudo, tmp_path)) as archive:
+        assert archive.namelist() == ["res_gt_3.txt", "res_gt_4.txt", "res_永 安 'x' 100%_5.txt"]
+        assert archive.read("res_gt_4.txt") == b"" and archive.read("res_gt_3.txt").endswith(b",0.9000\n")
+    with zipfile.ZipFile(export("icdar", pseudo, tmp_path, confidence=False)) as archive:
+        assert len(archive.read("res_gt_3.txt").split(b",")) % 2 == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_takes_every_source(format, pseudo, tmp_path):
+    shards, empty = str(tmp_path / "shards"), str(tmp_path / "empty.json")
+    write_shards(shards, labels())
+    write_coco(empty, [])
+    for name, source in (("p", predicted(tmp_path / "predictions")), ("s", shards), ("j", pseudo), ("e", empty)):
+        (tmp_path / name).mkdir()
+        out = Path(export(format, source, tmp_path / name, member="a" if name == "p" else None, score=0.5))
+        assert out.exists()
+        if out.suffix == ".json":
+            json.loads(out.read_text())
+
+
+def test_scores_leave_out_what_is_weak_and_keep_what_has_none(tmp_path):
+    certain = replace(labels()[0].instances[0], score=None)
+    write_coco(str(tmp_path / "s.json"), [replace(labels()[0], instances=(certain, *labels()[0].instances))])
+    (record,) = read_labels(str(tmp_path / "s.json"), score=0.95)
+    assert [i.score for i in record.instances] == [None]
+
+
+def test_long_polygons_are_simplified_for_label_studio(tmp_path):
+    turn = np.linspace(0, 2 * np.pi, 900, endpoint=False)
+    circle = np.stack([60 + 30 * np.cos(turn), 40 + 30 * np.sin(turn)], 1).astype(np.float32)
+    write_coco(str(tmp_path / "s.json"), [ImageRecord(1, "a.jpg", 80, 120, (Instance(circle),))])
+    (task,) = json.loads(Path(export("label-studio", str(tmp_path / "s.json"), tmp_path)).read_text())
+    points = task["predictions"][0]["result"][0]["value"]["points"]
+    assert 10 < len(points) < 100
+    pixels = np.array(points) * [1.2, 0.8] - [60, 40]
+    assert np.abs(np.hypot(*pixels.T) - 30).max() < 0.3
+
+
+def test_a_source_that_is_nothing(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_labels(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no Parquet"):
+        read_labels(str(tmp_path))
