@@ -159,11 +159,11 @@ def paired(
 
 
 def join_pairs(folder: Folder, split: str, images: dict[str, str], labels: dict[str, str], layout: str) -> list[Item]:
-    """As ``paired``, of names that are matched to keys already."""
+    """As ``paired``, of names that are matched to keys already; a key is the image's usual name without its ending."""
     if not labels:
         raise UserError(f"{folder.root}: no label files of the {split} split; expected {layout}")
     return sorted(
-        (Item(images.get(key, f"{stem(labels.get(key, key))}.jpg"), labels.get(key)) for key in {*images, *labels}),
+        (Item(images.get(key, f"{key}.jpg"), labels.get(key)) for key in {*images, *labels}),
         key=lambda item: item.file_name,
     )
 

@@ -38,7 +38,7 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 def _number(name: str) -> str:
     name = stem(name)
-    return name.lstrip("0") or "0" if name.isascii() and name.isdigit() else name
+    return name.lstrip("0").zfill(4) if name.isascii() and name.isdigit() else name
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:

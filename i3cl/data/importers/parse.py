@@ -41,8 +41,8 @@ def lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
 
 
 def is_number(token: str) -> bool:
-    """Whether a token, blanks around it apart, is a plain decimal number."""
-    return len(token) <= 64 and _NUMBER.fullmatch(token.strip()) is not None
+    """Whether a token, blanks and tabs around it apart, is a plain decimal number."""
+    return len(token) <= 64 and _NUMBER.fullmatch(token.strip(" \t")) is not None
 
 
 def points(numbers: Sequence[Any], where: str, minimum: int = 3) -> NDArray[np.float32]:
@@ -56,7 +56,7 @@ def points(numbers: Sequence[Any], where: str, minimum: int = 3) -> NDArray[np.f
         if isinstance(number, str):
             if not is_number(number):
                 raise UserError(f"{where}: {shown(number)} is not a number; correct the coordinate")
-            number = float(number)
+            number = float(number.strip(" \t"))
         elif type(number) not in (int, float):
             raise UserError(f"{where}: {shown(number)} is not a number; correct the coordinate")
         # False for NaN too, and before any conversion that a huge number could break.

@@ -58,7 +58,8 @@ def _label(box: NDArray[Any], text: NDArray[Any], where: str) -> str:
     if box.dtype.kind not in "iuf" or (box.size and box.shape[:2] != (2, 4)):
         raise UserError(f"{where}: wordBB is an array of {box.shape}; expected 2 x 4 x words")
     # (x|y, corner, word) -> a row x0, y0, ..., x3, y3 a word.
-    flat = np.asarray(box, np.float64).reshape(2, 4, -1).transpose(2, 1, 0).reshape(-1, 8).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        flat = box.astype(np.float32).reshape(2, 4, -1).transpose(2, 1, 0).reshape(-1, 8)
     return json.dumps({"boxes": flat.tolist(), "words": words})
 
 

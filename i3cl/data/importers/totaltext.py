@@ -56,7 +56,7 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 def _number(name: str) -> str:
     found = re.search(r"[0-9]+$", stem(name))
-    return (found[0].lstrip("0") or "0") if found else stem(name)
+    return f"img{found[0].lstrip('0')}" if found else stem(name)
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:

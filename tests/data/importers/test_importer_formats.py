@@ -289,6 +289,7 @@ def art_with(**changes) -> bytes:
         ("mlt19", b"\n1,2,3,4,5,6,7,8,Klingon,x\n", "line 2: 'Klingon' is no script"),
         ("mlt19", b"1,2,3,4,5,6,7,1e999,Latin,x\n", "not finite"),
         ("mlt19", "1,2,3,4,5,6,7,٨,Latin,x\n".encode(), "is not a number"),
+        ("mlt19", b"1,2,3,4,5,6,7,\x1f8,Latin,x\n", "'\\x1f8' is not a number"),
         ("rctw", b'1,2,3,4,5,6,7,8,2,"x"', "difficult is '2'"),
         ("rctw", b"1,2,3,4,nan,6,7,8,0,x", "'nan' is not a number"),
         ("rects", b'{"chars": []}', "lines: is missing"),

@@ -1,0 +1,16 @@
+"""A few hundred broken files of every format; fuzz_importers.py as a script makes any number."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz_importers import FUZZED, fuzz
+
+
+@pytest.mark.parametrize("sample", FUZZED)
+def test_a_mutated_file_is_read_or_refused(sample, tmp_path):
+    if sample in ("synthtext", "totaltext_mat"):
+        pytest.importorskip("scipy.io", reason="scipy writes this sample")
+    verdicts = fuzz(sample, tmp_path, 200, seed=1)
+    assert sum(verdicts.values()) == 200
+    assert verdicts["refused"] > 20
+    assert verdicts["read"] > 4
