@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -57,14 +56,12 @@ def unpack(archive: str, target: str) -> None:
                                     "unpack it yourself if you trust it"
                                 )
                             file.write(block)
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{archive}: cannot be unpacked ({' '.join(str(error).split())}); download it again") from error
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise UserError(f"{archive}: holds a name twice, or a file and a folder of one name") from error
-        except OSError as error:
-            if isinstance(error, tarfile.TarError) or "gzip" in str(error).lower():
-                raise UserError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+        except UserError:
             raise
+        except Exception as error:
+            # Readers of archives raise nearly anything on damaged ones, and all of it means the same.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
 
 
 def _zip_members(path: Path) -> Generator[tuple[str, IO[bytes]], None, None]:
@@ -77,7 +74,7 @@ def _zip_members(path: Path) -> Generator[tuple[str, IO[bytes]], None, None]:
 
 
 def _tar_members(path: Path) -> Generator[tuple[str, IO[bytes]], None, None]:
-    with tarfile.open(path, "r:*") as file:
+    with tarfile.open(path, "r:" if path.name.lower().endswith(".tar") else "r:gz") as file:
         for member in file:
             if member.isdir():
                 continue

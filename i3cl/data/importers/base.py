@@ -151,7 +151,8 @@ def paired(
 ) -> list[Item]:
     """Images with their label files, matched by `key` of the names, ordered by file name.
 
-    Labels without an image and images without labels come too: the caller decides. UserError when there is no label file.
+    Labels without an image, in a folder where others have one, and images without labels come too: the caller decides.
+    UserError when there is no label file.
     """
     images = by_key(files(folder, split, IMAGE_ENDINGS), key, folder)
     labels = by_key(files(folder, split, label_endings), key, folder)
@@ -162,6 +163,10 @@ def join_pairs(folder: Folder, split: str, images: dict[str, str], labels: dict[
     """As ``paired``, of names that are matched to keys already; a key is the image's usual name without its ending."""
     if not labels:
         raise UserError(f"{folder.root}: no label files of the {split} split; expected {layout}")
+    # A read-me lies where no labels are; labels alone, without any image, are fine.
+    holding = {posixpath.dirname(name) for key, name in labels.items() if key in images}
+    if holding:
+        labels = {key: name for key, name in labels.items() if posixpath.dirname(name) in holding}
     return sorted(
         (Item(images.get(key, f"{key}.jpg"), labels.get(key)) for key in {*images, *labels}),
         key=lambda item: item.file_name,

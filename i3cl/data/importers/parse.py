@@ -18,8 +18,8 @@ from i3cl.config import UserError
 
 MAX_COORDINATE = 1_000_000
 """Pixels; beyond any image, so a mistake."""
-MAX_POINTS = 10_000
-"""Of one polygon; the most in a public set is about 30."""
+MAX_POINTS = 128
+"""Of one polygon; the most in a public set is about 30, and untangling a ring takes the cube of them."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -73,8 +73,8 @@ def parse_json(data: bytes | str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise UserError(f"{where}: key {shown(twice)} occurs twice; correct the file")
         return result
 

@@ -36,7 +36,7 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
     names, boxes, texts = (file.cells(name) for name in counts)
     for number, (name, box, text) in enumerate(zip(names, boxes, texts), 1):
         where = f"{path}: image {number}"
-        yield Item(_file_name(name, where), _label(box, text, where))
+        yield Item(_file_name(name, where), _label(box, text))
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
@@ -44,19 +44,21 @@ def read(folder: Folder, item: Item) -> LabelledImage:
     where = f"{folder.path('gt.mat')}: {item.file_name}"
     content = parse.an_object(parse.parse_json(required_label(folder, item), where), where)
     boxes, words = content["boxes"], content["words"]
+    if boxes is None:
+        raise UserError(f"{where}: wordBB is no array of 2 x 4 x words")
     if len(boxes) != len(words):
         raise UserError(f"{where}: {len(boxes)} boxes but {len(words)} words")
     found = [instance(parse.points(box, f"{where}: word {i}"), text=word) for i, (box, word) in enumerate(zip(boxes, words), 1)]
     return LabelledImage(item.file_name, tuple(found))
 
 
-def _label(box: NDArray[Any], text: NDArray[Any], where: str) -> str:
+def _label(box: NDArray[Any], text: NDArray[Any]) -> str:
     """Both cells as json, without judging them: one broken image must not end the stream."""
     if text.dtype == object:
         text = np.array([row for cell in text.ravel() for row in (cell if cell.dtype.kind == "U" else [])], np.str_)
     words = [clean(word) for row in text for word in str(row).split()] if text.dtype.kind == "U" else []
     if box.dtype.kind not in "iuf" or (box.size and box.shape[:2] != (2, 4)):
-        raise UserError(f"{where}: wordBB is an array of {box.shape}; expected 2 x 4 x words")
+        return json.dumps({"boxes": None, "words": words})
     # (x|y, corner, word) -> a row x0, y0, ..., x3, y3 a word.
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         flat = box.astype(np.float32).reshape(2, 4, -1).transpose(2, 1, 0).reshape(-1, 8)

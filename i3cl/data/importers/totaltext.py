@@ -46,8 +46,7 @@ def items(folder: Folder, split: str) -> list[Item]:
     images = by_key(files(folder, split, IMAGE_ENDINGS), _number, folder)
     ranked: dict[tuple[bool, bool], list[str]] = {}
     for name in files(folder, split, (".mat", ".txt")):
-        if _number(name) in images or re.search("img|gt", stem(name).lower()) or stem(name).isdigit():
-            ranked.setdefault((bool(re.search(r"rect", name.lower())), name.lower().endswith(".txt")), []).append(name)
+        ranked.setdefault(("rect" in name.lower(), name.lower().endswith(".txt")), []).append(name)
     labels: dict[str, str] = {}
     for rank in sorted(ranked, reverse=True):
         labels |= by_key(ranked[rank], _number, folder)

@@ -83,7 +83,10 @@ def rects(root: Path) -> list[Path]:
     points = [number for point in QUAD for number in point]
     labels = {
         "chars": [{"points": points, "transcription": "米", "ignore": 0}],
-        "lines": [{"points": points, "transcription": "米线", "ignore": 0}, {"points": points, "transcription": "x", "ignore": 1}],
+        "lines": [
+            {"points": points, "transcription": "米线", "ignore": 0},
+            {"points": points, "transcription": "x", "ignore": 1},
+        ],
     }
     return [text(root / "gt/train_ReCTS_000001.json", json.dumps(labels, ensure_ascii=False))]
 
@@ -155,7 +158,7 @@ def totaltext_mat(root: Path) -> list[Path]:
     image(root / "Images/Train/img1.JPG")
     path = text(root / "Groundtruth/Polygon/Train/poly_gt_img1.mat", "")
     rows = [(RING, "L'OR", "c"), ([(40, 39), (47, 38), (49, 44), (43, 46)], "#", "#"), ([(5, 6)], "a", "h")]
-    savemat(path, {"polygt": polygt(rows)}, do_compression=True)
+    savemat(path, {"polygt": polygt(rows)})
     return [path]
 
 
@@ -185,6 +188,15 @@ def synthtext(root: Path) -> list[Path]:
     words = [["Lines:", "lost", "Kevin", "are"], ["one"], ["two", "words"]]
     savemat(root / "gt.mat", synthtext_cells(words), do_compression=True)
     return [root / "gt.mat"]
+
+
+def synthtext_plain(root: Path) -> list[Path]:
+    """The same, not compressed."""
+    from scipy.io import loadmat, savemat
+
+    (path,) = synthtext(root)
+    savemat(path, {name: value for name, value in loadmat(path).items() if not name.startswith("__")})
+    return [path]
 
 
 def icdar2013(root: Path) -> list[Path]:
@@ -223,6 +235,7 @@ SAMPLES = {
     "totaltext_copy": ("totaltext", totaltext_copy),
     "totaltext_mat": ("totaltext", totaltext_mat),
     "synthtext": ("synthtext", synthtext),
+    "synthtext_plain": ("synthtext", synthtext_plain),
     "icdar2013": ("icdar2013", icdar2013),
     "icdar2015": ("icdar2015", icdar2015),
     "folder": ("folder", plain_folder),

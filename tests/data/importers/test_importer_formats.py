@@ -15,7 +15,7 @@ from i3cl.data.importers import IMPORTERS, LabelledImage, read_labels
 
 
 def sample(name: str, root: Path, split: str = "train") -> list[LabelledImage]:
-    if name in ("synthtext", "totaltext_mat"):
+    if name in ("synthtext", "synthtext_plain", "totaltext_mat"):
         pytest.importorskip("scipy.io", reason="scipy writes these samples")
     dataset, write = SAMPLES[name]
     write(root)
@@ -228,7 +228,10 @@ def test_icdar2015(tmp_path):
     assert facts(only) == [("Genaxis, Theatre", False, None), ("###", True, None)]
 
 
-@pytest.mark.parametrize("name", ["mlt19", "rctw", "icdar2013", "icdar2015", "totaltext", "totaltext_copy", "ctw1500_copy", "art"])
+TEXT_SAMPLES = ["art", "mlt19", "rctw", "icdar2013", "icdar2015", "totaltext", "totaltext_copy", "ctw1500_copy"]
+
+
+@pytest.mark.parametrize("name", TEXT_SAMPLES)
 def test_byte_order_mark_and_line_ends_change_nothing(name, tmp_path):
     before = sample(name, tmp_path)
     for path in SAMPLES[name][1](tmp_path):
@@ -322,6 +325,28 @@ def test_a_broken_label_file_is_one_clear_line(name, content, words, tmp_path):
     assert words in message
     assert str(tmp_path) in message
     assert "\n" not in message
+
+
+def test_a_read_me_is_no_label_but_a_label_without_its_image_counts(tmp_path):
+    sample("mlt19", tmp_path)
+    text(tmp_path / "readme.txt", "All rights reserved.")
+    assert len(list(read_labels("mlt19", str(tmp_path)))) == 1
+    text(tmp_path / "train_gt/tr_img_00002.txt", "")
+    assert [i.file_name for i in read_labels("mlt19", str(tmp_path))][1] == "tr_img_00002.jpg"
+
+
+def test_a_hostile_size_costs_little_time(tmp_path):
+    """Many keys, one twice; a ring of many crossings; deep XML."""
+    keys = ",".join(f'"gt_{i}": []' for i in range(100_000))
+    root = write(tmp_path / "keys", "art", ("{" + keys + ',"gt_99999": []}').encode())
+    with pytest.raises(UserError, match="'gt_99999' occurs twice"):
+        list(read_labels("art", root))
+    random = np.random.default_rng(0).integers(0, 1000, (5000, 2)).tolist()
+    root = write(tmp_path / "ring", "art", art_with(points=random))
+    with pytest.raises(UserError, match="a polygon of 5000 points"):
+        list(read_labels("art", root))
+    root = write(tmp_path / "xml", "ctw1500", b"<image>" * 100_000 + b"</image>" * 100_000)
+    assert next(iter(read_labels("ctw1500", root))).instances == ()
 
 
 def test_two_images_of_one_name_are_refused(tmp_path):
