@@ -13,4 +13,3 @@ def test_a_mutated_file_is_read_or_refused(sample, tmp_path):
     verdicts = fuzz(sample, tmp_path, 150, seed=1)
     assert sum(verdicts.values()) == 150
     assert verdicts["refused"] > 10
-    assert verdicts["read"] > 2
