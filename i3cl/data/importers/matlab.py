@@ -98,7 +98,7 @@ class MatFile:
     def _open(self, file: IO[bytes], name: str) -> tuple[_Stream, int]:
         """A stream that stands at the body of the variable, and the body's size in bytes."""
         if name not in self._variables:
-            shown = ", ".join(sorted(self._variables))[:200].encode("ascii", "backslashreplace").decode()
+            shown = ", ".join(name if name.isidentifier() else ascii(name) for name in sorted(self._variables))[:200]
             raise self._bad(f"no variable {name}; there are: {shown or 'none'}")
         file.seek(self._variables[name])
         kind, size = struct.unpack(self._order + "II", file.read(8))
