@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from i3cl import storage
 from i3cl.config import UserError
@@ -70,6 +70,29 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
         # Decoders raise nearly anything on broken files, and all of it means the same.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded ({reason})") from error
+
+
+def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width, pixels as stored, of an image file (local path, s3:// URL), read from its header alone.
+
+    Says nothing about whether the rest can be decoded. ImageError when the file is missing, no image, or too large.
+    """
+    try:
+        with storage.open_read(path) as file, Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                width, height = int(image.tag_v2[256]), int(image.tag_v2[257])
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
+    except UserError as error:
+        raise ImageError(str(error)) from error
+    except Exception as error:
+        # As in decode_image: readers of headers raise nearly anything on broken files.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: its header cannot be read ({reason})") from error
+    if width < 1 or height < 1 or width * height > max_pixels:
+        raise ImageError(f"{path}: {width} x {height}; expected 1 to {max_pixels} pixels")
+    return height, width
 
 
 def _has_end(data: bytes) -> bool:

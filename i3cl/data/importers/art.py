@@ -1,0 +1,67 @@
+"""ICDAR2019-ArT: `train_labels.json`, image stem -> list of {transcription, points [[x, y], ...], language, illegibility}."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from i3cl.data.importers import parse
+from i3cl.data.importers.base import (
+    IMAGE_ENDINGS,
+    MAX_SET_BYTES,
+    Folder,
+    Importer,
+    Item,
+    LabelledImage,
+    LabelledInstance,
+    dont_care,
+    files,
+    instance,
+    one_file,
+    required_label,
+    whole_set,
+)
+
+_LAYOUT = "train_labels.json and train_images/gt_<n>.jpg"
+
+
+def items(folder: Folder, split: str) -> Iterator[Item]:
+    """Every image of `<split>_labels.json` and of the split's folders."""
+    name = one_file(folder, f"{split}_labels.json", _LAYOUT)
+    entries = read_object(folder, name)
+    return whole_set(folder, name, files(folder, split, IMAGE_ENDINGS), entries, _LAYOUT)
+
+
+def read_object(folder: Folder, name: str) -> dict[str, object]:
+    """The object of a label file of a whole set."""
+    where = folder.path(name)
+    return parse.an_object(parse.parse_json(folder.read(name, MAX_SET_BYTES), where), where)
+
+
+def read(folder: Folder, item: Item) -> LabelledImage:
+    """Ignored are instances that are illegible or transcribed `###`."""
+    label = required_label(folder, item)
+    where = f"{folder.root}: labels of {item.file_name}"
+    entries = parse.a_list(parse.parse_json(label, where), where)
+    return LabelledImage(item.file_name, tuple(read_entry(e, f"{where}: entry {i}") for i, e in enumerate(entries, 1)))
+
+
+def read_entry(entry: Any, where: str) -> LabelledInstance:
+    """One instance; LSVT's are the same without `language`."""
+    entry = parse.an_object(entry, where)
+    text = parse.a_text(entry, "transcription", where)
+    pairs = parse.a_list(entry.get("points"), f"{where}: points")
+    flat = [number for pair in pairs for number in _pair(pair, where)]
+    language = parse.a_text(entry, "language", where) if "language" in entry else None
+    ignore = parse.a_flag(entry, "illegibility", where) or dont_care(text)
+    return instance(parse.points(flat, where, minimum=1), ignore, text, language)
+
+
+def _pair(pair: Any, where: str) -> list[Any]:
+    pair = parse.a_list(pair, f"{where}: points")
+    if len(pair) != 2:
+        raise parse.UserError(f"{where}: a point has {len(pair)} numbers; expected [x, y]")
+    return pair
+
+
+ART = Importer(items, read)

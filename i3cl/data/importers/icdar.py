@@ -1,0 +1,64 @@
+"""ICDAR 2013 (focused) and 2015 (incidental) scene text: a text file an image, `gt_<image>.txt`."""
+
+from __future__ import annotations
+
+import re
+
+from i3cl.config import UserError
+from i3cl.data.importers import parse
+from i3cl.data.importers.base import (
+    Folder,
+    Importer,
+    Item,
+    LabelledImage,
+    LabelledInstance,
+    dont_care,
+    instance,
+    paired,
+    required_label,
+    stem,
+)
+
+_LAYOUT = "<image>.jpg and gt_<image>.txt, e.g. train_images/img_1.jpg, train_gt/gt_img_1.txt"
+_BOX = re.compile(r"([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)(.*)")
+
+
+def items(folder: Folder, split: str) -> list[Item]:
+    """Images and label files matched by name, without the labels' prefix `gt_`."""
+    return paired(folder, split, (".txt",), lambda name: stem(name).removeprefix("gt_"), _LAYOUT)
+
+
+def read_2013(folder: Folder, item: Item) -> LabelledImage:
+    """Lines `x1 y1 x2 y2 "text"` or `x1, y1, x2, y2, "text"`: corners of an upright box. Ignored is `###`."""
+    name = required_label(folder, item)
+    rows = parse.lines(folder.read(name), folder.path(name))
+    return LabelledImage(item.file_name, tuple(_box_line(line, where) for where, line in rows))
+
+
+def read_2015(folder: Folder, item: Item) -> LabelledImage:
+    """Lines `x1,y1,...,x4,y4,text`, the text unescaped to the end. Ignored is `###`."""
+    name = required_label(folder, item)
+    rows = parse.lines(folder.read(name), folder.path(name))
+    return LabelledImage(item.file_name, tuple(_quad_line(line, where) for where, line in rows))
+
+
+def _box_line(line: str, where: str) -> LabelledInstance:
+    found = _BOX.fullmatch(line.strip())
+    if not found:
+        raise UserError(f'{where}: not x1 y1 x2 y2 "text", with blanks or commas between')
+    (x1, y1), (x2, y2) = parse.points(found.groups()[:4], where, minimum=2).tolist()
+    text = found[5].strip()
+    if len(text) >= 2 and text.startswith('"') and text.endswith('"'):
+        text = text[1:-1]
+    return instance(parse.points([x1, y1, x2, y1, x2, y2, x1, y2], where), dont_care(text), text)
+
+
+def _quad_line(line: str, where: str) -> LabelledInstance:
+    fields = line.split(",", 8)
+    if len(fields) != 9:
+        raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,text")
+    return instance(parse.points(fields[:8], where), dont_care(fields[8]), fields[8])
+
+
+ICDAR2013 = Importer(items, read_2013)
+ICDAR2015 = Importer(items, read_2015)

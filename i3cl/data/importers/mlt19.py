@@ -1,0 +1,47 @@
+"""ICDAR2019-MLT: a text file an image, lines `x1,y1,...,x4,y4,script,transcription`, the transcription unescaped to the end."""
+
+from __future__ import annotations
+
+from i3cl.config import UserError
+from i3cl.data.importers import parse
+from i3cl.data.importers.base import (
+    Folder,
+    Importer,
+    Item,
+    LabelledImage,
+    LabelledInstance,
+    dont_care,
+    instance,
+    paired,
+    required_label,
+    stem,
+)
+
+_LAYOUT = "<image>.jpg and gt_<image>.txt or <image>.txt, e.g. ImagesPart1/tr_img_00001.jpg, train_gt/tr_img_00001.txt"
+_SCRIPTS = ("Arabic", "Latin", "Chinese", "Japanese", "Korean", "Bangla", "Hindi", "Symbols", "Mixed", "None")
+
+
+def items(folder: Folder, split: str) -> list[Item]:
+    """Images and label files matched by name, without the labels' prefix `gt_`."""
+    return paired(folder, split, (".txt",), lambda name: stem(name).removeprefix("gt_"), _LAYOUT)
+
+
+def read(folder: Folder, item: Item) -> LabelledImage:
+    """Ignored are instances transcribed `###`."""
+    name = required_label(folder, item)
+    rows = parse.lines(folder.read(name), folder.path(name))
+    return LabelledImage(item.file_name, tuple(_read_line(line, where) for where, line in rows))
+
+
+def _read_line(line: str, where: str) -> LabelledInstance:
+    fields = line.split(",", 9)
+    if len(fields) != 10:
+        raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,script,transcription")
+    polygon = parse.points(fields[:8], where)
+    script, text = fields[8].strip(), fields[9]
+    if script not in _SCRIPTS:
+        raise UserError(f"{where}: {parse.shown(script)} is no script; expected one of {', '.join(_SCRIPTS)}")
+    return instance(polygon, dont_care(text), text, None if script == "None" else script)
+
+
+MLT19 = Importer(items, read)

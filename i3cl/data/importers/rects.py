@@ -1,0 +1,46 @@
+"""ICDAR2019-ReCTS: a json file an image; detection uses `lines`, each {points [8 numbers], transcription, ignore 0|1}."""
+
+from __future__ import annotations
+
+from i3cl.data.importers import parse
+from i3cl.data.importers.base import (
+    Folder,
+    Importer,
+    Item,
+    LabelledImage,
+    LabelledInstance,
+    dont_care,
+    instance,
+    paired,
+    required_label,
+    stem,
+)
+
+_LAYOUT = "<image>.jpg and <image>.json, e.g. img/train_ReCTS_000001.jpg, gt/train_ReCTS_000001.json"
+
+
+def items(folder: Folder, split: str) -> list[Item]:
+    """Images and label files matched by name."""
+    return paired(folder, split, (".json",), stem, _LAYOUT)
+
+
+def read(folder: Folder, item: Item) -> LabelledImage:
+    """Ignored are lines with `ignore` set or transcribed `###`."""
+    name = required_label(folder, item)
+    where = folder.path(name)
+    content = parse.an_object(parse.parse_json(folder.read(name), where), where)
+    entries = parse.a_list(content.get("lines"), f"{where}: lines")
+    return LabelledImage(item.file_name, tuple(_read_entry(e, f"{where}: lines: entry {i}") for i, e in enumerate(entries, 1)))
+
+
+def _read_entry(entry: object, where: str) -> LabelledInstance:
+    entry = parse.an_object(entry, where)
+    text = parse.a_text(entry, "transcription", where)
+    numbers = parse.a_list(entry.get("points"), f"{where}: points")
+    if len(numbers) != 8:
+        raise parse.UserError(f"{where}: points has {len(numbers)} numbers; expected 8")
+    ignore = parse.a_flag(entry, "ignore", where) or dont_care(text)
+    return instance(parse.points(numbers, where), ignore, text)
+
+
+RECTS = Importer(items, read)

@@ -1,0 +1,223 @@
+"""The import of a whole data set: in this process when it is small, over Ray Data when it is large, with one result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import TypeVar
+
+import pyarrow as pa
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.coco import ImageRecord, Problem, write_coco, write_parquet
+from i3cl.data.importers import IMPORTERS
+from i3cl.data.importers.archives import is_archive, unpack
+from i3cl.data.importers.base import Folder, Importer, Item, stem
+from i3cl.data.importers.records import Outcome, outcomes_of, outcomes_table, read_image
+from i3cl.job import connect, duration, quiet
+
+_CHUNK = 16_384
+"""Images handed out at a time, and rows of a Parquet part."""
+_BLOCK = 256
+"""Images of one Ray Data task."""
+_RAY_FROM_LOCAL, _RAY_FROM_REMOTE = 50_000, 2_000
+"""Images from which Ray Data is used: a local header takes 0.1 ms, one on S3 some 50 ms."""
+_PROGRESS_EVERY = 10.0
+"""Seconds."""
+_T = TypeVar("_T")
+
+
+@dataclass
+class Summary:
+    """What an import gave."""
+
+    annotations: str = ""
+    """Path of the COCO json or the Parquet folder."""
+    images_root: str = ""
+    """Folder that file names are relative to."""
+    images: int = 0
+    instances: int = 0
+    """Without don't-care."""
+    dont_care: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Problems by kind."""
+    rejected: int = 0
+    """Images and instances left out."""
+    repaired: int = 0
+    """Instances mended."""
+    problems: str | None = None
+    """Path of the list of all problems; None when there are none."""
+    keywords: str | None = None
+    """Path of the weak labels; None when there are none."""
+
+    def lines(self) -> list[str]:
+        """The table that a job prints at its end."""
+        rows: list[tuple[str, object]] = [
+            ("images", self.images),
+            ("instances", self.instances),
+            ("don't care", self.dont_care),
+            ("repaired", self.repaired),
+            ("rejected", self.rejected),
+        ]
+        rows += [(f"  {kind}", count) for kind, count in sorted(self.kinds.items())]
+        rows += [("annotations", self.annotations), ("images root", self.images_root)]
+        rows += [(name, path) for name, path in (("problems", self.problems), ("keywords", self.keywords)) if path]
+        return [f"{name:12} {value}" for name, value in rows]
+
+
+def import_dataset(
+    name: str,
+    source: str,
+    out: str,
+    *,
+    split: str = "train",
+    parquet: bool = False,
+    skip_bad: bool = False,
+    through_ray: bool | None = None,
+) -> Summary:
+    """Write a public data set as COCO json, `<out>/<split>.json`, or as Parquet parts, `<out>/<split>.parquet/`.
+
+    source: folder in the layout of docs/datasets.md, local or s3://, or an archive of one, which is unpacked below `out`.
+    A set without polygons is called 'unlabelled' instead of its split. Beside it stand `<split>-problems.jsonl` and, for weak
+    labels, `<split>-keywords.jsonl`. Images are neither copied nor decoded. Image ids count from 1 in the order of the
+    file names (of gt.mat for SynthText), over images that are left out too, so they do not depend on how it is run.
+    through_ray: None decides by size. UserError at the first image or label file that cannot be read, unless `skip_bad`;
+    instances that are degenerate or outside the image are left out and listed either way: official files hold such.
+    """
+    if name not in IMPORTERS:
+        raise UserError(f"{name}: no such data set; known: {', '.join(IMPORTERS)}")
+    importer, out = IMPORTERS[name], storage.absolute(out)
+    folder = Folder(_unpacked(storage.absolute(source), out))
+    base = storage.join(out, split if importer.labelled else "unlabelled")
+    summary = Summary(f"{base}.parquet" if parquet else f"{base}.json", folder.root)
+    problems: list[Problem] = []
+    keywords: list[str] = []
+
+    def records() -> Iterator[ImageRecord]:
+        for outcome in _outcomes(name, importer, folder, split, through_ray):
+            if outcome.record is None and not skip_bad:
+                raise UserError(f"{outcome.problems[0].message}; or leave such images out with --skip-bad")
+            problems.extend(outcome.problems)
+            if outcome.record is None:
+                continue
+            if outcome.keywords:
+                keywords.append(_json_line({"file_name": outcome.record.file_name, "keywords": outcome.keywords}))
+            ignored = sum(i.ignore for i in outcome.record.instances)
+            summary.images += 1
+            summary.dont_care += ignored
+            summary.instances += len(outcome.record.instances) - ignored
+            yield outcome.record
+
+    if parquet:
+        with storage.atomic_directory(summary.annotations, replace=True) as parts:
+            for number, part in enumerate(_chunks(records(), _CHUNK)):
+                write_parquet(str(parts / f"part-{number:05d}.parquet"), part, folder.root)
+            _finish(summary, base, problems, keywords)
+    else:
+        found = list(records())
+        _finish(summary, base, problems, keywords)
+        write_coco(summary.annotations, found, {"source": name, "labelled": importer.labelled})
+    return summary
+
+
+def _finish(summary: Summary, base: str, problems: list[Problem], keywords: list[str]) -> None:
+    """Count the problems and write the lists beside the annotations, which come last."""
+    if not summary.images:
+        reason = problems[0].message if problems else "it is empty"
+        raise UserError(f"{summary.images_root}: no image of it can be used; {reason}")
+    summary.kinds = Counter(p.kind for p in problems)
+    summary.rejected = sum(p.left_out for p in problems)
+    summary.repaired = len({p.where for p in problems if not p.left_out})
+    lists = {"problems": [_json_line(asdict(p)) for p in problems], "keywords": keywords}
+    for kind, lines in lists.items():
+        path = f"{base}-{kind}.jsonl"
+        if lines:
+            storage.write_text_atomic(path, "".join(lines))
+            setattr(summary, kind, path)
+        else:
+            storage.remove_tree(path)
+
+
+def _json_line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _unpacked(source: str, out: str) -> str:
+    if not (is_archive(source) and storage.is_file(source)):
+        return source
+    target = storage.join(out, f"source-{stem(source)}")
+    if not storage.is_complete(target):
+        print(f"unpacking {source}", flush=True)
+        unpack(source, target)
+    return target
+
+
+def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through_ray: bool | None) -> Iterator[Outcome]:
+    """Every image's outcome, in order, with a line of progress now and then."""
+    items = iter(importer.items(folder, split))
+    if through_ray is None:
+        few = _RAY_FROM_REMOTE if storage.is_remote(folder.root) else _RAY_FROM_LOCAL
+        first = list(islice(items, few))
+        items, through_ray = chain(first, items), len(first) == few
+    started = shown = time.monotonic()
+    number = 0
+    for chunk in _chunks(items, _CHUNK):
+        read = _through_ray_data if through_ray else _in_this_process
+        for outcome in read(name, folder, chunk, number + 1):
+            number += 1
+            yield outcome
+            if time.monotonic() - shown > _PROGRESS_EVERY:
+                shown = time.monotonic()
+                rate = number / (shown - started)
+                print(f"import: {number} images, {rate:.0f}/s, {duration(shown - started)}", flush=True)
+
+
+def _in_this_process(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
+    for image_id, item in enumerate(items, first):
+        yield read_image(IMPORTERS[name], folder, item, image_id, name)
+
+
+def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
+    connect()
+    import ray.data
+    from ray.data import DataContext
+
+    quiet(DataContext.get_current())
+    # Not the order of the results: it holds finished blocks back; they are put in order below.
+    table = pa.table(
+        {
+            "position": pa.array(range(first, first + len(items)), pa.int64()),
+            "file_name": pa.array([item.file_name for item in items], pa.string()),
+            "label": pa.array([item.label for item in items], pa.large_string()),
+        }
+    )
+    blocks = [table.slice(i, _BLOCK).combine_chunks() for i in range(0, len(table), _BLOCK)]
+    work = partial(_read_rows, name=name, root=folder.root)
+    done = ray.data.from_arrow(blocks).map_batches(work, batch_size=None, batch_format="pyarrow")
+    found: dict[int, Outcome] = {}
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(batch, pa.Table)
+        found.update(outcomes_of(batch))
+    assert len(found) == len(items)
+    return (found[position] for position in sorted(found))
+
+
+def _read_rows(rows: pa.Table, name: str, root: str) -> pa.Table:
+    folder = Folder(root)
+    outcomes = [
+        read_image(IMPORTERS[name], folder, Item(row["file_name"], row["label"]), row["position"], name)
+        for row in rows.to_pylist()
+    ]
+    return outcomes_table(outcomes, rows["position"].to_pylist())
