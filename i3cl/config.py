@@ -353,11 +353,11 @@ class SceneTextSettings(_Settings):
     """Pixels."""
     height: Annotated[int, Field(ge=64, le=8192)] = 427
     """Pixels."""
-    words: Positive = 9.0
+    words: Positive = 10.0
     """Median number of words an image; drawn log-normally for each."""
-    size: Positive = 19.0
+    size: Positive = 22.0
     """Pixels; median height of capital letters of a heading, drawn log-normally for each group of lines."""
-    size_spread: NonNegative = 0.65
+    size_spread: NonNegative = 0.7
     """Standard deviation of the size's logarithm."""
     smallest: Annotated[float, Field(ge=3)] = 4.5
     """Pixels; letters are not drawn smaller than this."""

@@ -33,15 +33,25 @@ def background(rng: np.random.Generator, height: int, width: int, photographs: f
     canvas = _scene(rng, height, width)
     for _ in range(rng.integers(0, 7)):
         clutter(rng, canvas)
+    if rng.random() < 0.5:
+        # Seen from the side: one edge of the scene nearer than the other.
+        corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
+        depth = rng.uniform(0, 0.35, 2)
+        seen = corners + np.array([(0, -1), (0, -1), (0, 1), (0, 1)]) * np.array([[depth[0]], [depth[1]], [depth[1]], [depth[0]]]) * height
+        canvas = cv2.warpPerspective(
+            canvas, cv2.getPerspectiveTransform(corners, seen.astype(np.float32)), (width, height), borderMode=cv2.BORDER_REFLECT
+        )
     if rng.random() < 0.6:
         canvas = cv2.GaussianBlur(canvas, (0, 0), float(rng.uniform(0.4, 2.2)))
     return canvas.astype(np.uint8, copy=False)
 
 
 def wall_colour(rng: np.random.Generator) -> Colour:
-    """A colour of things in streets: mostly little saturated. RGB, 0-255."""
-    saturation = rng.beta(1.2, 4) if rng.random() < 0.75 else rng.uniform(0.3, 0.9)
-    red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, rng.beta(1.6, 1.3))
+    """A colour of things in streets: mostly greys, browns and dull blues. RGB, 0-255."""
+    kind, pick, level = rng.random(3)
+    hue = 0.02 + 0.11 * pick if kind < 0.55 else 0.54 + 0.12 * pick if kind < 0.8 else pick
+    saturation = 0.6 * pick * rng.random() if kind < 0.85 else 0.3 + 0.6 * rng.random()
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, 0.08 + 0.87 * level)
     return red * 255, green * 255, blue * 255
 
 
@@ -286,6 +296,6 @@ def _crop(rng: np.random.Generator, photograph: Picture, height: int, width: int
         part = part[:, ::-1]
     resized = cv2.resize(np.ascontiguousarray(part), (width, height), interpolation=cv2.INTER_LINEAR)
     # One curve a channel: exposure and colour of the light.
-    gamma, gains = np.exp(rng.normal(0, 0.3)), np.exp(rng.normal(0, 0.12, 3))
+    gamma, gains = np.exp(rng.normal(0, 0.3)), np.exp(rng.normal(0, 0.05, 3))
     table = (255 * (np.linspace(0, 1, 256)[:, None] ** gamma) * gains).clip(0, 255).astype(np.uint8)
     return cv2.LUT(resized, table[:, None]).astype(np.uint8, copy=False)

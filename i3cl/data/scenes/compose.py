@@ -313,7 +313,7 @@ def _place(
     height, width = image[:2]
     tall, wide = map(float, group)
     shape = np.array([(0, 0), (wide, 0), (wide, tall), (0, tall)]) - [wide / 2, tall / 2]
-    yaw, pitch = rng.normal(0, 0.1, 2).clip(-0.3, 0.3) * (rng.random(2) < [0.7, 0.5])
+    yaw, pitch = rng.normal(0, 0.08, 2).clip(-0.25, 0.25) * (rng.random(2) < [0.7, 0.5])
     quad = shape.copy()
     quad[:, 1] *= 1 + yaw * np.array([-1, 1, 1, -1])
     quad[:, 0] *= (1 + pitch * np.array([-1, -1, 1, 1])) * (1 - abs(yaw))
@@ -396,6 +396,7 @@ def _draw(
     size = float(np.median([np.ptp(ring[:, 1]) for ring in group.outlines]))
     if plate:
         layer = _plate(rng, group, size, faint)
+        _mount(rng, canvas, matrix, group.mask.shape, size)
     else:
         layer = _lettering(rng, group, size, patch.reshape(-1, 3).mean(axis=0), faint)
     # Pixel centres lie at halves in our coordinates and at whole numbers in OpenCV's.
@@ -409,6 +410,29 @@ def _draw(
     grey = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
     relief = (grey + 20) / (cv2.blur(grey, (9, 9)) + 20)
     patch[:] = (patch * (1 - alpha / 255) + warped[..., :3] * relief[..., None] ** 0.7).clip(0, 255)
+
+
+def _mount(rng: np.random.Generator, canvas: Picture, matrix: NDArray[np.float64], shape: tuple[int, ...], size: float) -> None:
+    """What holds a plate: a shadow on what is behind, or a post under it."""
+    tall, wide = map(float, shape)
+    corners = _map(np.array([(0, 0), (wide, 0), (wide, tall), (0, tall)]), matrix)
+    kind = rng.random()
+    if kind < 0.4:
+        shift = np.array([rng.uniform(-0.3, 0.3), rng.uniform(0.05, 0.35)]) * size
+        low = np.maximum(np.floor(corners.min(axis=0) + shift - size / 2), 0).astype(int)
+        high = np.minimum(np.ceil(corners.max(axis=0) + shift + size / 2), canvas.shape[1::-1]).astype(int)
+        part = canvas[low[1] : high[1], low[0] : high[0]]
+        if part.size:
+            shade = np.zeros(part.shape[:2], np.uint8)
+            cv2.fillConvexPoly(shade, np.round(corners + shift - low).astype(np.int32), int(rng.integers(60, 170)))
+            reach = 2 * max(1, round(size * 0.15)) + 1
+            part[:] = part * (1 - cv2.blur(shade, (reach, reach))[..., None].astype(np.float32) / 255)
+    elif kind < 0.55:
+        post = float(rng.uniform(0.04, 0.12)) * wide
+        middle = (corners[2] + corners[3]) / 2
+        ends = [(middle[0] - post / 2, middle[1]), (middle[0] + post / 2, middle[1])]
+        foot = [(ends[1][0], canvas.shape[0]), (ends[0][0], canvas.shape[0])]
+        cv2.fillConvexPoly(canvas, np.round(np.array(ends + foot)).astype(np.int32), wall_colour(rng), cv2.LINE_AA)
 
 
 def _plate(rng: np.random.Generator, group: _Group, size: float, faint: bool) -> Picture:
