@@ -100,7 +100,7 @@ def make_scene(index: int, seed: int, settings: SceneTextSettings) -> Scene:
             misses += 1
             continue
         matrix, window = placed
-        _draw(rng, canvas, group, plate, matrix, window, settings)
+        _draw(rng, canvas, group, plate, matrix, window, settings, taken)
         instances += _instances(group, matrix, settings)
     canvas = _camera(rng, canvas, settings)
     return Scene(canvas, int(rng.integers(*settings.jpeg_quality, endpoint=True)), instances)
@@ -386,8 +386,9 @@ def _draw(
     matrix: NDArray[np.float64],
     window: tuple[int, int, int, int],
     settings: SceneTextSettings,
+    taken: NDArray[np.uint8],
 ) -> None:
-    """Lay the group into the picture."""
+    """Lay the group into the picture, and a post under it where nothing is `taken`."""
     x0, y0, x1, y1 = window
     patch = canvas[y0:y1, x0:x1]
     if not patch.size:
@@ -396,7 +397,7 @@ def _draw(
     size = float(np.median([np.ptp(ring[:, 1]) for ring in group.outlines]))
     if plate:
         layer = _plate(rng, group, size, faint)
-        _mount(rng, canvas, matrix, group.mask.shape, size)
+        _mount(rng, canvas, matrix, group.mask.shape, size, taken)
     else:
         layer = _lettering(rng, group, size, patch.reshape(-1, 3).mean(axis=0), faint)
     # Pixel centres lie at halves in our coordinates and at whole numbers in OpenCV's.
@@ -412,7 +413,14 @@ def _draw(
     patch[:] = (patch * (1 - alpha / 255) + warped[..., :3] * relief[..., None] ** 0.7).clip(0, 255)
 
 
-def _mount(rng: np.random.Generator, canvas: Picture, matrix: NDArray[np.float64], shape: tuple[int, ...], size: float) -> None:
+def _mount(
+    rng: np.random.Generator,
+    canvas: Picture,
+    matrix: NDArray[np.float64],
+    shape: tuple[int, ...],
+    size: float,
+    taken: NDArray[np.uint8],
+) -> None:
     """What holds a plate: a shadow on what is behind, or a post under it."""
     tall, wide = map(float, shape)
     corners = _map(np.array([(0, 0), (wide, 0), (wide, tall), (0, tall)]), matrix)
@@ -432,7 +440,13 @@ def _mount(rng: np.random.Generator, canvas: Picture, matrix: NDArray[np.float64
         middle = (corners[2] + corners[3]) / 2
         ends = [(middle[0] - post / 2, middle[1]), (middle[0] + post / 2, middle[1])]
         foot = [(ends[1][0], canvas.shape[0]), (ends[0][0], canvas.shape[0])]
-        cv2.fillConvexPoly(canvas, np.round(np.array(ends + foot)).astype(np.int32), wall_colour(rng), cv2.LINE_AA)
+        below = taken[
+            int(max(corners[:, 1].max(), 0)) // _MAP_CELL + 1 :,
+            max(int(ends[0][0]) // _MAP_CELL, 0) : max(int(ends[1][0]) // _MAP_CELL + 1, 0),
+        ]
+        if not below.any():
+            below[:] = 1
+            cv2.fillConvexPoly(canvas, np.round(np.array(ends + foot)).astype(np.int32), wall_colour(rng), cv2.LINE_AA)
 
 
 def _plate(rng: np.random.Generator, group: _Group, size: float, faint: bool) -> Picture:
