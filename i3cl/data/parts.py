@@ -14,7 +14,9 @@ IN_PROCESS = 2
 """Up to this many parts, starting Ray would take longer than the work."""
 
 
-def run_parts(title: str, parts: list[int], images: int, work: Callable[[int], list[str]], in_process: int = IN_PROCESS) -> list[str]:
+def run_parts(
+    title: str, parts: list[int], images: int, work: Callable[[int], list[str]], in_process: int = IN_PROCESS
+) -> list[str]:
     """Call `work` for every number in `parts`, anywhere and in any order; return the problems that it named.
 
     images: in all parts together, for the speed shown. work: must leave its own result behind, whole or not at all, and may

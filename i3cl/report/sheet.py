@@ -15,7 +15,7 @@ _WORD = (60, 230, 60)
 
 
 def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> Picture:
-    """`count` images evenly over the data set, each fitted into a square-high tile of `tile` pixels width and 3/4 height.
+    """`count` images evenly over the data set, each fitted into a tile of `tile` pixels width and three quarters of it height.
 
     Words are green, ignore regions grey. UserError for an empty data set, an unreadable image or counts below 1.
     """

@@ -7,6 +7,7 @@ from functools import cache
 
 import cv2
 import numpy as np
+from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from i3cl import storage
@@ -30,17 +31,16 @@ def background(rng: np.random.Generator, height: int, width: int, photographs: f
         if sources:
             choice = sources[rng.integers(len(sources))]
             return _crop(rng, _photograph(choice) if isinstance(choice, str) else choice, height, width)
-    canvas = _scene(rng, height, width)
+    canvas: MatLike = _scene(rng, height, width)
     for _ in range(rng.integers(0, 7)):
         clutter(rng, canvas)
     if rng.random() < 0.5:
         # Seen from the side: one edge of the scene nearer than the other.
         corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
         depth = rng.uniform(0, 0.35, 2)
-        seen = corners + np.array([(0, -1), (0, -1), (0, 1), (0, 1)]) * np.array([[depth[0]], [depth[1]], [depth[1]], [depth[0]]]) * height
-        canvas = cv2.warpPerspective(
-            canvas, cv2.getPerspectiveTransform(corners, seen.astype(np.float32)), (width, height), borderMode=cv2.BORDER_REFLECT
-        )
+        seen = corners + np.array([(0, -depth[0]), (0, -depth[1]), (0, depth[1]), (0, depth[0])]) * height
+        matrix = cv2.getPerspectiveTransform(corners, seen.astype(np.float32))
+        canvas = cv2.warpPerspective(canvas, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
     if rng.random() < 0.6:
         canvas = cv2.GaussianBlur(canvas, (0, 0), float(rng.uniform(0.4, 2.2)))
     return canvas.astype(np.uint8, copy=False)
@@ -63,7 +63,7 @@ def textures() -> list[NDArray[np.uint8]]:
     """Grey textures of _TEXTURE pixels square, made once a process and the same in every one."""
     rng = np.random.default_rng(20)
     side = _TEXTURE
-    made: list[NDArray[np.floating]] = []
+    made: list[MatLike] = []
     for sharpness in (0.35, 0.5, 0.62, 0.75, 0.9):
         made.append(_fractal(rng, side, sharpness))
     for stretch in (8, 24):
@@ -85,7 +85,7 @@ def textures() -> list[NDArray[np.uint8]]:
         made.append(np.where(_fractal(rng, side, 0.9) > 0, leaves, leaves - 1.2))
     pebbles = cv2.resize(rng.uniform(-1, 1, (160, 160)), (side, side), interpolation=cv2.INTER_NEAREST)
     made.append(cv2.GaussianBlur(pebbles, (0, 0), 1.5) + 0.3 * plaster)
-    result = [cv2.normalize(t, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8) for t in made]
+    result = [(255 * (t - t.min()) / np.ptp(t)).astype(np.uint8) for t in made]
     return result + [cv2.resize(t, (side, side)).astype(np.uint8) for t in _packaged_textures()]
 
 
@@ -96,7 +96,7 @@ def textured(rng: np.random.Generator, height: int, width: int, colour: Colour, 
     zoom = float(np.exp(rng.uniform(-0.8, 0.5)))
     tall, wide = min(round(height / zoom) + 1, _TEXTURE), min(round(width / zoom) + 1, _TEXTURE)
     y, x = rng.integers(_TEXTURE - tall + 1), rng.integers(_TEXTURE - wide + 1)
-    crop = texture[y : y + tall, x : x + wide]
+    crop: MatLike = texture[y : y + tall, x : x + wide]
     if rng.random() < 0.3:
         crop = crop.T
     if rng.random() < 0.5:
@@ -132,7 +132,7 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> Picture:
         horizon = int(height * rng.uniform(0.35, 0.85))
         if rng.random() < 0.6:
             _fill_gradient(canvas[:horizon], (110 + 60 * rng.random(), 160, 200 + 55 * rng.random()), (225, 230, 235))
-        x = -rng.integers(0, width // 3)
+        x = -int(rng.integers(0, width // 3))
         while x < width:
             wide = int(rng.integers(width // 8, width // 2))
             top = int(rng.integers(0, max(horizon // 2, 1) + 1)) if rng.random() < 0.6 else 0
@@ -146,9 +146,10 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> Picture:
         canvas[horizon:] = textured(rng, height - horizon, width, (grey, grey * 0.98, grey * 0.95))
         return canvas
     for _ in range(rng.integers(3, 12)):
-        tall, wide = rng.integers(height // 8, height), rng.integers(width // 10, width // 2)
-        y, x = rng.integers(0, height - height // 8), rng.integers(0, width - width // 10)
-        part = canvas[y : y + tall, x : x + wide]
+        top, left = rng.integers(0, height - height // 8), rng.integers(0, width - width // 10)
+        part = canvas[
+            top : top + rng.integers(height // 8, height), left : left + rng.integers(width // 10, width // 2)
+        ]
         part[:] = textured(rng, part.shape[0], part.shape[1], wall_colour(rng))
         if rng.random() < 0.5:
             _shelves(rng, part)
@@ -161,16 +162,16 @@ def _fill_gradient(part: Picture, top: Colour, bottom: Colour) -> None:
 
 
 def _windows(rng: np.random.Generator, part: Picture) -> None:
-    tall, wide = rng.integers(12, 70), rng.integers(8, 50)
+    tall, wide = int(rng.integers(12, 70)), int(rng.integers(8, 50))
     step_y, step_x = int(tall * rng.uniform(1.2, 2)), int(wide * rng.uniform(1.2, 2))
     frame, glass = wall_colour(rng), np.array(wall_colour(rng)) * 0.6
     for y in range(int(rng.integers(2, 12)), part.shape[0] - tall, step_y):
         for x in range(int(rng.integers(2, 12)), part.shape[1] - wide, step_x):
-            shade = tuple((glass * rng.uniform(0.7, 1.4)).clip(0, 255))
-            cv2.rectangle(part, (x, y), (x + int(wide), y + int(tall)), shade, -1)
-            cv2.rectangle(part, (x, y), (x + int(wide), y + int(tall)), frame, 1 + int(rng.random() < 0.4))
+            shade = tuple((glass * rng.uniform(0.7, 1.4)).clip(0, 255).tolist())
+            cv2.rectangle(part, (x, y), (x + wide, y + tall), shade, -1)
+            cv2.rectangle(part, (x, y), (x + wide, y + tall), frame, 1 + int(rng.random() < 0.4))
             if wide > 16:
-                cv2.line(part, (x + int(wide) // 2, y), (x + int(wide) // 2, y + int(tall)), frame, 1)
+                cv2.line(part, (x + wide // 2, y), (x + wide // 2, y + tall), frame, 1)
 
 
 def _shelves(rng: np.random.Generator, part: Picture) -> None:
@@ -191,7 +192,7 @@ def _shelves(rng: np.random.Generator, part: Picture) -> None:
         cv2.rectangle(part, (0, y + tall), (part.shape[1], y + tall + 2), board, -1)
 
 
-def clutter(rng: np.random.Generator, canvas: Picture) -> None:
+def clutter(rng: np.random.Generator, canvas: MatLike) -> None:
     """One thing that a detector might take for text: bars, grids, rows of shapes, lights, leaves, arrows, empty signs."""
     height, width = canvas.shape[:2]
     x, y = rng.uniform(0, width), rng.uniform(0, height)
@@ -221,7 +222,7 @@ def clutter(rng: np.random.Generator, canvas: Picture) -> None:
     elif kind == 2:
         shape = rng.uniform(0, 1, (int(rng.integers(3, 6)), 2)) * size
         for place in range(rng.integers(2, 9)):
-            cv2.polylines(canvas, [at(shape + [place * size * 1.2, 0])], True, colour, line, cv2.LINE_AA)
+            cv2.polylines(canvas, [at(shape + np.array([place * size * 1.2, 0]))], True, colour, line, cv2.LINE_AA)
     elif kind == 3:
         for place in range(rng.integers(1, 8)):
             centre = tuple(map(int, at([(place * size * 1.4, 0)])[0]))
@@ -229,7 +230,7 @@ def clutter(rng: np.random.Generator, canvas: Picture) -> None:
     elif kind == 4:
         for _ in range(rng.integers(20, 70)):
             leaf = rng.normal(0, size * 1.5, 2) + rng.normal(0, size / 6, (4, 2))
-            shade = tuple((np.array(colour) * rng.uniform(0.5, 1.3)).clip(0, 255))
+            shade = tuple((np.array(colour) * rng.uniform(0.5, 1.3)).clip(0, 255).tolist())
             cv2.fillPoly(canvas, [at(leaf)], shade, cv2.LINE_AA)
     elif kind == 5:
         arrow = np.array([(0, 0.4), (1.2, 0.4), (1.2, 0.1), (2, 0.5), (1.2, 0.9), (1.2, 0.6), (0, 0.6)]) * size

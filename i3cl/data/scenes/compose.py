@@ -13,6 +13,7 @@ from functools import cache
 
 import cv2
 import numpy as np
+from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from i3cl import geometry
@@ -111,7 +112,7 @@ def make_scene(index: int, seed: int, settings: SceneTextSettings) -> Scene:
 
 def _make_group(rng: np.random.Generator, settings: SceneTextSettings, faces: Faces, room: int) -> tuple[_Group, bool]:
     """A group of at most about `room` words, and whether it stands on a plate of its own."""
-    size = float(np.exp(rng.normal(np.log(settings.size), settings.size_spread)))
+    size = min(float(np.exp(rng.normal(np.log(settings.size), settings.size_spread))), 0.4 * settings.height)
     kind = rng.random()
     notice = kind < 0.22 and room >= 4
     # Notices are many lines of small print; elsewhere a heading may have smaller lines under it.
@@ -129,7 +130,8 @@ def _make_group(rng: np.random.Generator, settings: SceneTextSettings, faces: Fa
         scale = 1.0 if place == 0 or notice else float(rng.uniform(0.4, 1.0))
         if not notice and place and rng.random() < 0.3:
             face = _face(rng, faces, language)
-        words = line_of_words(rng, language, int(rng.integers(2, 7)) if notice else int(rng.choice(4, p=[0.45, 0.3, 0.15, 0.1])) + 1)
+        length = int(rng.integers(2, 7)) if notice else int(rng.choice(4, p=[0.45, 0.3, 0.15, 0.1])) + 1
+        words = line_of_words(rng, language, length)
         line = _draw_line(rng, words, face, language, max(size * scale, settings.smallest), longest)
         if not notice and rng.random() < settings.curved:
             line = _bend(rng, line, settings.points_per_edge)
@@ -142,7 +144,7 @@ def _language(rng: np.random.Generator, settings: SceneTextSettings, faces: Face
     shares = np.array([settings.latin, settings.digits, settings.cjk if faces.cjk else 0.0])
     if not shares.any():
         shares[0] = 1.0
-    return ("latin", "digits", "cjk")[int(np.searchsorted(np.cumsum(shares / shares.sum()), rng.random(), side="right").clip(0, 2))]
+    return str(rng.choice(["latin", "digits", "cjk"], p=shares / shares.sum()))
 
 
 def _face(rng: np.random.Generator, faces: Faces, language: str) -> Face:
@@ -158,7 +160,10 @@ def _draw_line(
     if language != "cjk":
         words = ["".join(c for c in word if covers(face, c)) or "A" for word in words]
     # An em is about 1.4 capital letters high.
-    made = font(face, max(round(size * (1.1 if language == "cjk" else 1.4)), 6))
+    em = size * (1.1 if language == "cjk" else 1.4)
+    # Letters too large for one word to fit the image would only be shrunk again.
+    widest = max(font(face, 20).getlength(word) for word in words)
+    made = font(face, max(round(min(em, 20 * longest / max(widest, 1))), 6))
     spread = float(rng.uniform(0.05, 0.35)) * size if rng.random() < 0.15 else 0.0
     gap = made.getlength(" ") + spread + float(rng.uniform(0, 0.3)) * size
     pieces: list[tuple[NDArray[np.uint8], int, int]] = []
@@ -225,11 +230,9 @@ def _bend(rng: np.random.Generator, line: _Line, points_per_edge: int) -> _Line:
     frame = forward(np.concatenate([np.stack([x, np.full_like(x, y)], 1) for y in (0.0, height)]))
     origin = np.floor(frame.min(axis=0)) - 1
     wide, tall = (np.ceil(frame.max(axis=0)) + 1 - origin).astype(int)
-    grid_x, grid_y = np.meshgrid(
-        np.arange(wide, dtype=np.float32) + 0.5 + np.float32(origin[0]),
-        np.arange(tall, dtype=np.float32) + 0.5 + np.float32(origin[1]),
-    )
-    u, v = inverse(grid_x, grid_y)
+    x, y = (np.arange(count) + 0.5 + start for count, start in zip((wide, tall), origin, strict=True))
+    grid_x, grid_y = np.meshgrid(x, y)
+    u, v = inverse(grid_x.astype(np.float32), grid_y.astype(np.float32))
     bent = cv2.remap(line.mask, u - np.float32(0.5), v - np.float32(0.5), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     return _Line(bent.astype(np.uint8, copy=False), [ring - origin for ring in outlines], line.words, line.language)
 
@@ -280,7 +283,7 @@ def _stack(rng: np.random.Generator, lines: list[_Line], align: int, size: float
         tall, wide = line.mask.shape
         x = (width - wide) // 2 if align == 0 else margin_x if align == 1 else width - wide - margin_x
         group.mask[y : y + tall, x : x + wide] = line.mask
-        group.outlines += [ring + [x, y] for ring in line.outlines]
+        group.outlines += [ring + np.array([x, y]) for ring in line.outlines]
         group.words += line.words
         group.languages += [line.language] * len(line.words)
         y += tall + gap
@@ -348,8 +351,9 @@ def _place(
     taken[y0:y1, x0:x1] = 1
     corners = np.array([(0, 0), (wide, 0), (wide, tall), (0, tall)], np.float32)
     matrix = cv2.getPerspectiveTransform(corners, (quad + place).astype(np.float32))
-    box = (*np.maximum(np.floor(place + low).astype(int) - 2, 0), *np.minimum(np.ceil(place + high).astype(int) + 2, [width, height]))
-    return np.asarray(matrix, np.float64), (int(box[0]), int(box[1]), int(box[2]), int(box[3]))
+    left, top = np.maximum(np.floor(place + low).astype(int) - 2, 0).tolist()
+    right, bottom = np.minimum(np.ceil(place + high).astype(int) + 2, [width, height]).tolist()
+    return np.asarray(matrix, np.float64), (left, top, right, bottom)
 
 
 def _sum(integral: NDArray[np.float64], x0: int, y0: int, x1: int, y1: int) -> float:
@@ -401,7 +405,9 @@ def _draw(
     else:
         layer = _lettering(rng, group, size, patch.reshape(-1, 3).mean(axis=0), faint)
     # Pixel centres lie at halves in our coordinates and at whole numbers in OpenCV's.
-    to_window = np.array([[1, 0, -x0 - 0.5], [0, 1, -y0 - 0.5], [0, 0, 1]]) @ matrix @ np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    before, after = np.eye(3), np.eye(3)
+    before[:2, 2], after[:2, 2] = 0.5, (-x0 - 0.5, -y0 - 0.5)
+    to_window = after @ matrix @ before
     warped = cv2.warpPerspective(layer, to_window, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR)
     alpha = warped[..., 3:].astype(np.float32)
     if plate:
@@ -483,7 +489,9 @@ def _plate(rng: np.random.Generator, group: _Group, size: float, faint: bool) ->
     return np.dstack([picture.clip(0, 255).astype(np.uint8), alpha])
 
 
-def _write(rng: np.random.Generator, picture: NDArray[np.float32], mask: NDArray[np.uint8], ink: NDArray[np.float64], size: float) -> None:
+def _write(
+    rng: np.random.Generator, picture: NDArray[np.float32], mask: NDArray[np.uint8], ink: NDArray[np.float64], size: float
+) -> None:
     """Letters into an opaque float picture, perhaps with a shadow, a border or a relief."""
     effect = rng.random() if size > 12 else 1.0
     reach = max(1, round(size * float(rng.uniform(0.04, 0.12))))
@@ -500,7 +508,7 @@ def _write(rng: np.random.Generator, picture: NDArray[np.float32], mask: NDArray
         picture -= (slope * np.float32(rng.uniform(0.2, 0.6)))[..., None]
 
 
-def _over(picture: NDArray[np.float32], mask: NDArray[np.uint8], colour: NDArray[np.float64]) -> None:
+def _over(picture: NDArray[np.float32], mask: MatLike, colour: NDArray[np.float64]) -> None:
     picture += (np.asarray(colour, np.float32) - picture) * (mask.astype(np.float32) / 255)[..., None]
 
 
@@ -513,7 +521,7 @@ def _lettering(
     effect = rng.random() if size > 12 else 1.0
     reach = max(1, round(size * float(rng.uniform(0.04, 0.13))))
     if effect < 0.3:
-        shadow = _shifted(group.mask, reach, reach)
+        shadow: MatLike = _shifted(group.mask, reach, reach)
         if rng.random() < 0.5:
             shadow = cv2.GaussianBlur(shadow, (0, 0), reach)
         picture[..., 3] = shadow.astype(np.float32) * np.float32(rng.uniform(0.3, 0.8))
@@ -552,14 +560,15 @@ def _noise() -> NDArray[np.float32]:
     return np.random.default_rng(7).standard_normal((1400, 1400, 3), np.float32)
 
 
-def _camera(rng: np.random.Generator, canvas: Picture, settings: SceneTextSettings) -> Picture:
+def _camera(rng: np.random.Generator, scene: Picture, settings: SceneTextSettings) -> Picture:
     """Light, focus, motion, resolution and noise."""
+    canvas: MatLike = scene
     height, width = canvas.shape[:2]
     if rng.random() < 0.6:
         light = rng.normal(1, 0.15, (3, 4)).clip(0.45, 1.4).astype(np.float32)
         field_of_light = cv2.resize(light, (width, height), interpolation=cv2.INTER_CUBIC)
         canvas = cv2.multiply(canvas, cv2.merge([field_of_light] * 3), dtype=cv2.CV_8U)
-    gamma, gain = float(np.exp(rng.normal(0, 0.25))), float(rng.uniform(0.8, 1.12))
+    gamma, gain = float(np.exp(rng.normal(-0.05, 0.2))), float(rng.uniform(0.85, 1.12))
     tint = np.exp(rng.normal(0, 0.05, 3))
     curve = (255 * gain * np.linspace(0, 1, 256)[:, None] ** gamma * tint).clip(0, 255).astype(np.uint8)
     canvas = cv2.LUT(canvas, curve[:, None])
@@ -582,12 +591,10 @@ def _camera(rng: np.random.Generator, canvas: Picture, settings: SceneTextSettin
     amount = float(rng.exponential(3)) * settings.noise
     if amount > 0.5:
         table = _noise()
-        tall, wide = min(height, 1400), min(width, 1400)
-        y, x = rng.integers(1400 - tall + 1), rng.integers(1400 - wide + 1)
-        grain = np.zeros(canvas.shape, np.float32) if (tall, wide) != (height, width) else table[y : y + tall, x : x + wide]
-        if (tall, wide) != (height, width):
-            grain = np.tile(table, (-(-height // 1400), -(-width // 1400), 1))[:height, :width]
-        canvas = cv2.addWeighted(canvas, 1, grain, min(amount, 18.0), 0, dtype=cv2.CV_8U) if grain.dtype == np.uint8 else cv2.add(
-            canvas, grain * np.float32(min(amount, 18.0)), dtype=cv2.CV_8U
-        )
-    return np.ascontiguousarray(canvas)
+        tall, wide = min(height, len(table)), min(width, len(table))
+        y, x = rng.integers(len(table) - tall + 1), rng.integers(len(table) - wide + 1)
+        grain = table[y : y + tall, x : x + wide]
+        if grain.shape != canvas.shape:
+            grain = np.tile(grain, (-(-height // tall), -(-width // wide), 1))[:height, :width]
+        canvas = cv2.add(canvas, grain * np.float32(min(amount, 18.0)), dtype=cv2.CV_8U)
+    return np.ascontiguousarray(canvas, np.uint8)

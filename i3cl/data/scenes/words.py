@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_SIGNS = (
+_SIGN_TEXT = (
     "open closed exit entrance taxi hotel cafe bar bank sale stop parking station market bakery pharmacy fresh coffee "
     "books pizza welcome restaurant garden museum library studio express center street avenue road lane drive bridge "
     "park plaza mall tower house city town hall school church clinic dental optical beauty salon barber fashion shoes "
@@ -20,10 +20,14 @@ _SIGNS = (
     "rue avenue boulevard place gare sortie accueil boulangerie pharmacie tabac presse marché maison hôtel fermé "
     "ouvert école mairie chemin église du de la le les des et au aux sur pour interdit défense défilé crêperie "
     "straße ausgang bäckerei café señor plaza calle salida tienda panadería via piazza gelato trattoria ristorante"
-).split()
-_ONSETS = "b c d f g h j k l m n p r s t v w br ch cl dr fl gr pl pr sh sl st str th tr".split()
-_NUCLEI = "a e i o u ai ea ee io oo ou y".split()
-_CODAS = "l m n r s t ck nd ng rk st x".split()
+)
+_SIGNS = _SIGN_TEXT.split()
+_SYLLABLES = (
+    "b c d f g h j k l m n p r s t v w br ch cl dr fl gr pl pr sh sl st str th tr",
+    "a e i o u ai ea ee io oo ou y",
+    "l m n r s t ck nd ng rk st x",
+)
+_ONSETS, _NUCLEI, _CODAS = (part.split() for part in _SYLLABLES)
 _CJK = (
     "中国大小人民店商场超市饭馆酒楼茶餐厅面包咖啡书报药房医院学校银行邮局车站地铁公交出口入口停车场电话手机维修"
     "服装鞋帽美容理发眼镜珠宝金银首饰家具装饰建材五金水果蔬菜海鲜烧烤火锅川湘粤味香辣鱼肉鸡鸭牛羊豆腐米粉饺子"
