@@ -135,21 +135,20 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> Picture:
         x = -int(rng.integers(0, width // 3))
         while x < width:
             wide = int(rng.integers(width // 8, width // 2))
-            top = int(rng.integers(0, max(horizon // 2, 1) + 1)) if rng.random() < 0.6 else 0
+            roof = int(rng.integers(0, max(horizon // 2, 1) + 1)) if rng.random() < 0.6 else 0
             left, right = max(x, 0), min(x + wide, width)
-            if right - left > 4 and horizon - top > 8 and rng.random() < 0.85:
-                canvas[top:horizon, left:right] = textured(rng, horizon - top, right - left, wall_colour(rng))
+            if right - left > 4 and horizon - roof > 8 and rng.random() < 0.85:
+                canvas[roof:horizon, left:right] = textured(rng, horizon - roof, right - left, wall_colour(rng))
                 if rng.random() < 0.6:
-                    _windows(rng, canvas[top:horizon, left:right])
+                    _windows(rng, canvas[roof:horizon, left:right])
             x += wide
         grey = rng.uniform(50, 170)
         canvas[horizon:] = textured(rng, height - horizon, width, (grey, grey * 0.98, grey * 0.95))
         return canvas
     for _ in range(rng.integers(3, 12)):
-        top, left = rng.integers(0, height - height // 8), rng.integers(0, width - width // 10)
-        part = canvas[
-            top : top + rng.integers(height // 8, height), left : left + rng.integers(width // 10, width // 2)
-        ]
+        top, left = int(rng.integers(0, height - height // 8)), int(rng.integers(0, width - width // 10))
+        bottom, right = top + int(rng.integers(height // 8, height)), left + int(rng.integers(width // 10, width // 2))
+        part = canvas[top:bottom, left:right]
         part[:] = textured(rng, part.shape[0], part.shape[1], wall_colour(rng))
         if rng.random() < 0.5:
             _shelves(rng, part)
