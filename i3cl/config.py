@@ -442,6 +442,7 @@ class Settings(_Settings):
     """When set, selftrain makes this data set first and uses it."""
     selftrain: SelfTrainSettings = SelfTrainSettings()
     scene_text: SceneTextSettings = SceneTextSettings()
+    """Sets that `prepare.py scene-text` writes."""
 
 
 # ---------------------------------------------------------------------------------------------------- files and overrides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,10 +37,10 @@ def run_parts(
         rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         tasks = rows.map_batches(partial(_task, work), batch_size=1, num_cpus=1)
         for done, batch in enumerate(tasks.iter_batches(batch_size=1), 1):
-            row = {key: value[0] for key, value in batch.items()}
-            if row["mistake"]:
-                raise UserError(str(row["mistake"]))
-            problems += list(row["problems"])
+            mistake, named = str(batch["mistake"][0]), str(batch["problems"][0])
+            if mistake:
+                raise UserError(mistake)
+            problems += json.loads(named)
             _progress(title, done, len(parts), started)
     spent = time.monotonic() - started
     if parts:
@@ -47,26 +48,19 @@ def run_parts(
     return problems
 
 
-def _task(work: Callable[[int], list[str]], batch: dict[str, Any]) -> dict[str, Any]:
-    # The user's mistake travels as a value: Ray would wrap the exception and try again.
-    problems: list[list[str]] = []
+def _task(work: Callable[[int], list[str]], batch: dict[str, Any]) -> dict[str, list[str]]:
+    # The user's mistake travels as a value: Ray would wrap the exception and try again. Lists of texts travel as JSON, because
+    # blocks of empty lists have no type that fits the others.
+    problems: list[str] = []
     mistakes: list[str] = []
     for part in batch["part"]:
         try:
-            problems.append(work(int(part)))
+            problems.append(json.dumps(work(int(part))))
             mistakes.append("")
         except UserError as error:
-            problems.append([])
+            problems.append("[]")
             mistakes.append(str(error))
-    return {"problems": _column(problems), "mistake": mistakes}
-
-
-def _column(lists: list[list[str]]) -> Any:
-    import numpy as np
-
-    column = np.empty(len(lists), object)
-    column[:] = lists
-    return column
+    return {"problems": problems, "mistake": mistakes}
 
 
 def _progress(title: str, done: int, parts: int, started: float) -> None:

@@ -9,6 +9,7 @@ import shapely
 
 from i3cl.config import SceneTextSettings, UserError
 from i3cl.data.coco import read_coco
+from i3cl.data.parts import _task
 from i3cl.data.scenes import compose, fonts, words
 from i3cl.data.scenes.backgrounds import background
 from i3cl.data.scenes.compose import make_scene
@@ -188,3 +189,12 @@ def test_bad_numbers_and_notes_are_named(tmp_path):
         write_scene_text(SMALL, str(tmp_path), 1, 0)
     with pytest.raises(ValueError, match="at least 0"):
         make_scene(-1, 0, SMALL)
+
+
+def test_a_task_reports_problems_and_mistakes_as_values():
+    def work(part):
+        if part == 2:
+            raise UserError("part 2 is bad")
+        return ["one"] if part else []
+
+    assert _task(work, {"part": np.arange(3)}) == {"problems": ["[]", '["one"]', "[]"], "mistake": ["", "", "part 2 is bad"]}
