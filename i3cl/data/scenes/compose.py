@@ -17,7 +17,7 @@ from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from i3cl import geometry
-from i3cl.config import SceneTextSettings
+from i3cl.config import SceneTextSettings, UserError
 from i3cl.data.coco import Instance
 from i3cl.data.scenes.backgrounds import Colour, Picture, background, clutter, textured, wall_colour
 from i3cl.data.scenes.fonts import Face, Faces, covers, find_faces, font
@@ -184,6 +184,8 @@ def _draw_line(
             kept.append(word)
             spans.append((first, len(pieces)))
         pen += gap
+    if not pieces:
+        raise UserError(f"{face.path}: draws nothing for {words[0]!r}; remove the typeface")
     left = min(x for _, x, _ in pieces) - 1
     top = min(y for _, _, y in pieces) - 1
     right = max(x + mask.shape[1] for mask, x, _ in pieces) + 1

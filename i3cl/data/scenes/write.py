@@ -26,6 +26,9 @@ def write_scene_text(
     """
     if images < 1 or seed < 0:
         raise UserError(f"scene-text: images must be at least 1 and the seed at least 0, not {images} and {seed}")
+    # Tasks may run in another folder or on another machine.
+    own = {"fonts": settings.fonts, "backgrounds": settings.backgrounds}
+    settings = settings.model_copy(update={key: storage.absolute(path) for key, path in own.items() if path})
     faces = find_faces(settings.fonts)
     if faces.missing:
         print(
