@@ -396,6 +396,61 @@ class SyntheticSettings(_Settings):
     seed: int = 0
 
 
+class SceneTextSettings(_Settings):
+    """Synthetic street photographs with text, for pre-training: `prepare.py scene-text`."""
+
+    width: Annotated[int, Field(ge=64, le=8192)] = 640
+    """Pixels."""
+    height: Annotated[int, Field(ge=64, le=8192)] = 427
+    """Pixels."""
+    words: Positive = 10.0
+    """Median number of words an image; drawn log-normally for each."""
+    size: Positive = 22.0
+    """Pixels; median height of capital letters of a heading, drawn log-normally for each group of lines."""
+    size_spread: NonNegative = 0.7
+    """Standard deviation of the size's logarithm."""
+    smallest: Annotated[float, Field(ge=3)] = 4.5
+    """Pixels; letters are not drawn smaller than this."""
+    ignore_below: NonNegative = 5.0
+    """Pixels; words with a shorter short side are ignore regions."""
+    curved: Fraction = 0.15
+    """Share of the lines, small print aside, that run along an arc or a sine."""
+    points_per_edge: Annotated[int, Field(ge=3, le=64)] = 8
+    """Points on the upper and on the lower edge of a curved word's outline; straight words have two on each."""
+    latin: NonNegative = 0.8
+    """Share of the groups in Latin script, relative to digits and cjk ..."""
+    digits: NonNegative = 0.14
+    """... of groups of numbers, prices, times ..."""
+    cjk: NonNegative = 0.06
+    """... and of groups in Chinese characters, where a typeface for them is installed."""
+    fonts: str | None = None
+    """Local folder of further typefaces (.ttf, .otf, .ttc)."""
+    photographs: Fraction = 0.3
+    """Share of the images on photographs (the user's, or those that scikit-image brings along); the others are procedural."""
+    backgrounds: str | None = None
+    """Folder of the user's photographs without text, local or s3://."""
+    clutter: NonNegative = 3.0
+    """Mean number of things near the text that look a little like text: bars, grids, rows of shapes, arrows."""
+    faint: Fraction = 0.12
+    """Share of the groups whose letters hardly differ from their ground."""
+    blur: Fraction = 0.8
+    """Strength of defocus and motion blur."""
+    noise: NonNegative = 1.0
+    """Strength of the sensor noise; 0: none."""
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (55, 95)
+    """Lowest and highest quality of the files."""
+    images_per_part: PositiveInt = 256
+    """Images a task; what is finished is not made again after an interruption."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> SceneTextSettings:
+        if not self.latin + self.digits + self.cjk > 0:
+            raise ValueError("latin: one of latin, digits and cjk must be above 0")
+        if self.jpeg_quality[0] > self.jpeg_quality[1]:
+            raise ValueError("jpeg_quality: the lowest quality comes first")
+        return self
+
+
 class TeacherSettings(_Settings):
     """What one model of the circle does differently; train.seed differs by itself."""
 
@@ -436,6 +491,8 @@ class Settings(_Settings):
     synthetic: SyntheticSettings | None = None
     """When set, selftrain makes this data set first and uses it."""
     selftrain: SelfTrainSettings = SelfTrainSettings()
+    scene_text: SceneTextSettings = SceneTextSettings()
+    """Sets that `prepare.py scene-text` writes."""
 
 
 # ---------------------------------------------------------------------------------------------------- files and overrides

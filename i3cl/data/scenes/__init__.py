@@ -1,0 +1,1 @@
+"""Synthetic scene text for pre-training: typefaces, words, backgrounds, scenes, and sets of them on disk."""

@@ -1,0 +1,49 @@
+"""A contact sheet: pictures of a data set in rows, with their outlines."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.coco import Dataset
+from i3cl.data.images import decode_image
+from i3cl.report.draw import IGNORED, Picture, draw_polygons
+
+_WORD = (60, 230, 60)
+
+
+def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> Picture:
+    """`count` images evenly over the data set, each fitted into a tile of `tile` pixels width and three quarters of it height.
+
+    Words are green, ignore regions grey. UserError for an empty data set, an unreadable image or counts below 1.
+    """
+    if not dataset.records:
+        raise UserError(f"{dataset.name}: has no images")
+    if min(count, columns) < 1 or tile < 16:
+        raise UserError(f"sheet: {count} images in {columns} columns of {tile} pixels cannot be drawn; use at least 1, 1 and 16")
+    count = min(count, len(dataset.records))
+    chosen = [dataset.records[i * len(dataset.records) // count] for i in range(count)]
+    high = tile * 3 // 4
+    sheet = np.full((-(-count // columns) * high, columns * tile, 3), 255, np.uint8)
+    for place, record in enumerate(chosen):
+        image = decode_image(dataset.path(record))
+        scale = min(tile / image.shape[1], high / image.shape[0])
+        size = (max(1, int(image.shape[1] * scale)), max(1, int(image.shape[0] * scale)))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        colours = [IGNORED if instance.ignore else _WORD for instance in record.instances]
+        drawn = draw_polygons(small.astype(np.uint8), [i.polygon * scale for i in record.instances], colours, 1)
+        row, column = divmod(place, columns)
+        sheet[row * high : row * high + size[1], column * tile : column * tile + size[0]] = drawn
+    return sheet
+
+
+def write_contact_sheet(path: str, dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> None:
+    """Write ``contact_sheet`` as an image file; the name's ending is the format. UserError for an unknown one."""
+    ending = "." + path.rsplit(".", 1)[-1].lower()
+    if ending not in (".jpg", ".jpeg", ".png", ".webp"):
+        raise UserError(f"{path}: the sheet's name must end with .jpg, .png or .webp")
+    encoded, data = cv2.imencode(ending, contact_sheet(dataset, count, columns, tile)[:, :, ::-1])
+    assert encoded
+    storage.write_bytes_atomic(path, data.tobytes())
