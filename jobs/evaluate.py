@@ -55,7 +55,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--tp", type=float, help="DetEval: precision threshold (0.6)")
     add("--merge", choices=["python", "matlab"], help="DetEval: which script's rule for merges (python)")
     add("--repair", choices=["make_valid", "buffer0"], help="how self-intersecting polygons are repaired")
-    add("--pre-steps", choices=["none", "adelaidet"], default="none", help="adelaidet: score > 0.1, whole pixels, valid rings only")
+    add(
+        "--pre-steps",
+        choices=["none", "adelaidet"],
+        default="none",
+        help="adelaidet: score > 0.1, whole pixels, valid rings only",
+    )
     add("--max-detections", type=int, metavar="N", help="coco: best detections used per image (that of the fullest image)")
     add("--ray", action="store_true", help="spread over Ray; truth and results as Parquet, any number of images")
 

@@ -102,7 +102,10 @@ def _results(path: str, options: argparse.Namespace, settings: Settings) -> Any:
 
 def _prepared(paired: Paired) -> Paired:
     samples, dropped = run.adelaidet_steps(paired.samples)
-    print(f"pre-steps adelaidet: {dropped} detections with a score up to 0.1 or a self-intersecting ring left out, rest cut to whole pixels")
+    print(
+        f"pre-steps adelaidet: {dropped} detections with a score up to 0.1 or a self-intersecting ring left out; "
+        "coordinates cut to whole pixels"
+    )
     return Paired(samples, paired.missing, paired.how, paired.found)
 
 
@@ -197,8 +200,10 @@ def _over_ray(options: argparse.Namespace, rules: tuple[Rules, ...]) -> None:
         print(f"{each.rules.name}, {each.rules.label}: R {s.recall:.4f}  P {s.precision:.4f}  F {s.hmean:.4f}")
     print(f"  rules: {counts[0].rules.text}")
     s = counts[0].summary()
-    print(f"  {s.images} images ({missing} without a result count as empty), {s.truths} truths, {s.dont_cares} don't-care, "
-          f"{s.detections} detections kept, {s.dropped} dropped, {s.repaired} polygons repaired")
+    print(
+        f"  {s.images} images ({missing} without a result count as empty), {s.truths} truths, {s.dont_cares} don't-care, "
+        f"{s.detections} detections kept, {s.dropped} dropped, {s.repaired} polygons repaired"
+    )
     if options.json:
         outcome = {"protocol": options.protocol, **run.summary_json(counts[0]), "missing_images": missing}
         outcome["variants"] = [{"name": c.rules.label, **run.summary_json(c)} for c in counts[1:]]

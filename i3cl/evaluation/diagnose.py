@@ -44,17 +44,28 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     if not any((~np.asarray(s.ignore, bool)).any() for s in samples):
         advice.append(Advice("all don't-care", "every truth is don't-care: there is nothing to find", 0.0))
     alike = [s for s in samples if len(s.detections) and len(s.truths)]
-    chosen = [alike[k] for k in np.unique(np.linspace(0, len(alike) - 1, min(len(alike), _IMAGES)).round().astype(int))] if alike else []
+    chosen = (
+        [alike[k] for k in np.unique(np.linspace(0, len(alike) - 1, min(len(alike), _IMAGES)).round().astype(int))]
+        if alike
+        else []
+    )
     now = _hmean(chosen, rules, threshold)
     if threshold is not None:
         kept = sum(int(np.count_nonzero(s.scores > threshold)) for s in samples)
         open_f = _hmean(chosen, rules, None)
         if kept == 0:
             highest = max(float(s.scores.max()) for s in samples if len(s.scores))
-            text = f"no detection has a score above {threshold:g}; the highest is {highest:.3g}. Without a threshold F = {open_f:.3f}"
+            text = f"no detection has a score above {threshold:g}; the highest is {highest:.3g}; "
+            text += f"without a threshold F = {open_f:.3f}"
             return [*advice, Advice("threshold", text, open_f)]
         if open_f >= now + _GAIN:
-            advice.append(Advice("threshold", f"the threshold {threshold:g} costs much: without it F = {open_f:.3f} instead of {now:.3f}", open_f))
+            advice.append(
+                Advice(
+                    "threshold",
+                    f"the threshold {threshold:g} costs much: without it F = {open_f:.3f} instead of {now:.3f}",
+                    open_f,
+                )
+            )
     empty = sum(not len(s.detections) for s in samples)
     if empty > len(samples) / 2:
         advice.append(Advice("empty", f"{empty} of {len(samples)} images have no detection at all", now))
@@ -98,7 +109,7 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
         yield (
             "scale",
             "coordinates look relative to the image (0-1); multiply by width and height",
-            lambda s: [p * (s.width, s.height) for p in s.detections],
+            lambda s: [p * np.array([s.width, s.height]) for p in s.detections],
         )
         for side in _SIDES:
             for name, of in (("long", max), ("short", min)):
@@ -172,7 +183,7 @@ def _offset(samples: Sequence[Sample]) -> NDArray[np.float64] | None:
     differences = np.concatenate(parts)
     if not len(differences):
         return None
-    cells, which, counts = np.unique(np.floor(differences / 8), axis=0, return_inverse=True, return_counts=True)
+    cells, counts = np.unique(np.floor(differences / 8), axis=0, return_counts=True)
     centre = (cells[counts.argmax()] + 0.5) * 8
     near = differences[(np.abs(differences - centre) <= 8).all(axis=1)]
     return np.median(near, axis=0)

@@ -134,9 +134,7 @@ def breakdown(samples: Sequence[Sample], batch: Batch, verdicts: Verdicts) -> li
     return groups
 
 
-def _group(
-    by: str, name: str, verdicts: Verdicts, truths: NDArray[np.bool_], detections: NDArray[np.bool_] | None
-) -> Group:
+def _group(by: str, name: str, verdicts: Verdicts, truths: NDArray[np.bool_], detections: NDArray[np.bool_] | None) -> Group:
     truths = truths & verdicts.care
     number = int(truths.sum())
     recall = float(verdicts.truth_credit[truths].sum() / number) if number else None

@@ -77,9 +77,7 @@ class Rules:
             parts.append(f"a detection with {share} > 0.5 in one don't-care region is dropped")
         else:
             parts.append("no don't-care class")
-        parts.append(
-            "invalid detections are skipped" if self.skip_invalid else "detections without area are false positives"
-        )
+        parts.append("invalid detections are skipped" if self.skip_invalid else "detections without area are false positives")
         parts.append(f"self-intersections repaired by {self.repair}; totals over all images")
         if self.no_truth_is_full_recall:
             parts.append("recall is 1 when there is no truth")
@@ -201,19 +199,15 @@ class Verdicts:
 
 def judge(batch: Batch, rules: Rules, threshold: float | None = None) -> Verdicts:
     """Scores every polygon of a batch by the rules; detections above `threshold` count, None: all."""
-    if rules.dont_care:
-        care = ~batch.ignore & (batch.truth_area > 0)
-    else:
-        care = np.ones(len(batch.ignore), bool)
+    everything = np.ones(len(batch.ignore), bool)
+    care = ~batch.ignore & (batch.truth_area > 0) if rules.dont_care else everything
     if threshold is None:
         above = np.ones(len(batch.scores), bool)
     elif rules.scores_at_least:
         above = batch.scores.astype(np.float32) >= np.float32(threshold)
     else:
         above = batch.scores > threshold
-    inside = ~care[batch.truth] & (
-        batch.intersection > 0.5 * (batch.detection_area[batch.detection] + rules.dont_care_margin)
-    )
+    inside = ~care[batch.truth] & (batch.intersection > 0.5 * (batch.detection_area[batch.detection] + rules.dont_care_margin))
     dropped = np.zeros(len(batch.scores), bool)
     dropped[batch.detection[inside]] = True
     dropped &= above
@@ -313,10 +307,10 @@ class Counts:
         above = ~verdicts.below
 
         def of_truths(values: NDArray) -> NDArray[np.float64]:
-            return np.bincount(batch.truth_image, values, number)
+            return np.bincount(batch.truth_image, values.astype(np.float64), number).astype(np.float64)
 
         def of_detections(values: NDArray) -> NDArray[np.float64]:
-            return np.bincount(batch.detection_image, values, number)
+            return np.bincount(batch.detection_image, values.astype(np.float64), number).astype(np.float64)
 
         columns = {
             "recall_hits": of_truths(verdicts.truth_credit),

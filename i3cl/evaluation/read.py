@@ -96,9 +96,7 @@ class _Faults:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def read_results(
-    path: str, *, member: str | None = None, point_order: PointOrder = "xy", skip_bad: bool = False
-) -> Source:
+def read_results(path: str, *, member: str | None = None, point_order: PointOrder = "xy", skip_bad: bool = False) -> Source:
     """Detections of any format above. UserError for what cannot be read; with `skip_bad` bad items are left out and listed.
 
     member: which of a predictions table's; needed when it holds several. point_order: 'yx' for files that write y first, as
@@ -219,7 +217,7 @@ def _segmentation(segmentation: Any) -> Ring:
         if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s <= MAX_SIDE for s in size)):
             raise ValueError(f"RLE size is {size!r:.40}; write [height, width]")
         try:
-            return np.asarray(_rle_outline(segmentation, *size, []), np.float64)
+            return np.asarray(_rle_outline(segmentation, size[0], size[1], []), np.float64)
         except _Bad as error:
             raise ValueError(error.message) from None
     if not isinstance(segmentation, list):
@@ -333,7 +331,9 @@ def _unzipped(path: str, file: Any) -> dict[str, bytes]:
                 if name.startswith("__MACOSX/") or name.rsplit("/", 1)[-1] == ".DS_Store":
                     continue
                 if "/" in name or "\\" in name or name in ("", ".", ".."):
-                    raise UserError(f"{path}: {name!r:.80} lies in a folder; zip the files themselves, flat, as the sites want it")
+                    raise UserError(
+                        f"{path}: {name!r:.80} lies in a folder; zip the files themselves, flat, as the sites want it"
+                    )
                 if name.lower().endswith(".zip"):
                     raise UserError(f"{path}: {name!r:.80} is a zip in a zip; unpack it first")
                 if not name.lower().endswith((".txt", ".json")):
@@ -370,7 +370,10 @@ class _Line:
 
 
 _LEADING = re.compile(r"(?:\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*(?:,|$))*")
+_NOT_FINITE = re.compile(r"[-+]?(?:nan|inf(?:inity)?)\s*,", re.IGNORECASE)
 _MARK = ",####"
+_ENOUGH = 10
+"""Lines that must agree on the number of coordinates before numbers after it are taken for text ("1,000,000")."""
 _MLT_SCRIPT = re.compile(r"(Arabic|Latin|Chinese|Japanese|Korean|Bangla|Hindi|Symbols|Mixed|None),(.*)", re.DOTALL)
 _RCTW = re.compile(r'([01]),(".*")', re.DOTALL)
 
@@ -407,9 +410,7 @@ def _text_results(path: str, files: Mapping[str, bytes], faults: _Faults) -> Sou
 
     # A confidence is the last number of an odd count; one file set has it everywhere or nowhere.
     odd = sum(len(values) % 2 for _, _, values in rows)
-    confident = odd > len(rows) / 2 and all(
-        0 <= values[-1] <= 1 for _, _, values in rows if len(values) % 2
-    )
+    confident = odd > len(rows) / 2 and all(0 <= values[-1] <= 1 for _, _, values in rows if len(values) % 2)
     offsets = not confident and bool(rows) and all(_is_ctw_v1(values) for _, _, values in rows)
     images = {name: Found(name, [], np.zeros(0)) for name in files}
     scores: dict[str, list[float]] = {name: [] for name in files}
@@ -456,9 +457,7 @@ def _from_offsets(values: Sequence[float]) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- truths
 
 
-def read_truth(
-    path: str, *, format_name: str | None = None, skip_bad: bool = False, hash_is_dont_care: bool = False
-) -> Source:
+def read_truth(path: str, *, format_name: str | None = None, skip_bad: bool = False, hash_is_dont_care: bool = False) -> Source:
     """Truth of any format above. Errors as `read_results`.
 
     format_name: an importer's data set ('totaltext', 'mlt', ...) whose source `path` is; None: recognised by content.
@@ -571,15 +570,16 @@ def _text_truth(path: str, files: Mapping[str, bytes], faults: _Faults) -> Sourc
     lines = list(_text_truth_lines(path, files, faults))
     images = {name: _empty_truth(name) for name in files}
     texts = [line.text for line in lines if line.text is not None]
-    mlt, rctw = (bool(texts) and all(rule.fullmatch(t) for t in texts) for rule in (_MLT_SCRIPT, _RCTW))
+    mlt, rctw = (bool(texts) and all(form.fullmatch(t) for t in texts) for form in (_MLT_SCRIPT, _RCTW))
+    rule = _MLT_SCRIPT if mlt else _RCTW if rctw else None
     offsets = not texts and bool(lines) and all(_is_ctw_v1(line.numbers) for line in lines)
     for line in lines:
         text, language, ignore = line.text, None, False
-        if text is not None and mlt:
-            language, text = _MLT_SCRIPT.fullmatch(text).groups()  # type: ignore[union-attr]
-        elif text is not None and rctw:
-            difficult, text = _RCTW.fullmatch(text).groups()  # type: ignore[union-attr]
-            ignore = difficult != "0"
+        parts = rule.fullmatch(text) if rule is not None and text is not None else None
+        if parts is not None and mlt:
+            language, text = parts.groups()
+        elif parts is not None:
+            ignore, text = parts[1] != "0", parts[2]
         try:
             polygon = ring(_from_offsets(line.numbers) if offsets else line.numbers)
         except ValueError as error:
@@ -599,36 +599,43 @@ def _text_truth_lines(path: str, files: Mapping[str, bytes], faults: _Faults) ->
             raise UserError(f"{where}: Total-Text's own labels; name them with --truth-format totaltext")
         mark = line.find(_MARK)
         if mark >= 0:
-            cut.append((where, name, line[:mark].split(","), line[mark + len(_MARK) :]))
+            # Nothing before the mark is text.
+            yield from _line(where, name, line[:mark].split(","), line[mark + len(_MARK) :], faults)
             continue
         leading = _LEADING.match(line)
         assert leading is not None, "the pattern matches the empty text"
-        head, rest = leading[0], line[leading.end() :]
+        head, tail = leading[0], line[leading.end() :]
         fields = head.rstrip(",").split(",") if head else []
         # A text may be empty: `...,` ends in a comma.
-        cut.append((where, name, fields, rest if rest or head.endswith(",") else None))
-    plain = [(fields, rest) for _, _, fields, rest in cut if not (rest is None and len(fields) % 2 == 0)]
-    lengths = Counter(len(fields) - len(fields) % 2 for fields, rest in plain if rest is not None)
-    common = next(iter(lengths)) if len(lengths) == 1 else None
+        cut.append((where, name, fields, tail if tail or head.endswith(",") else None))
+    # Lines whose text does not begin with a number say how many coordinates there are, where all say the same.
+    lengths = Counter(len(fields) for _, _, fields, rest in cut if rest is not None and len(fields) % 2 == 0)
+    common = next(iter(lengths)) if len(lengths) == 1 else 0
+    sure = common > 0 and lengths[common] >= _ENOUGH
     for where, name, fields, rest in cut:
         count = len(fields)
-        if rest is None and count % 2 and not plain:
-            count = len(fields)
-        elif common is not None and count >= common:
+        if (sure and count > common) or (rest is not None and count == common + 1):
             count = common
-        elif count % 2:
-            count -= 1
-        tail = fields[count:]
-        text = ",".join([*tail, rest]) if rest is not None else ",".join(tail) if tail else None
-        try:
-            numbers = [float(value) for value in fields[:count]]
-        except ValueError:
-            faults.add(where, f"{','.join(fields)[:60]!r} are not coordinates")
+        elif rest is None and count % 2:
+            count -= 1  # the text is a number
+        words = [*fields[count:], *([rest] if rest is not None else [])]
+        text = ",".join(words) if words else None
+        if text is not None and _NOT_FINITE.match(text):
+            faults.add(where, f"a coordinate is not finite ({text[:20]!r})")
             continue
-        if len(numbers) < 6:
-            faults.add(where, f"{len(numbers)} coordinates before the text; a polygon needs at least 3 points, x1,y1,x2,y2,...")
-            continue
-        yield _Line(where, name, numbers, text)
+        yield from _line(where, name, fields[:count], text, faults)
+
+
+def _line(where: str, name: str, fields: list[str], text: str | None, faults: _Faults) -> Iterator[_Line]:
+    try:
+        numbers = [float(value) for value in fields]
+        if len(numbers) % 2 or len(numbers) < 6:
+            raise ValueError
+    except ValueError:
+        message = f"{len(fields)} coordinates before the text; it needs x1,y1,x2,y2,... of at least 3 points, then the text"
+        faults.add(where, message)
+        return
+    yield _Line(where, name, numbers, text)
 
 
 # ------------------------------------------------------------------------------------------------- truths with results
@@ -689,10 +696,8 @@ def pair(truth: Source, results: Source, *, unknown: Literal["error", "ignore"] 
         if strangers == 0:
             break
     if best is None:
-        names = Counter(_stem(image.name) for image in [*truth.images])
-        twice = [name for name, count in names.items() if count > 1] or [
-            name for name, count in Counter(_stem(i.name) for i in results.images).items() if count > 1
-        ]
+        stems = (Counter(_stem(image.name) for image in images) for images in (truth.images, results.images))
+        twice = [name for counted in stems for name, count in counted.items() if count > 1]
         raise UserError(
             f"{results.path}: images cannot be told apart by name or number"
             + (f" ({twice[0]} occurs twice)" if twice else "")

@@ -71,15 +71,17 @@ def combine(truths: Source, found: Source) -> tuple[Paired, list[str]]:
             warnings.append(f"{source.path}: {len(source.left_out)} bad items left out, first: {source.left_out[0]}")
     if paired.missing:
         few = ", ".join(paired.missing[:3]) + (", ..." if len(paired.missing) > 3 else "")
-        warnings.append(f"{found.path}: {len(paired.missing)} of {len(paired.samples)} images have no result and count as empty ({few})")
+        warnings.append(
+            f"{found.path}: {len(paired.missing)} of {len(paired.samples)} images have no result and count as empty ({few})"
+        )
     if paired.how == "number in the name" and found.format != "COCO results":
-        warnings.append(f"{found.path}: images are tied to the truth by the number in their names; other parts of the names differ")
+        warnings.append(
+            f"{found.path}: images are tied to the truth by the number in their names; other parts of the names differ"
+        )
     return paired, warnings
 
 
-def score(
-    samples: Sequence[Sample], rules: Sequence[Rules], threshold: float | None = None, choice: str | None = None
-) -> Scored:
+def score(samples: Sequence[Sample], rules: Sequence[Rules], threshold: float | None = None, choice: str | None = None) -> Scored:
     """Measures the images once and scores them by all the rules.
 
     UserError where the protocol cannot score an image at all (CTW1500 v1: detections on an image without truth).
@@ -140,7 +142,9 @@ def split_off(samples: Sequence[Sample], part: str) -> tuple[list[Sample], list[
         chosen = [int(hashlib.sha256(s.name.encode()).hexdigest()[:8], 16) / 2**32 < share for s in samples]
         source = f"a share of {part} gives"
     if not any(chosen) or all(chosen):
-        raise UserError(f"--choose-threshold-on: {source} {sum(chosen)} of {len(samples)} images; some must remain on either side")
+        raise UserError(
+            f"--choose-threshold-on: {source} {sum(chosen)} of {len(samples)} images; some must remain on either side"
+        )
     return [s for s, c in zip(samples, chosen) if c], [s for s, c in zip(samples, chosen) if not c]
 
 
@@ -204,10 +208,12 @@ def lines(scored: Scored) -> list[str]:
             hits = f"{s.recall_hits:g} true positives, " if counts.rules.method == "iou" else ""
             limit = "none" if scored.threshold is None else f"{scored.threshold:.4g}"
             result += [
-                f"{scored.protocol}, {counts.rules.label}: {numbers}  (95 % interval of F over images {interval.low:.4f}-{interval.high:.4f})",
+                f"{scored.protocol}, {counts.rules.label}: {numbers}  "
+                f"(95 % interval of F over images {interval.low:.4f}-{interval.high:.4f})",
                 f"  rules: {counts.rules.text}",
                 f"  score threshold: {limit} ({scored.choice})",
-                f"  {s.images} images, {hits}{s.truths} truths, {s.dont_cares} don't-care ({s.invalid_truths} of them without area), "
+                f"  {s.images} images, {hits}{s.truths} truths, {s.dont_cares} don't-care, "
+                f"{s.invalid_truths} truths without area, "
                 f"{s.detections} detections kept, {s.dropped} dropped in don't-care regions, {s.skipped} skipped as invalid, "
                 f"{s.repaired} polygons repaired",
             ]
@@ -228,7 +234,9 @@ def detail_lines(values: dict[str, Any]) -> list[str]:
     kinds = values["errors"]
     result = ["truths:      " + ", ".join(f"{n} {kind}" for kind, n in kinds["truths"].items())]
     result.append("detections:  " + ", ".join(f"{n} {kind}" for kind, n in kinds["detections"].items()))
-    result.append(f"{kinds['fractured']} truths are covered by two or more detections together (those whose largest piece scores too)")
+    result.append(
+        f"{kinds['fractured']} truths are covered by two or more detections together (those whose largest piece scores too)"
+    )
     for group in values["breakdown"]:
         recall = "     -" if group["recall"] is None else f"{group['recall']:.4f}"
         precision = "     -" if group["precision"] is None else f"{group['precision']:.4f}"
@@ -319,4 +327,3 @@ def _frame(sample: Sample) -> tuple[int, int]:
         return 1, 1
     far = np.ceil(np.concatenate(polygons).max(axis=0)).astype(int)
     return max(1, min(int(far[1]), 20_000)), max(1, min(int(far[0]), 20_000))
-

@@ -109,13 +109,12 @@ def count_all(
         return [{"names": counts[0].names, "rows": rows, "missing": missing}]
 
     totals = [Counts(r, threshold) for r in rules]
-    missing = done = 0
+    missing = 0
     data = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(work)
-    for row in data.iter_rows():
+    for done, row in enumerate(data.iter_rows(), start=1):
         for total, table in zip(totals, row["rows"]):
             total.add_rows(list(row["names"]), np.frombuffer(table, np.float64))
         missing += int(row["missing"])
-        done += 1
         if progress is not None:
             progress(done, len(shards))
     return totals, missing
@@ -136,7 +135,9 @@ def _check_ids(truth: str, results: str, member: str | None) -> str:
         members.update(batch["member"].unique().to_pylist())
         strangers += len(batch) - (pc.sum(pc.is_in(batch["image_id"], unique)).as_py() or 0)
     if strangers:
-        raise UserError(f"{results}: {strangers} rows are of images that the truth does not have; choose the truth they belong to")
+        raise UserError(
+            f"{results}: {strangers} rows are of images that the truth does not have; choose the truth they belong to"
+        )
     if member is None and len(members) == 1:
         return next(iter(members))
     if member is None or member not in members:
