@@ -99,6 +99,12 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
     if all(_is_box(p) for s in samples for p in s.detections):
         yield "boxes", "boxes look like x, y, width, height that were written as two corners", _boxes(lambda a, b: (a, a + b))
         yield "boxes", "boxes look like two corners that were written as x, y, width, height", _boxes(lambda a, b: (a, b - a))
+    if all(s.height and s.width for s in samples):
+        yield (
+            "scale",
+            "coordinates look relative to the image (0-1); multiply by width and height",
+            lambda s: [p * np.array([s.width, s.height]) for p in s.detections],
+        )
     for scale in _scales(samples):
         text = f"the results look scaled by {1 / scale[0]:.3g}"
         if abs(scale[0] / scale[1] - 1) > 0.02:
@@ -106,11 +112,6 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
         text += f"; multiply them by {scale[0]:.4g}" + (f" and {scale[1]:.4g}" if abs(scale[0] / scale[1] - 1) > 0.02 else "")
         yield "scale", text, lambda s, scale=scale: [p * scale for p in s.detections]  # type: ignore[misc]
     if all(s.height and s.width for s in samples):
-        yield (
-            "scale",
-            "coordinates look relative to the image (0-1); multiply by width and height",
-            lambda s: [p * np.array([s.width, s.height]) for p in s.detections],
-        )
         for side in _SIDES:
             for name, of in (("long", max), ("short", min)):
                 yield (

@@ -593,14 +593,15 @@ def _text_truth(path: str, files: Mapping[str, bytes], faults: _Faults) -> Sourc
 def _text_truth_lines(path: str, files: Mapping[str, bytes], faults: _Faults) -> Iterator[_Line]:
     """Lines cut before their transcription, which may itself hold commas and numbers."""
     cut: list[tuple[str, str, list[str], str | None]] = []
+    marked: set[str] = set()
     for name, number, line in _lines(path, files):
         where = f"{path}: {name} line {number}"
         if line.startswith("x:"):
             raise UserError(f"{where}: Total-Text's own labels; name them with --truth-format totaltext")
         mark = line.find(_MARK)
         if mark >= 0:
-            # Nothing before the mark is text.
-            yield from _line(where, name, line[:mark].split(","), line[mark + len(_MARK) :], faults)
+            marked.add(where)
+            cut.append((where, name, line[:mark].split(","), line[mark + len(_MARK) :]))
             continue
         leading = _LEADING.match(line)
         assert leading is not None, "the pattern matches the empty text"
@@ -612,9 +613,13 @@ def _text_truth_lines(path: str, files: Mapping[str, bytes], faults: _Faults) ->
     lengths = Counter(len(fields) for _, _, fields, rest in cut if rest is not None and len(fields) % 2 == 0)
     common = next(iter(lengths)) if len(lengths) == 1 else 0
     sure = common > 0 and lengths[common] >= _ENOUGH
+    if cut and all(rest is not None and rest.startswith('"') and len(fields) == 9 for _, _, fields, rest in cut):
+        common, sure = 8, True  # RCTW: four corners, whether it is difficult, and the text in quotes
     for where, name, fields, rest in cut:
         count = len(fields)
-        if (sure and count > common) or (rest is not None and count == common + 1):
+        if where in marked:
+            pass  # nothing before the mark is text
+        elif (sure and count > common) or (rest is not None and count == common + 1):
             count = common
         elif rest is None and count % 2:
             count -= 1  # the text is a number
