@@ -129,7 +129,7 @@ def corners_as_sizes(polygon, _):
         ("scale", "multiply them by", lambda p, k: p * (0.5, 0.8)),
         ("scale", "relative", lambda p, k: p / (1280, 800)),
         ("scale", "long side of 640", lambda p, k: p * 0.5 + 0.0),
-        ("offset", "add (-120, 40)", lambda p, k: p + (120, -40)),
+        ("offset", "add (-120, 40)", lambda p, k: p + np.array([120, -40])),
         ("boxes", "x, y, width, height", corners_as_sizes),
     ],
 )
@@ -191,7 +191,7 @@ def test_the_threshold_is_chosen_on_other_images():
     images = []
     for k in range(60):
         words = [box(0, 40 * i, 100, 40 * i + 20) for i in range(5)]
-        wrong = [word + (500, 0) for word in words]
+        wrong = [word + np.array([500, 0]) for word in words]
         scores = np.concatenate([rng.uniform(0.5, 1, 5), rng.uniform(0, 0.45, 5)])
         images.append(sample(words, words + wrong, str(k), scores))
     validation, rest = run.split_off(images, "0.3")

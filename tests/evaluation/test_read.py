@@ -115,7 +115,8 @@ def test_art_truth(tmp_path):
 
 def test_our_truth_as_json_and_table(tmp_path):
     ring = np.array(RING, np.float32)
-    records = [ImageRecord(3, "a/one.jpg", 100, 200, (Instance(ring), Instance(ring, ignore=True))), ImageRecord(4, "b.jpg", 9, 9)]
+    instances = (Instance(ring), Instance(ring, ignore=True))
+    records = [ImageRecord(3, "a/one.jpg", 100, 200, instances), ImageRecord(4, "b.jpg", 9, 9)]
     write_coco(str(tmp_path / "set.json"), records)
     write_parquet(str(tmp_path / "set.parquet"), records, "images")
     for name in ("set.json", "set.parquet"):
