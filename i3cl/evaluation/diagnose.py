@@ -94,7 +94,7 @@ def _hmean(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> 
 def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
     if not samples:
         return
-    swapped = "x and y look swapped; read the results with --point-order yx"
+    swapped = "x and y look swapped; read the results in the other order, --point-order yx for files of y, x"
     yield "swapped", swapped, lambda s: [p[:, ::-1] for p in s.detections]
     if all(_is_box(p) for s in samples for p in s.detections):
         yield "boxes", "boxes look like x, y, width, height that were written as two corners", _boxes(lambda a, b: (a, a + b))

@@ -173,6 +173,8 @@ def as_json(scored: Scored, resamples: int = stats.RESAMPLES) -> dict[str, Any]:
     first = scored.counts[0]
     result: dict[str, Any] = {"protocol": scored.protocol, **summary_json(first)}
     result["threshold_choice"] = scored.choice
+    if scored.threshold is not None:
+        result["rules"] += f"; score threshold {scored.threshold:.4g} ({scored.choice})"
     interval = stats.hmean_interval(first.ratios, resamples)
     result["hmean_interval_95"] = [interval.low, interval.high]
     result["missing_images"] = len(scored.missing)
