@@ -35,6 +35,8 @@ class ImageRecord:
     detections: Sequence[ArrayLike]
     scores: ArrayLike
     """(M,) float; only their order counts."""
+    masks: Sequence[dict[str, Any] | None] | None = None
+    """M COCO RLE masks of `height` x `width` to use in place of the detections' polygons, None where there is none."""
 
 
 def coco_mask_ap(records: Iterable[ImageRecord], max_detections: int = 300) -> dict[str, float]:
@@ -68,8 +70,14 @@ def _average_precision(records: Iterable[ImageRecord], kind: str, max_detections
         images.append({"id": image_id, "height": record.height, "width": record.width})
         for polygon, flag in zip(record.truths, ignore.tolist()):
             truths.append(_annotation(polygon, record, image_id, len(truths) + 1) | {"iscrowd": int(flag)})
-        for polygon, score in zip(record.detections, scores.tolist()):
+        masks = record.masks if record.masks is not None else [None] * len(record.detections)
+        for polygon, score, mask in zip(record.detections, scores.tolist(), masks):
             shape = _annotation(polygon, record, image_id, len(detections) + 1)
+            if mask is not None:
+                runs = mask if isinstance(mask["counts"], str | bytes) else mask_codec.frPyObjects(mask, *mask["size"])
+                shape |= {"segmentation": runs, "area": float(mask_codec.area(runs))}
+                if kind == "bbox":
+                    shape["bbox"] = mask_codec.toBbox(runs).tolist()
             detections.append(shape | {"iscrowd": 0, "score": score})
 
     # pycocotools reports by printing.

@@ -32,12 +32,13 @@ UNMATCHED = -1
 DROPPED = -2
 """`assign`: a detection that lies in a don't-care region, neither right nor wrong."""
 
-_MATCHINGS: dict[Matching, str] = {
+MATCHINGS: dict[Matching, str] = {
     "first": "truths in file order take their first free detection in file order",
     "best_gt": "detections in file order, each looks at its best truth only",
     "max": "maximum bipartite matching",
     "greedy": "pairs by descending IoU",
 }
+"""Who is matched first, with its explanation."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def assign(
     image = _measure(truths, ignore, detections, iou)
     verdict = np.full(len(detections), UNMATCHED, np.int64)
     verdict[image.dropped] = DROPPED
-    for truth, detection in _match(image.truth, image.detection, image.iou, matching):
+    for truth, detection in match_pairs(image.truth, image.detection, image.iou, matching):
         verdict[detection] = truth
     return verdict
 
@@ -184,7 +185,7 @@ class IouMetric:
         reached = [0]
         for level in levels:
             part = score[detection] >= level
-            reached.append(len(_match(truth[part], detection[part], iou[part], self.matching)))
+            reached.append(len(match_pairs(truth[part], detection[part], iou[part], self.matching)))
         self._step_scores.append(levels)
         self._steps.append(np.diff(reached))
 
@@ -238,7 +239,7 @@ class IouMetric:
             invalid_truths=self._invalid_truths,
             repaired=self._repaired,
             rules=(
-                f"polygon IoU > {self.iou:g}; matching '{self.matching}' ({_MATCHINGS[self.matching]});"
+                f"polygon IoU > {self.iou:g}; matching '{self.matching}' ({MATCHINGS[self.matching]});"
                 " a detection with more than half of its area in one don't-care region is dropped;"
                 f" totals over all images; score > {threshold:.4g} ({choice})"
             ),
@@ -325,13 +326,13 @@ def _flags(ignore: ArrayLike, count: int) -> NDArray[np.bool_]:
 
 
 def _check_rule(iou: float, matching: str) -> None:
-    if matching not in _MATCHINGS:
-        raise ValueError(f"matching must be one of {', '.join(_MATCHINGS)}, not {matching!r}")
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, not {matching!r}")
     if not 0 <= iou <= 1:
         raise ValueError(f"iou must lie in 0-1, not {iou}")
 
 
-def _match(
+def match_pairs(
     truth: NDArray[np.int64], detection: NDArray[np.int64], iou: NDArray[np.float64], matching: Matching
 ) -> list[tuple[int, int]]:
     """One-to-one (truth, detection) pairs; the candidates come sorted by truth, then detection."""

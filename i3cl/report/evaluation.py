@@ -1,0 +1,151 @@
+"""The page of an evaluation: one result, or one against another, in one HTML file that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from i3cl import storage
+from i3cl.config import UserError
+from i3cl.data.images import decode_image
+from i3cl.evaluation import errors
+from i3cl.evaluation.batch import Sample
+from i3cl.evaluation.run import Scored, details, sweep
+from i3cl.report.curves import PALETTE, precision_recall_figure
+from i3cl.report.draw import fit
+
+WORST = 12
+"""Images shown: those that cost the most, or that differ the most between two results."""
+_LONG_SIDE = 560
+_JPEG_QUALITY = 80
+
+
+def write_evaluation_report(
+    path: str, scored: Scored, outcome: Mapping[str, Any], rival: Scored | None = None, images: str | None = None
+) -> None:
+    """Writes the page to a local path or s3:// URL, whole or not at all.
+
+    outcome: what `evaluation.run.as_json` and `details` give, with 'truth', 'results' and, with a rival, 'against'. images:
+    root of the pictures; without it the polygons are drawn on an empty ground. An image that cannot be read is shown so too.
+    """
+    storage.write_text_atomic(path, render_evaluation_report(scored, outcome, rival, images))
+
+
+def render_evaluation_report(
+    scored: Scored, outcome: Mapping[str, Any], rival: Scored | None = None, images: str | None = None
+) -> str:
+    """The page as text."""
+    template = resources.files("i3cl.report").joinpath("evaluation.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
+    return environment.from_string(template).render(
+        outcome=outcome,
+        rival=None if rival is None else outcome["against"] | {"details": details(rival)},
+        curve=_curve(scored, rival),
+        truth_kinds=errors.TRUTH_KINDS,
+        detection_kinds=errors.DETECTION_KINDS,
+        pictures=_pictures(scored, rival, images),
+        colours={"A": PALETTE[0], "B": PALETTE[1]},
+    )
+
+
+def _curve(scored: Scored, rival: Scored | None) -> Markup | None:
+    """Precision over recall, where there are scores to sweep."""
+    curves = {}
+    for name, each in (("A", scored), ("B", rival)):
+        if each is None or len(np.unique(each.batch.scores)) < 3:
+            continue
+        rows = sweep(each.batch, each.counts[0].rules, np.linspace(0, 0.98, 50).round(2).tolist())
+        rows = [row for row in rows if row["recall"] > 0]
+        best = max(rows, key=lambda row: row["hmean"], default=None)
+        if best is not None:
+            recall, precision = ([row[key] for row in rows] for key in ("recall", "precision"))
+            curves[name] = (recall, precision, (best["recall"], best["precision"]))
+    return Markup(precision_recall_figure(curves, {"A": PALETTE[0], "B": PALETTE[1]})) if curves else None
+
+
+def _pictures(scored: Scored, rival: Scored | None, images: str | None) -> list[dict[str, Any]]:
+    first = scored.counts[0]
+    lost = first.ratios[:, 1] - first.ratios[:, 0] + first.ratios[:, 3] - first.ratios[:, 2]
+    f, other_f = first.image_hmean(), None
+    if rival is not None:
+        at = {name: k for k, name in enumerate(rival.counts[0].names)}
+        order = [at[name] for name in first.names]
+        theirs = rival.counts[0].ratios[order]
+        other_lost = theirs[:, 1] - theirs[:, 0] + theirs[:, 3] - theirs[:, 2]
+        other_f = rival.counts[0].image_hmean()[order]
+        lost = np.abs(lost - other_lost)
+    chosen = [k for k in np.argsort(-lost, kind="stable")[:WORST].tolist() if lost[k] > 0]
+    shown: list[dict[str, Any]] = []
+    for k in chosen:
+        sample = scored.samples[k]
+        caption = f"{sample.name}: F {100 * f[k]:.1f}"
+        layers = [_layer(scored, k, "A")]
+        if rival is not None and other_f is not None:
+            caption += f" (A), {100 * other_f[k]:.1f} (B)"
+            layers.append(_layer(rival, at[sample.name], "B"))
+        shown.append(
+            {
+                "caption": caption,
+                "truths": _truths(scored, k),
+                "layers": layers,
+                **_ground(sample, images, [p for layer in layers for p in layer["rings"]]),
+            }
+        )
+    return shown
+
+
+def _truths(scored: Scored, k: int) -> list[dict[str, str]]:
+    sample, rows = scored.samples[k], np.flatnonzero(scored.batch.truth_image == k)
+    care, found = scored.verdicts.care[rows], scored.verdicts.truth_credit[rows] > 0
+    return [
+        {"points": _points(p), "state": "ignored" if not c else "found" if hit else "missed"}
+        for p, c, hit in zip(sample.truths, care, found)
+        if len(p)
+    ]
+
+
+def _layer(scored: Scored, k: int, name: str) -> dict[str, Any]:
+    sample, rows = scored.samples[k], np.flatnonzero(scored.batch.detection_image == k)
+    kinds = errors.kinds(scored.batch, scored.verdicts, scored.counts[0].rules.iou).detection[rows]
+    shown = [(p, kind, score) for p, kind, score in zip(sample.detections, kinds, sample.scores.tolist()) if kind]
+    return {
+        "name": name,
+        "rings": [polygon for polygon, _, _ in shown],
+        "polygons": [
+            {"points": _points(polygon), "right": kind == "right", "text": f"{name}: {kind}, score {score:.2f}"}
+            for polygon, kind, score in shown
+        ],
+    }
+
+
+def _ground(sample: Sample, images: str | None, detections: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
+    """The picture as a data URL with its size, or an empty ground as large as the polygons reach."""
+    if images is not None:
+        name = sample.file_name or sample.name
+        try:
+            picture = decode_image(storage.read_bytes(storage.join(images, name)))
+        except (UserError, ValueError, OSError) as error:
+            print(f"warning: {name}: shown without its picture ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+        else:
+            stream = io.BytesIO()
+            Image.fromarray(fit(picture, _LONG_SIDE)).save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+            url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+            return {"url": url, "height": picture.shape[0], "width": picture.shape[1]}
+    far = np.concatenate([np.ones((1, 2)), *(p for p in (*sample.truths, *detections) if len(p))]).max(axis=0)
+    height, width = (sample.height, sample.width) if sample.height and sample.width else (far[1] * 1.03, far[0] * 1.03)
+    return {"url": None, "height": float(height), "width": float(width)}
+
+
+def _points(polygon: NDArray[np.floating]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in polygon)

@@ -1,0 +1,182 @@
+"""The job as people call it: files in, numbers, report and exit status out."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from i3cl.data import predictions
+from i3cl.data.coco import ImageRecord, Instance, from_table, to_table
+from i3cl.evaluation import run
+from i3cl.evaluation.batch import measure
+from i3cl.evaluation.protocols import PROTOCOLS, Counts
+from i3cl.evaluation.read import read_results, read_truth
+from i3cl.evaluation.shards import count_shard, truth_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def box(x, y):
+    return [[x, y], [x + 100, y], [x + 100, y + 20], [x, y + 20]]
+
+
+def line(polygon, *more):
+    return ",".join(str(v) for v in [*np.ravel(polygon).tolist(), *more])
+
+
+@pytest.fixture
+def zips(tmp_path):
+    """Two images: the worked example of two words and a don't-care region, and one that the results leave out."""
+    with zipfile.ZipFile(tmp_path / "gt.zip", "w") as archive:
+        archive.writestr("gt_img_1.txt", "\n".join([line(box(0, 0), "SHOP"), line(box(0, 40), "OPEN"), line(box(0, 80), "###")]))
+        archive.writestr("gt_img_2.txt", line(box(0, 0), "BAR"))
+    with zipfile.ZipFile(tmp_path / "det.zip", "w") as archive:
+        found = [(box(5, 0), 0.9), (box(300, 0), 0.4), (box(0, 81), 0.8)]
+        archive.writestr("res_img_1.txt", "\n".join(line(p, s) for p, s in found))
+    return str(tmp_path / "gt.zip"), str(tmp_path / "det.zip")
+
+
+def test_numbers_rules_and_report(zips, tmp_path):
+    done = job(
+        *("--protocol", "icdar", "--truth", zips[0], "--results", zips[1], "--against", zips[1], "--details", "--sweep"),
+        *("--json", tmp_path / "out.json", "--report", tmp_path / "out.html"),
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert (out["recall"], out["precision"], out["hmean"]) == pytest.approx((1 / 3, 1 / 2, 0.4))
+    counts = {key: out[key] for key in ("true_positives", "truths", "dont_cares", "detections", "dropped", "images")}
+    assert counts == {"true_positives": 1, "truths": 3, "dont_cares": 1, "detections": 2, "dropped": 1, "images": 2}
+    assert "IoU > 0.5" in out["rules"]
+    assert out["missing_images"] == 1
+    assert out["against"]["p_value"] == 1
+    assert out["errors"]["truths"]["missed"] == 2
+    assert "1 of 2 images have no result" in done.stderr
+    for words in ("0.4000", "rules: polygon IoU > 0.5", "3 truths, 1 don't-care", "2 detections kept, 1 dropped"):
+        assert words in done.stdout
+    page = (tmp_path / "out.html").read_text()
+    assert "A against B" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("protocol", ["coco", "rctw"])
+def test_average_precision(zips, tmp_path, protocol):
+    done = job("--protocol", protocol, "--truth", zips[0], "--results", zips[1], "--json", tmp_path / "o.json")
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "o.json").read_text())
+    value = out["AP"] if protocol == "rctw" else out["bbox"]["AP50"]
+    assert value == pytest.approx(1 / 3 if protocol == "rctw" else 34 / 101)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocol", "icdr"], ["icdr", "no such protocol"]),
+        (["--protocol", "icdar", "--tr", "0.5"], ["--tr"]),
+        (["--threshold", "7"], ["--threshold 7"]),
+        (["--results", "nowhere.zip"], ["nowhere.zip", "no such file"]),
+        (["--choose-threshold-on", "1.5"], ["--choose-threshold-on 1.5"]),
+        (["--truth-format", "klingon"], ["klingon"]),
+        (["--ray"], ["Parquet"]),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(zips, arguments, words):
+    done = job("--truth", zips[0], "--results", zips[1], *arguments)
+    assert done.returncode == 2, done.stderr
+    assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_truth_without_results(zips):
+    done = job("--truth", zips[0])
+    assert done.returncode == 2
+    assert "--results" in done.stderr
+
+
+def test_pictures_in_the_report(tmp_path):
+    from i3cl.report.evaluation import render_evaluation_report
+
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.full((50, 120, 3), 90, np.uint8))
+    truth = {"images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 120}], "categories": [{"id": 1, "name": "text"}]}
+    truth["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [np.ravel(box(0, 0)).tolist()]}]
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    (tmp_path / "r.json").write_text(json.dumps([{"image_id": 1, "bbox": [0, 25, 50, 20], "score": 0.5}]))
+    paired, warnings = run.load(str(tmp_path / "t.json"), str(tmp_path / "r.json"))
+    assert not warnings
+    scored = run.score(paired.samples, PROTOCOLS["icdar"])
+    outcome = run.as_json(scored) | run.details(scored) | {"truth": "<t>", "results": "r", "advice": []}
+    page = render_evaluation_report(scored, outcome, images=str(tmp_path))
+    assert "data:image/jpeg;base64," in page
+    assert "&lt;t&gt;" in page
+    assert 'class="missed"' in page
+
+
+# ----------------------------------------------------------------------------------------------------------- many images
+
+
+def write_corpus(folder, images=60):
+    """Truth in row groups of 16 and predictions in two parts; the last image has no row."""
+    rng = np.random.default_rng(0)
+    records, rows = [], []
+    for k in range(images):
+        words = [np.array(box(x, y), np.float32) for x, y in rng.uniform(0, 900, (4, 2))]
+        flags = rng.random(4) < 0.2
+        instances = tuple(Instance(w, bool(f)) for w, f in zip(words, flags))
+        records.append(ImageRecord(k + 1, f"{k}.jpg", 1000, 1100, instances))
+        found = [w + rng.normal(0, 6, 2).astype(np.float32) for w in words]
+        head = {"image_id": k + 1, "file_name": f"{k}.jpg", "height": 1000, "width": 1100, "member": "m"}
+        rows.append(head | {"polygons": found, "scores": [0.9] * 4})
+    (folder / "truth").mkdir()
+    (folder / "found").mkdir()
+    predictions.pq.write_table(to_table(records, "images"), folder / "truth" / "0.parquet", row_group_size=16)
+    for part, chosen in enumerate((rows[:30], rows[30:-1])):
+        predictions.pq.write_table(predictions.to_table(chosen), folder / "found" / f"{part}.parquet", row_group_size=8)
+    return str(folder / "truth"), str(folder / "found")
+
+
+def test_shards_add_up_to_the_whole(tmp_path):
+    truth, found = write_corpus(tmp_path)
+    shards = truth_shards(truth)
+    assert len(shards) == 4
+    rules = PROTOCOLS["icdar"]
+    totals, missing = [Counts(r) for r in rules], 0
+    for shard in shards:
+        counts, absent = count_shard(shard, found, "m", rules, None)
+        missing += absent
+        for total, each in zip(totals, counts):
+            total.merge(each)
+    paired, _ = run.combine(read_truth(truth), read_results(found))
+    for total, r in zip(totals, rules):
+        whole = Counts(r)
+        whole.update(measure(paired.samples))
+        assert total.summary() == whole.summary()
+    assert missing == len(paired.missing) == 1
+    assert len(from_table(predictions.pq.read_table(tmp_path / "truth" / "0.parquet"))) == 60
+
+
+def test_over_ray(tmp_path):
+    truth, found = write_corpus(tmp_path)
+    files = job("--truth", truth, "--results", found, "--json", tmp_path / "one.json")
+    spread = job("--truth", truth, "--results", found, "--json", tmp_path / "ray.json", "--ray")
+    assert (files.returncode, spread.returncode) == (0, 0), spread.stderr
+    one, ray = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "ray"))
+    assert one["truths"] > 150
+    for key in ("recall", "precision", "hmean", "truths", "dont_cares", "detections", "missing_images", "rules"):
+        assert one[key] == ray[key], key
+    assert one["variants"][0]["hmean"] == ray["variants"][0]["hmean"]
