@@ -112,3 +112,7 @@ def ray_cluster():
     import ray
 
     ray.shutdown()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
