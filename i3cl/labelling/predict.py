@@ -47,7 +47,8 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
     if not names or len(set(names)) < len(names):
         raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
     manifest = make_manifest(dataset)
-    members = {name: storage.absolute(path) for name, path in members.items()}
+    # By name, so that the order in a settings file means nothing.
+    members = {name: storage.absolute(members[name]) for name in sorted(members)}
     groups = _groups(members, label)
     ledger = Ledger(out)
     ledger.claim(
@@ -190,7 +191,10 @@ class _Job:
         try:
             self._drain(missing, spread, meter)
         except Exception as error:
-            raise _users(error) or error from None
+            mistake = _users(error)
+            if mistake is None:
+                raise
+            raise mistake from None
         finally:
             cost = self.cost.write(meter)
         print(f"{self.title}: {line(cost, self.label.price_per_hour > 0)}", flush=True)
@@ -256,13 +260,11 @@ def _reports(plan: Plan, blocks: list[Any], spread: Layout) -> Any:
 
 
 def _users(error: BaseException) -> UserError | None:
-    """The user's mistake inside an error of an actor."""
+    """The user's mistake inside an error that came from an actor."""
     seen: BaseException | None = error
     while seen is not None:
-        cause = getattr(seen, "cause", None)
-        if isinstance(seen, UserError):
-            return UserError(str(cause if isinstance(cause, UserError) else seen))
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
+        for found in (getattr(seen, "cause", None), seen):
+            if isinstance(found, UserError):
+                return UserError(str(found))
         seen = seen.__cause__ or seen.__context__
     return None

@@ -23,7 +23,7 @@ from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import checkpoint_hash, layout, predict
+from i3cl.labelling.predict import _Job, _users, checkpoint_hash, layout, predict
 
 VIEWS = (ViewSettings(short_side=64), ViewSettings(short_side=64, flip=True))
 
@@ -377,6 +377,42 @@ def test_a_done_job_returns_at_once_and_knows_another_one(tiny_checkpoints, tmp_
         predict(data, {"a": tiny_checkpoints["a"]}, Settings(), out, "t")
     with pytest.raises(UserError, match=r"images"):
         predict(dataset(tmp_path, ["b.jpg"]), tiny_checkpoints, Settings(), out, "t")
+
+
+@pytest.mark.parametrize(
+    ("failed", "seen", "total", "stops"),
+    [
+        (0, 1000, 1000, False),
+        (10, 10, 1000, False),
+        (101, 101, 1000, True),
+        (40, 499, 1000, False),
+        (60, 500, 1000, True),
+        (50, 500, 1000, False),
+        (1, 1, 5, True),
+    ],
+)
+def test_too_many_errors_stop_a_job_early_but_not_too_early(tmp_path, failed, seen, total, stops):
+    data = dataset(tmp_path, ["a.jpg"])
+    ledger = Ledger(str(tmp_path / "out"))
+    job = _Job(data, make_manifest(data), [{}], Settings(label=LabelSettings(max_error_share=0.1)), ledger, "t")
+    if stops:
+        with pytest.raises(UserError, match=rf"{failed} of {seen} images cannot be labelled.*max_error_share"):
+            job._check_share(failed, seen, total)
+    else:
+        job._check_share(failed, seen, total)
+
+
+def test_a_users_mistake_is_found_inside_an_actors_error():
+    inner = UserError("s3://b/x: permission denied")
+    try:
+        try:
+            raise inner
+        except UserError as error:
+            raise RuntimeError("task failed") from error
+    except RuntimeError as error:
+        found = _users(error)
+    assert found is not None and str(found) == str(inner)
+    assert _users(RuntimeError("ours")) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost
