@@ -54,7 +54,7 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def below(driver: int, word: str) -> list[int]:
-    """Descendants of a job's process, no other's, whose command line begins with or ends its first word in `word`."""
+    """Descendants of a job's process, no other's, the first word of whose command line holds `word`."""
     table = processes()
     family = {driver}
     while more := {pid for pid, (parent, _) in table.items() if parent in family} - family:
@@ -104,7 +104,7 @@ class Victim:
 
     def kill(self, kind: str) -> None:
         assert self.process is not None
-        word = {"worker": "Labeller", "raylet": "raylet/raylet"}.get(kind)
+        word = {"worker": "MapWorker", "raylet": "raylet/raylet"}.get(kind)
         victims = below(self.process.pid, word) if word else [self.process.pid]
         assert victims, f"no {kind} to kill"
         os.kill(victims[0], signal.SIGKILL)
