@@ -124,7 +124,7 @@ class Victim:
 
 
 def images(folder: Path, count: int) -> str:
-    """`count` 96-pixel images, a tenth of them as files of their own; the annotation file that lists them all."""
+    """`count` 96-pixel images under twenty contents, one of them empty; the annotation file that lists them all."""
     (folder / "images").mkdir()
     records = []
     for i in range(count):
@@ -134,6 +134,7 @@ def images(folder: Path, count: int) -> str:
         else:
             os.link(folder / "images" / f"{i % 20}.jpg", path)
         records.append(ImageRecord(i + 1, path.name, 96, 96))
+    # Through the links this empties every image of that content.
     (folder / "images" / "7.jpg").write_bytes(b"")
     write_coco(str(folder / "set.json"), records)
     return str(folder / "set.json")
