@@ -58,7 +58,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         raise UserError("label.source: names no unlabelled images; add {annotations: …, images: …}")
     if settings.data.validation is None:
         raise UserError("data.validation: names no data set; teachers and student are compared on it")
-    unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad)
+    unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad, check_files=False)
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
     claim(run, settings, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))

@@ -353,15 +353,28 @@ class LabelSettings(_Settings):
     views: tuple[ViewSettings, ...] = (ViewSettings(),)
     """Ways in which every member looks at every image."""
     source: SourceSettings | None = None
-    """Unlabelled images (a COCO json whose annotations may be empty)."""
+    """Unlabelled images (a COCO json or Parquet folder whose annotations may be empty)."""
     batch: PositiveInt = 4
     """Images a member sees at once."""
-    actors: PositiveInt = 1
-    """Processes that hold all members."""
+    actors: NonNegativeInt = 0
+    """Processes that label; 0: one a GPU, without GPUs one a `threads` cores."""
+    threads: NonNegativeInt = 0
+    """Torch threads of an actor; 0: without GPUs all cores up to 4, with a GPU 1."""
+    decode_threads: NonNegativeInt = 0
+    """Threads of an actor that read and decode images while the network works; 0: 1 without GPUs, 4 with one."""
+    prefetch: PositiveInt = 2
+    """Batches an actor decodes ahead; they lie in its memory."""
+    passes: Literal["auto", "one", "per_member"] = "auto"
+    """one: an actor holds all members and decodes an image once; per_member: member after member, for members that do not fit
+    together; auto: per_member when the members' weights are more than 4 GB."""
     rows_per_block: PositiveInt = 64
-    """Images a task and output file."""
+    """Images of a shard: one output file, and the most that a failure repeats."""
+    attempts: PositiveInt = 3
+    """Times a shard is begun as a whole; a shard that ends its worker this often is done image by image."""
     max_error_share: Fraction = 0.5
     """Stop when a larger share of the images cannot be read."""
+    price_per_hour: NonNegative = 0.0
+    """Money for one GPU (without GPUs: for one actor) and hour, in any currency; 0: no money is shown."""
     fusion: FusionSettings = FusionSettings()
     select: SelectSettings = SelectSettings()
 

@@ -1,4 +1,4 @@
-"""Times the network; every command has its own --help."""
+"""Times the network, labelling and fusion; every command has its own --help."""
 
 import argparse
 import sys
@@ -25,25 +25,49 @@ def model(options: argparse.Namespace) -> str:
     return model_report(settings, options.side, options.batch, options.device, options.runs, options.precision)
 
 
+def label(options: argparse.Namespace) -> str:
+    from i3cl.config import LabelSettings
+    from i3cl.labelling.benchmark import label_report
+
+    settings = LabelSettings(batch=options.batch, actors=options.actors, threads=options.threads)
+    return label_report(options.checkpoint, options.images, options.count, options.runs, settings)
+
+
+def fusion(options: argparse.Namespace) -> str:
+    from i3cl.labelling.benchmark import fusion_report
+
+    return fusion_report(options.threads)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for work, text in (
         (step, "a training step beside torchvision's Mask R-CNN"),
         (model, "images a second, peak memory and each part's share"),
+        (label, "images a second of the labelling pipeline beside a plain loop over decoded images"),
+        (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
     ):
         command = commands.add_parser(work.__name__, help=text, description=text)
         command.set_defaults(work=work)
-        command.add_argument("--runs", type=int, default=5 if work is step else 3, help="timed runs")
-        command.add_argument("--side", type=int, default=640, help="image side in pixels")
-        command.add_argument("--threads", type=int, default=2, help="CPU threads")
+        command.add_argument("--threads", type=int, default=0 if work is label else 2, help="CPU threads; label: 0 = as label.threads")
+        if work is not fusion:
+            command.add_argument("--runs", type=int, default=5 if work is step else 3, help="timed runs, of each in turn")
+        if work in (step, model):
+            command.add_argument("--side", type=int, default=640, help="image side in pixels")
+        if work in (model, label):
+            command.add_argument("--batch", type=int, default=1 if work is model else 4, help="images at once")
         if work is model:
             command.add_argument("--backbone", default="resnet50", help="as model.backbone.name; vitaev2_s trains everything")
-            command.add_argument("--batch", type=int, default=1, help="images at once")
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
             command.add_argument("--checkpointing", action="store_true", help="as model.backbone.checkpointing")
             command.add_argument("--compile", default="none", help="as model.compile")
+        if work is label:
+            command.add_argument("--checkpoint", required=True, metavar="DIR")
+            command.add_argument("--images", required=True, metavar="FOLDER")
+            command.add_argument("--count", type=int, default=400, metavar="N", help="images of one run")
+            command.add_argument("--actors", type=int, default=0, help="as label.actors")
     options = parser.parse_args()
     from i3cl.config import UserError
 

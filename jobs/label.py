@@ -17,7 +17,10 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     if options.step in ("predict", "all"):
         if settings.label.source is None:
             raise UserError("label.source: names no images; add {annotations: FILE.json, images: FOLDER}")
-        dataset = read_source(settings.label.source, settings.data_root, settings.data.skip_bad)
+        # A missing image is one line of errors.csv here, no reason to stop.
+        dataset = read_source(settings.label.source, settings.data_root, settings.data.skip_bad, check_files=False)
+        if dataset.problems:
+            print(dataset.summary())
         predict(dataset, settings.label.members, settings, predictions, "predict")
         print(f"predictions: {predictions}")
     if options.step in ("select", "all"):

@@ -85,6 +85,24 @@ def tiny_settings(tiny_set):
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoints(tiny_settings, tmp_path_factory) -> dict[str, str]:
+    """Two checkpoints, a and b, of the tiny network with random weights: name -> directory. They find four texts anywhere."""
+    import torch
+
+    from i3cl.config import to_yaml, with_overrides
+    from i3cl.model.checkpoint import save_checkpoint
+    from i3cl.model.network import I3CL
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    changes = {"model.backbone.weights": "none", "model.score_threshold": 0.0, "model.detections_per_image": 4}
+    settings = with_overrides(tiny_settings, changes, "test")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        save_checkpoint(I3CL(settings.model), folder / name, to_yaml(settings))
+    return {name: str(folder / name) for name in "ab"}
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests that run in this process."""
     from i3cl.job import connect
@@ -94,3 +112,7 @@ def ray_cluster():
     import ray
 
     ray.shutdown()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")

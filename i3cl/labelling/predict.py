@@ -1,210 +1,270 @@
-"""Ensemble prediction: Ray Data shards the images over actors that hold all members; one Parquet row an image, member and view.
+"""Ensemble prediction: Ray Data shards the images over actors that hold the members; one Parquet row an image, member and view.
 
-Paths travel, pixels do not: an actor decodes an image once for all members and views. Reading an image never stops the job:
-its reason becomes the row's `error`.
+Paths travel, pixels do not. Every image is labelled exactly once whatever is killed and when: see ``i3cl.labelling.ledger``. An
+image that cannot be read does not stop the job: its reason becomes its rows' `error` and a line of errors.csv.
 """
 
 from __future__ import annotations
 
-import threading
+import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from i3cl import storage
-from i3cl.config import Settings, UserError, ViewSettings
+from i3cl.config import LabelSettings, Settings, UserError
 from i3cl.data.coco import Dataset
-from i3cl.data.images import ImageError, decode_image
-from i3cl.data.predictions import read_batches, to_table
-from i3cl.job import connect, duration, quiet
+from i3cl.job import connect, quiet
+from i3cl.labelling.actor import Labeller, Plan, automatic_threads, machine_cores, view_name
+from i3cl.labelling.cost import CostFile, Meter, line
+from i3cl.labelling.ledger import Ledger, part_name
+from i3cl.labelling.manifest import Manifest, make_manifest
 
-MANIFEST_SCHEMA = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("path", pa.string())])
-
-
-def view_name(view: ViewSettings) -> str:
-    """'default', 's800', 's800-flip', ...: the view's name in the predictions."""
-    scale = "default" if view.short_side is None else f"s{view.short_side}"
-    return scale + ("-flip" if view.flip else "")
-
-
-class Labeller:
-    """The state of one actor: every member on one device. Called with blocks of manifest rows."""
-
-    def __init__(self, members: dict[str, str], views: Sequence[ViewSettings], batch: int, threads: int) -> None:
-        import torch
-
-        from i3cl.predict import load
-
-        torch.set_num_threads(threads)
-        self.members = {name: load(checkpoint) for name, checkpoint in members.items()}
-        self.views = views
-        self.batch = batch
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        from concurrent.futures import ThreadPoolExecutor
-
-        rows: list[dict[str, Any]] = []
-        entries = block.to_pylist()
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            loaded = list(pool.map(_read, [entry["path"] for entry in entries]))
-        readable = []
-        for entry, image in zip(entries, loaded, strict=True):
-            if isinstance(image, str):
-                rows += [self._row(entry, name, view, error=image) for name in self.members for view in self.views]
-            else:
-                readable.append((entry, image))
-        readable.sort(key=lambda pair: pair[1].shape)
-        for start in range(0, len(readable), self.batch):
-            rows += self._predict(readable[start : start + self.batch])
-        return to_table(rows)
-
-    def _predict(self, group: list[tuple[dict[str, Any], np.ndarray]]) -> list[dict[str, Any]]:
-        from i3cl.predict import detect_arrays
-
-        rows = []
-        images = [image for _, image in group]
-        for name, model in self.members.items():
-            for view in self.views:
-                assert model.recipe is not None
-                found = detect_arrays(model, images, model.recipe, view)
-                for (entry, image), detections in zip(group, found, strict=True):
-                    row = self._row(entry, name, view, height=image.shape[0], width=image.shape[1])
-                    row["polygons"] = detections.polygons
-                    row["scores"] = detections.scores
-                    rows.append(row)
-        return rows
-
-    def _row(
-        self,
-        entry: dict[str, Any],
-        member: str,
-        view: ViewSettings,
-        height: int = 0,
-        width: int = 0,
-        error: str | None = None,
-    ) -> dict[str, Any]:
-        return {
-            "image_id": entry["image_id"],
-            "file_name": entry["file_name"],
-            "height": height,
-            "width": width,
-            "member": member,
-            "view": view_name(view),
-            "polygons": [],
-            "scores": [],
-            "error": error,
-        }
-
-
-def _read(path: str) -> np.ndarray | str:
-    try:
-        return decode_image(path)
-    except ImageError as error:
-        return str(error)
+_CHECKPOINT = ("settings.yaml", "weights.safetensors")
+"""The files of a checkpoint that decide what it predicts."""
+_TOGETHER_BYTES = 4 << 30
+"""Weights that any GPU in use today holds beside the working memory of one network."""
+_EARLY = 500
+"""Images from which the share of errors so far may stop a job."""
+_SHOWN = 5
+"""Errors that are printed one by one."""
+_COST_EVERY = 30.0
+"""Seconds between two versions of cost.json."""
 
 
 def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: str, title: str) -> str:
     """Write the members' predictions for every image of `dataset` as Parquet parts under `out`; return `out`.
 
-    done.json is written last: a folder without it is begun anew, one with it is returned at once.
-    UserError when there is no member, or
-    when a larger share of the images than label.max_error_share cannot be read.
+    The same call continues a job that was stopped, and returns at once when done.json says that it is done. UserError when
+    there is no member or image, when `out` holds another job (other images, weights, views or shard size), or when a larger
+    share of the images than label.max_error_share cannot be labelled.
     """
+    label = settings.label
     if not members:
         raise UserError("label.members: names no checkpoint; add label.members.NAME=CHECKPOINT_DIRECTORY")
-    if not dataset.records:
-        raise UserError(f"{dataset.name}: has no images")
-    if storage.exists(storage.join(out, "done.json")):
+    names = [view_name(view) for view in label.views]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
+    manifest = make_manifest(dataset)
+    # By name, so that the order in a settings file means nothing.
+    members = {name: storage.absolute(members[name]) for name in sorted(members)}
+    groups = _groups(members, label)
+    ledger = Ledger(out)
+    ledger.claim(
+        {
+            "images": {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root},
+            "members": {name: checkpoint_hash(path) for name, path in members.items()},
+            "views": names,
+            "label.rows_per_block": label.rows_per_block,
+            "groups": [list(group) for group in groups],
+        }
+    )
+    if ledger.is_done():
+        ledger.clean()
         return out
-    connect()
-    import os
-
-    import ray
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
-    label = settings.label
-    storage.remove_tree(out)
-    records = dataset.records
-    manifest = pa.Table.from_pylist(
-        [
-            {"image_id": r.id, "file_name": r.file_name, "path": storage.join(dataset.images_root, r.file_name)}
-            for r in records
-        ],
-        schema=MANIFEST_SCHEMA,
-    )
-    gpus = ray.cluster_resources().get("GPU", 0)
-    gpu = settings.cluster.gpu
-    on_gpu = gpus > 0 if gpu == "auto" else gpu
-    threads = settings.cluster.threads or max(1, (os.cpu_count() or 1) // label.actors)
-    absolute = {name: storage.absolute(path) for name, path in members.items()}
-    blocks = [manifest.slice(i, label.rows_per_block).combine_chunks() for i in range(0, len(records), label.rows_per_block)]
-    filesystem, path = storage.filesystem(out)
-    quiet(ray.data.DataContext.get_current())
-    pipeline = ray.data.from_arrow(blocks).map_batches(
-        Labeller,
-        fn_constructor_args=(absolute, label.views, label.batch, threads),
-        batch_size=label.rows_per_block,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(label.actors, max(1, len(blocks)))),
-        num_cpus=1,
-        num_gpus=1 if on_gpu else 0,
-    )
-    with _Watch(title, out, len(records), label.rows_per_block):
-        pipeline.write_parquet(path, filesystem=filesystem)
-    failed = _failed(out)
-    if len(failed) > label.max_error_share * len(records):
-        example = next(iter(failed.values()))
-        raise UserError(f"{dataset.name}: {len(failed)} of {len(records)} images cannot be read, e.g. {example}")
-    for reason in list(failed.values())[:5]:
-        print(f"{title}: skipped {reason}", flush=True)
-    storage.write_text_atomic(storage.join(out, "done.json"), f'{{"images": {len(records)}, "failed": {len(failed)}}}\n')
+    job = _Job(dataset, manifest, groups, settings, ledger, title)
+    job.run()
     return out
 
 
-def _failed(out: str) -> dict[int, str]:
-    import pyarrow.compute as pc
+def checkpoint_hash(path: str) -> str:
+    """SHA-256 of a checkpoint's settings and weights. UserError when it is no checkpoint."""
+    digest = hashlib.sha256()
+    for name in _CHECKPOINT:
+        file = storage.join(path, name)
+        if not storage.is_file(file):
+            raise UserError(f"{path}: is no checkpoint (it has no {name}); give a directory that train.py wrote")
+        with storage.open_read(file) as stream:
+            while data := stream.read(1 << 22):
+                digest.update(data)
+    return digest.hexdigest()
 
-    failed: dict[int, str] = {}
-    for batch in read_batches(out, ["image_id", "error"]):
-        batch = batch.filter(pc.is_valid(batch["error"]))
-        failed.update(zip(batch["image_id"].to_pylist(), batch["error"].to_pylist(), strict=True))
-    return failed
+
+def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, str], ...]:
+    """Members that an actor holds at the same time."""
+    apart = label.passes == "per_member"
+    if label.passes == "auto" and len(members) > 1:
+        apart = sum(map(_weights_bytes, members.values())) > _TOGETHER_BYTES
+    return tuple({name: path} for name, path in members.items()) if apart else (members,)
 
 
-class _Watch:
-    """Prints, while Ray Data works, how many images are written and the time left."""
+def _weights_bytes(checkpoint: str) -> int:
+    with storage.open_read(storage.join(checkpoint, _CHECKPOINT[1])) as stream:
+        return stream.seek(0, 2)
 
-    def __init__(self, title: str, out: str, images: int, rows_per_block: int) -> None:
-        self.title, self.out, self.images, self.block = title, out, images, rows_per_block
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> None:
-        print(f"{self.title}: {self.images} images, starting actors", flush=True)
-        self._started = time.monotonic()
-        self._thread.start()
+@dataclass(frozen=True)
+class Layout:
+    """How the work is spread."""
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if kind is None:
-            spent = time.monotonic() - self._started
-            print(
-                f"{self.title}: {self.images} images in {duration(spent)} ({self.images / max(spent, 1e-9):.1f}/s "
-                "with start-up)",
-                flush=True,
+    actors: int
+    threads: int
+    decode_threads: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    shards_per_task: int
+
+
+def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int) -> Layout:
+    """Automatic values filled in. gpus, cpus: of the cluster, 0 GPUs when none is to be used; cores: of one machine."""
+    threads = automatic_threads(label.threads, label.actors, gpus > 0, cores)
+    actors = label.actors or gpus or max(1, int(cpus) // threads)
+    actors = min(actors, shards)
+    return Layout(
+        actors,
+        threads,
+        label.decode_threads or (4 if gpus else 1),
+        1 if gpus else min(threads, max(1.0, cpus)),
+        min(1.0, gpus / actors),
+        # A task of several shards decodes across their seams; too long tasks would leave actors idle at the end.
+        max(1, min(4, shards // (actors * 8))),
+    )
+
+
+class _Job:
+    """One run of one labelling job."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        manifest: Manifest,
+        groups: Sequence[dict[str, str]],
+        settings: Settings,
+        ledger: Ledger,
+        title: str,
+    ) -> None:
+        self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, tuple(groups), ledger, title
+        self.settings, self.label = settings, settings.label
+        rows = self.label.rows_per_block
+        self.parts = {
+            part_name(group, shard): (group, shard) for group in range(len(groups)) for shard in range(manifest.shards(rows))
+        }
+        self.cost = CostFile(storage.join(ledger.out, "cost.json"))
+
+    def run(self) -> None:
+        """Label what is missing and finish the job."""
+        finished = self.ledger.finished()
+        missing = [part for part in self.parts if part not in finished]
+        if missing:
+            self._label(missing)
+            left = self.parts.keys() - self.ledger.finished()
+            if left:
+                raise RuntimeError(f"{self.ledger.out}: {len(left)} parts are not there, e.g. {min(left)}; run it again")
+        failures = self.ledger.failures()
+        self._check_share(len(failures), len(self.manifest), len(self.manifest))
+        for failure in failures[:_SHOWN]:
+            print(f"{self.title}: skipped {failure.reason}", flush=True)
+        errors = storage.join(self.ledger.out, "errors.csv")
+        self.ledger.finish({"images": len(self.manifest), "failed": len(failures)})
+        text = f"{self.title}: {len(self.manifest)} images labelled" if not failures else (
+            f"{self.title}: {len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}"
+        )
+        print(text, flush=True)
+
+    def _label(self, missing: list[str]) -> None:
+        connect()
+        import ray
+
+        gpu = self.settings.cluster.gpu
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpu is True and not gpus:
+            raise UserError("cluster.gpu: true, but the cluster has no GPU; set cluster.gpu=auto or add one")
+        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        # A local Ray is told of more CPUs than there are.
+        cpus = sum(nodes) if len(nodes) > 1 else min(nodes[0], machine_cores())
+        spread = layout(self.label, len(missing), gpus if gpu else 0, cpus, min(machine_cores(), int(max(nodes))) or 1)
+        total = len(self.manifest) * len(self.groups)
+        to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
+        before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0
+        meter = Meter(
+            total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour
+        )
+        print(
+            f"{self.title}: {len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
+            + (f" in {len(self.groups)} passes" if len(self.groups) > 1 else "")
+            + (f", {meter.done} of {total} done before" if meter.done else "")
+            + f"; starting {spread.actors} actors of {spread.threads} threads"
+            + (f", {spread.gpus_per_actor:g} GPUs each" if spread.gpus_per_actor else ""),
+            flush=True,
+        )
+        try:
+            self._drain(missing, spread, meter)
+        except Exception as error:
+            mistake = _users(error)
+            if mistake is None:
+                raise
+            raise mistake from None
+        finally:
+            cost = self.cost.write(meter)
+        print(f"{self.title}: {line(cost, self.label.price_per_hour > 0)}", flush=True)
+
+    def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
+        shown = saved = time.monotonic()
+        for report in _reports(self._plan(spread), self._blocks(missing, spread), spread):
+            meter.add(report)
+            self._check_share(meter.errors, meter.done + meter.worked, meter.total)
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{self.title}: {meter.line()}", flush=True)
+            if time.monotonic() - saved > _COST_EVERY:
+                saved = time.monotonic()
+                self.cost.write(meter)
+
+    def _plan(self, spread: Layout) -> Plan:
+        label = self.label
+        return Plan(
+            self.ledger.out,
+            self.dataset.images_root,
+            self.groups,
+            label.views,
+            label.batch,
+            label.prefetch,
+            spread.threads,
+            spread.decode_threads,
+            label.attempts,
+        )
+
+    def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:
+        tasks = [(part, *self.parts[part]) for part in missing]
+        return list(self.manifest.blocks(tasks, self.label.rows_per_block, spread.shards_per_task))
+
+    def _check_share(self, failed: int, seen: int, total: int) -> None:
+        """UserError when too many images fail: of those seen, or so many that the rest cannot mend it."""
+        allowed = self.label.max_error_share
+        if failed > allowed * total or (seen >= _EARLY and failed > allowed * seen):
+            example = next((f.reason for f in self.ledger.failures()), "")
+            raise UserError(
+                f"{self.dataset.name}: {failed} of {seen} images cannot be labelled, e.g. {example}; "
+                f"mend them or raise label.max_error_share ({allowed:g})"
             )
 
-    def _follow(self) -> None:
-        shown = 0
-        while not self._stop.wait(5.0):
-            parts = storage.list_dir(self.out) if storage.exists(self.out) else []
-            done = min(self.images, self.block * sum(name.endswith(".parquet") for name in parts))
-            if done > shown:
-                shown = done
-                left = (time.monotonic() - self._started) / done * (self.images - done)
-                print(f"{self.title}: {done}/{self.images} images  {duration(left)} left", flush=True)
+
+def _reports(plan: Plan, blocks: list[Any], spread: Layout) -> Any:
+    """Run the actors over the blocks; what they report, shard by shard."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    quiet(DataContext.get_current())
+    pipeline = ray.data.from_arrow(blocks).map_batches(
+        Labeller,
+        fn_constructor_args=(plan,),
+        batch_size=spread.shards_per_task,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=spread.actors),
+        num_cpus=spread.cpus_per_actor,
+        num_gpus=spread.gpus_per_actor,
+    )
+    for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()  # type: ignore[union-attr]
+
+
+def _users(error: BaseException) -> UserError | None:
+    """The user's mistake inside an error that came from an actor."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for found in (getattr(seen, "cause", None), seen):
+            if isinstance(found, UserError):
+                return UserError(str(found))
+        seen = seen.__cause__ or seen.__context__
+    return None

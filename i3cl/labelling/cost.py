@@ -1,0 +1,132 @@
+"""How fast a labelling job runs and what it costs, over all its runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from i3cl import storage
+from i3cl.job import duration
+
+
+@dataclass
+class _Actor:
+    ready: float
+    last: float
+    busy: float = 0.0
+
+
+@dataclass
+class Meter:
+    """Counts one run of a job, and forecasts its end. Times are seconds since the epoch."""
+
+    total: int
+    """Images x groups of the whole job."""
+    done: int
+    """Of them, done before this run."""
+    errors: int
+    """Of them, without predictions."""
+    actors: int
+    gpus_per_actor: float
+    price_per_hour: float
+    started: float = field(default_factory=time.time)
+    worked: int = 0
+    """Images of this run."""
+    _seen: dict[str, _Actor] = field(default_factory=dict)
+
+    def add(self, report: dict[str, Any]) -> None:
+        """Take in what an actor reports of one task: images, errors, actor, ready, ended, busy."""
+        self.worked += report["images"]
+        self.errors += report["errors"]
+        actor = self._seen.setdefault(report["actor"], _Actor(report["ready"], report["ended"]))
+        actor.last = max(actor.last, report["ended"])
+        actor.busy += report["busy"]
+
+    @property
+    def startup(self) -> float:
+        """Seconds until the first actor was ready."""
+        return max(0.0, min((a.ready for a in self._seen.values()), default=time.time()) - self.started)
+
+    @property
+    def rate(self) -> float:
+        """Images a second from the moment the first actor was ready to the last report; 0 before the first."""
+        if not self._seen:
+            return 0.0
+        first = min(a.ready for a in self._seen.values())
+        last = max(a.last for a in self._seen.values())
+        return self.worked / max(last - first, 1e-9)
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the actors' time, once ready, in which a network worked."""
+        spent = sum(a.last - a.ready for a in self._seen.values())
+        return min(1.0, sum(a.busy for a in self._seen.values()) / spent) if spent > 0 else 0.0
+
+    def line(self) -> str:
+        """Progress, time left, and money when there is a price."""
+        done = self.done + self.worked
+        text = f"{done}/{self.total} images"
+        if self.rate:
+            left = (self.total - done) / self.rate
+            text += f"  {self.rate:.1f}/s  {duration(left)} left"
+            if self.price_per_hour:
+                spent = self._money(time.time() - self.started)
+                text += f"  money {spent:.2f} spent, {self._money(left):.2f} to come"
+        return text + (f"  {self.errors} errors" if self.errors else "")
+
+    def entry(self) -> dict[str, Any]:
+        """This run as cost.json keeps it."""
+        seconds = time.time() - self.started
+        hours = self.actors * seconds / 3600
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "images": self.worked,
+            "seconds": round(seconds, 1),
+            "startup_seconds": round(self.startup, 1),
+            "images_per_second": round(self.rate, 3),
+            "busy_share": round(self.busy_share, 4),
+            "actor_hours": round(hours, 6),
+            "gpu_hours": round(hours * self.gpus_per_actor, 6),
+            "money": round(self._money(seconds), 6),
+        }
+
+    def _money(self, seconds: float) -> float:
+        return self.actors * (self.gpus_per_actor or 1.0) * seconds / 3600 * self.price_per_hour
+
+
+class CostFile:
+    """cost.json: one entry a run, and their sum. A run that is killed leaves its last entry."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.runs: list[dict[str, Any]] = json.loads(storage.read_text(path))["runs"] if storage.exists(path) else []
+
+    def write(self, meter: Meter) -> dict[str, Any]:
+        """Write the earlier runs and this one; the content."""
+        content = summary([*self.runs, meter.entry()])
+        storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
+        return content
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs and their sum. images: of all runs; the speed is that without start-up, over the runs that did any."""
+    keys = ("images", "seconds", "startup_seconds", "actor_hours", "gpu_hours", "money")
+    total = {key: round(sum(run[key] for run in runs), 6) for key in keys}
+    working = sum(run["images"] / run["images_per_second"] for run in runs if run["images_per_second"])
+    images = total["images"]
+    total["images_per_second"] = round(images / working, 3) if working else 0.0
+    total["busy_share"] = round(sum(r["busy_share"] * r["actor_hours"] for r in runs) / (total["actor_hours"] or 1.0), 4)
+    total["money_per_1000_images"] = round(1000 * total["money"] / images, 6) if images else 0.0
+    return {**total, "runs": runs}
+
+
+def line(cost: dict[str, Any], priced: bool) -> str:
+    """One line for people."""
+    text = f"{cost['images_per_second']:.1f} images/s after {duration(cost['startup_seconds'])} of start-up"
+    text += f", actors busy {cost['busy_share']:.0%}, "
+    text += f"{cost['gpu_hours']:.3f} GPU-hours" if cost["gpu_hours"] else f"{cost['actor_hours']:.3f} actor-hours"
+    if priced:
+        text += f", money {cost['money']:.2f}, {cost['money_per_1000_images']:.3f} per 1,000 images"
+    return text

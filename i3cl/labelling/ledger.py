@@ -1,0 +1,175 @@
+"""What of a labelling job is done, kept as nothing but files in its folder.
+
+    job.json                    what the job is; another job in the folder is refused
+    part-GG-KKKKKK.parquet      the rows of shard K for group G of members; there if and only if the shard is done
+    errors.csv, cost.json       for people
+    done.json                   written last
+    _work/tries/PART.json       how often an unfinished shard was begun
+    _work/errors/PART.json      the images of a part that could not be labelled
+
+A part has one name and appears whole, so a shard that is done twice (a repeated task, two drivers) still leaves one file.
+Which shards remain is the difference between the names that must be there and those that are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from i3cl import storage
+from i3cl.config import UserError
+
+_WORK = "_work"
+
+
+@dataclass
+class Attempt:
+    """One beginning of a shard."""
+
+    number: int
+    """1 for the first."""
+    deaths: dict[int, int] = field(default_factory=dict)
+    """Image id -> how often a worker ended while it had this image, alone, in hand."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image without predictions."""
+
+    image_id: int
+    file_name: str
+    reason: str
+
+
+def part_name(group: int, shard: int) -> str:
+    """File name of a shard's rows."""
+    return f"part-{group:02d}-{shard:06d}.parquet"
+
+
+class Ledger:
+    """The files of one labelling job; any process may open it."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+
+    # ------------------------------------------------------------------------------------------------- whole job
+
+    def claim(self, job: Mapping[str, Any]) -> None:
+        """Write job.json into a new folder, compare it in an old one. UserError that names the first difference."""
+        path = storage.join(self.out, "job.json")
+        if not storage.exists(path):
+            if any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
+                raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
+            storage.write_text_atomic(path, json.dumps(job, indent=1) + "\n")
+            return
+        try:
+            there = json.loads(storage.read_text(path))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: is damaged; remove the folder to label anew") from None
+        difference = _first_difference(there, json.loads(json.dumps(job)), "")
+        if difference:
+            raise UserError(
+                f"{self.out}: holds predictions of another job ({difference}); give another name=… or remove the folder"
+            )
+
+    def is_done(self) -> bool:
+        """Whether the whole job is."""
+        return storage.exists(storage.join(self.out, "done.json"))
+
+    def finished(self) -> set[str]:
+        """Names of all parts that are there: one listing."""
+        return {name for name in storage.list_dir(self.out) if name.startswith("part-") and name.endswith(".parquet")}
+
+    def failures(self) -> list[Failure]:
+        """Images that could not be labelled, by id, each once, as far as the job has come."""
+        finished = self.finished()
+        found: dict[int, Failure] = {}
+        for name in storage.list_dir(storage.join(self.out, _WORK, "errors")):
+            part = name.removesuffix(".json")
+            # A worker that ended between the two files leaves errors of a part that will be made anew.
+            if part in finished:
+                found |= {failure.image_id: failure for failure in self.part_failures(part)}
+        return [found[key] for key in sorted(found)]
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write errors.csv and then done.json, which ends the job, and clear away what only an unfinished job needs."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image_id", "file_name", "reason"])
+        writer.writerows([f.image_id, f.file_name, f.reason] for f in self.failures())
+        storage.write_text_atomic(storage.join(self.out, "errors.csv"), text.getvalue())
+        storage.write_text_atomic(storage.join(self.out, "done.json"), json.dumps(summary) + "\n")
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove, in a finished job, its work files and what killed writers left: nobody writes there any more."""
+        assert self.is_done()
+        for name in storage.list_dir(self.out):
+            if name == _WORK or name.startswith(".tmp-"):
+                storage.remove_tree(storage.join(self.out, name))
+
+    # --------------------------------------------------------------------------------------------------- one part
+
+    def is_finished(self, part: str) -> bool:
+        """Whether this part is there."""
+        return storage.is_file(storage.join(self.out, part))
+
+    def begin(self, part: str) -> Attempt:
+        """Note that this process begins a part, before it touches any image of it."""
+        path = self._tries(part)
+        before = json.loads(storage.read_text(path)) if storage.exists(path) else {"number": 0, "at": None, "deaths": {}}
+        attempt = Attempt(before["number"] + 1, {int(key): count for key, count in before["deaths"].items()})
+        if before["at"] is not None:
+            attempt.deaths[before["at"]] = attempt.deaths.get(before["at"], 0) + 1
+        self.hold(part, attempt, None)
+        return attempt
+
+    def hold(self, part: str, attempt: Attempt, image_id: int | None) -> None:
+        """Note which image this process now has in hand, alone."""
+        state = {"number": attempt.number, "at": image_id, "deaths": attempt.deaths}
+        storage.write_text_atomic(self._tries(part), json.dumps(state))
+
+    def write(self, part: str, table: pa.Table, failures: list[Failure]) -> None:
+        """Put a finished part in place, its errors first."""
+        if failures:
+            rows = [[f.image_id, f.file_name, f.reason] for f in failures]
+            storage.write_text_atomic(self._errors(part), json.dumps(rows))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        storage.write_bytes_atomic(storage.join(self.out, part), buffer.getvalue())
+
+    def part_failures(self, part: str) -> Iterator[Failure]:
+        """Images of a finished part that could not be labelled."""
+        path = self._errors(part)
+        if storage.exists(path):
+            yield from (Failure(*row) for row in json.loads(storage.read_text(path)))
+
+    def _tries(self, part: str) -> str:
+        return storage.join(self.out, _WORK, "tries", f"{part}.json")
+
+    def _errors(self, part: str) -> str:
+        return storage.join(self.out, _WORK, "errors", f"{part}.json")
+
+
+def _first_difference(there: Any, here: Any, key: str) -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key}: {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
