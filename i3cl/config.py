@@ -280,13 +280,19 @@ class SelectSettings(_Settings):
     ignore: Fraction = 0.2
     """Fused score from which an instance is an ignore region, so that it is not taught as background."""
     min_weight: Fraction = 0.2
-    """Lossweight at the low threshold."""
+    """Lossweight at the low threshold of the ramp."""
+    weight: Literal["ramp", "score"] = "ramp"
+    """Lossweight between low and high: the ramp, or the (calibrated) score itself."""
+    calibration: str | None = None
+    """calibration.json of jobs/label.py trust: fused scores become expected precision before any threshold; null: as they are."""
     min_votes: PositiveInt = 1
     """Members that must have seen an instance; fewer make it an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
     drop_empty: bool = True
     """Leave out images without a single pseudo label."""
+    format: Literal["auto", "json", "parquet"] = "auto"
+    """Pseudo labels as one COCO json or as a folder of Parquet shards; auto: Parquet from 20,000 images."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectSettings:

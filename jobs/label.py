@@ -10,7 +10,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.data.ingest import read_source
     from i3cl.labelling.predict import predict
-    from i3cl.labelling.pseudo import make_pseudo_labels
+    from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
 
     folder = storage.join(storage.absolute(settings.storage), settings.name)
     predictions = storage.join(folder, "predictions", "unlabelled")
@@ -21,8 +21,10 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         predict(dataset, settings.label.members, settings, predictions, "predict")
         print(f"predictions: {predictions}")
     if options.step in ("select", "all"):
-        out = storage.join(folder, "pseudo.json")
-        counts = make_pseudo_labels(predictions, settings.label, out)
+        out = pseudo_path(folder, predictions, settings.label)
+        source = settings.label.source
+        root = storage.absolute(storage.join(settings.data_root, source.images)) if source else ""
+        counts = make_pseudo_labels(predictions, settings.label, out, root)
         print(
             "  ".join(
                 f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()
