@@ -1,4 +1,5 @@
-"""Label unlabelled images with an ensemble: `predict` (GPU actors, Parquet out) and `select` (thresholds, COCO json out)."""
+"""Label unlabelled images with an ensemble: `predict` (GPU actors, Parquet out), `select` (thresholds, COCO json or Parquet out),
+and `trust` (fused predictions of labelled images against their truth: report, calibration.json, disputed.json)."""
 
 import argparse
 
@@ -33,8 +34,45 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         print(f"pseudo labels: {out}")
 
 
+    if options.step == "trust":
+        trust(settings, options, folder)
+
+
+def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
+    from i3cl import storage
+    from i3cl.config import SourceSettings
+    from i3cl.data.ingest import read_source
+    from i3cl.labelling.calibration import write_calibration
+    from i3cl.labelling.trust import measure_trust, write_disputed
+    from i3cl.report.trust import write_trust_report
+
+    source = settings.data.validation
+    if options.truth or options.images:
+        if not (options.truth and options.images):
+            raise UserError("--truth and --images: give both, a COCO json and the folder of its images")
+        source = SourceSettings(annotations=storage.absolute(options.truth), images=storage.absolute(options.images))
+    if source is None:
+        raise UserError("--truth: names no labelled set; give --truth SET.json --images FOLDER or data.validation")
+    dataset = read_source(source, settings.data_root, settings.data.skip_bad)
+    predictions = options.predictions or storage.join(folder, "predictions", "validation")
+    found = measure_trust(predictions, dataset.records, settings.label, settings.evaluate)
+    out = options.out or storage.join(folder, "trust")
+    write_calibration(storage.join(out, "calibration.json"), found.calibration)
+    write_disputed(storage.join(out, "disputed.json"), found.disputed)
+    write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, f"Trust in the labels: {settings.name}")
+    for row in [found.ensemble, *found.members]:
+        print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
+    gain, low, high = (100 * value for value in found.gain)
+    print(f"ensemble over its best member: {gain:+.1f} points (95 % of bootstrap draws {low:+.1f} to {high:+.1f})")
+    print(f"report, calibration.json, disputed.json: {out}")
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("step", choices=("predict", "select", "all"), help="what to do; select needs no GPU")
+    parser.add_argument("step", choices=("predict", "select", "all", "trust"), help="what to do; select and trust need no GPU")
+    parser.add_argument("--truth", metavar="SET.json", help="trust: labelled images, COCO json; default data.validation")
+    parser.add_argument("--images", metavar="FOLDER", help="trust: images of --truth")
+    parser.add_argument("--predictions", metavar="FOLDER", help="trust: stored predictions of the labelled images")
+    parser.add_argument("--out", metavar="FOLDER", help="trust: where its files go; default <run>/trust")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Calibration:
     """Of the same length, 0-1, never falling."""
     members: tuple[str, ...] = ()
     """Sorted names of the members that were fused."""
-    fusion: FusionSettings = FusionSettings()
+    fusion: FusionSettings = field(default_factory=FusionSettings)
     """Scores that were fused otherwise mean something else."""
     instances: int = 0
     """Fused instances that it was learned from."""
@@ -35,15 +35,21 @@ class Calibration:
 
     def check(self, members: Sequence[str], fusion: FusionSettings, path: str) -> None:
         """UserError when other members or fusion settings made the scores."""
-        if self.members and tuple(sorted(members)) != self.members:
+        active = active_members(members, fusion)
+        if self.members and tuple(active) != self.members:
             raise UserError(
-                f"{path}: learned from members {', '.join(self.members)}, not {', '.join(sorted(members))}; "
+                f"{path}: learned from members {', '.join(self.members)}, not {', '.join(active)}; "
                 "calibrate again with jobs/label.py trust"
             )
         if self.fusion != fusion:
             raise UserError(
                 f"{path}: learned with other label.fusion settings; calibrate again with jobs/label.py trust"
             )
+
+
+def active_members(members: Iterable[str], fusion: FusionSettings) -> list[str]:
+    """Sorted names of the members whose vote has a weight."""
+    return sorted(name for name in members if fusion.member_weights.get(name, 1.0) > 0)
 
 
 def fit_calibration(

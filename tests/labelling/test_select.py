@@ -186,7 +186,7 @@ def test_shards_that_are_there_are_not_made_again(tmp_path):
     assert make_pseudo_labels(found, LABEL, str(out)) == counts
     assert shard.stat().st_mtime_ns == before
     other = LABEL.model_copy(update={"select": SelectSettings(high=0.8, low=0.6, ignore=0.2)})
-    assert make_pseudo_labels(found, other, str(out))["instances"] == 8
+    assert make_pseudo_labels(found, other, str(out))["instances"] == 4
 
 
 def test_bundles_keep_every_part_once_and_images_whole(tmp_path):
