@@ -367,6 +367,12 @@ class SelfTrainSettings(_Settings):
     """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
     pseudo_weight: Positive = 1.0
     """Share of the pseudo-labelled images in the student's mixture."""
+    rounds: PositiveInt = 1
+    """Times that the circle is run: each student joins the members that label for the next one."""
+    min_gain: NonNegative = 0.0
+    """No further round when a student's F on the validation set is not above the best so far by more than this."""
+    control: bool = False
+    """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
 

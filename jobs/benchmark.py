@@ -4,7 +4,8 @@ import argparse
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["step", "fusion"], help="step: a training step beside torchvision's Mask R-CNN; fusion: labels")
+    meanings = "step: a training step beside torchvision's Mask R-CNN; fusion: fusing an ensemble's predictions"
+    parser.add_argument("what", choices=["step", "fusion"], help=meanings)
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each, in turn")
     parser.add_argument("--side", type=int, default=640, help="image side in pixels")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

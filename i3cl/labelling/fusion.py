@@ -329,7 +329,7 @@ def _inside(clusters: Sequence[_Cluster]) -> list[Ring | None]:
         if result[k] is not None and not any(outline is polygon for polygon in cluster.polygons)
     ]
     if drawn:
-        rings = to_shapely([result[k] for k in drawn])
+        rings = to_shapely([ring for k in drawn if (ring := result[k]) is not None])
         members = to_shapely([polygon for k in drawn for polygon in clusters[k].polygons])
         sizes = np.array([len(clusters[k].polygons) for k in drawn])
         rows = np.full((len(drawn), sizes.max()), None)
@@ -375,11 +375,9 @@ def _mean_outline(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
         ring = window[start : start + len(polygon)]
         inside = cv2.fillPoly(np.zeros((height, width), np.uint8), [ring], 1, shift=4)
         # The cells under the edge are set too: they are at distance 0, the next ones inside at 1, outside at -1.
-        depth = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_3)
-        depth -= cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_3)
-        depth -= inside
-        depth *= share
-        distance += depth
+        within = np.asarray(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
+        without = np.asarray(cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
+        distance += share * (within - without - inside)
         start += len(polygon)
     # findContours runs through the centres of the outermost cells. Half a cell of margin: neither grown nor shrunk.
     region = (distance >= -0.5).astype(np.uint8)

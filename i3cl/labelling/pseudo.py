@@ -1,7 +1,7 @@
-"""From stored predictions to a pseudo-label set: fusion and selection image by image, COCO json or Parquet out. Never needs a GPU.
+"""From stored predictions to a pseudo-label set: fusion and selection, COCO json or Parquet out. Never needs a GPU.
 
-The predictions of a large corpus are shared out in bundles of parts over Ray tasks, each of which writes its own shard, so that no
-process holds more than one bundle. A small set is done in this process: it takes less time than starting Ray.
+The predictions of a large corpus are shared out in bundles of parts over Ray tasks, each of which writes its own shard, so that
+no process holds more than one bundle. A small set is done in this process: it takes less time than starting Ray.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
         names = [n for n in storage.list_dir(predictions) if n.endswith(".parquet") and n[0] not in "._"]
         paths = [storage.join(predictions, name) for name in names]
     if len(paths) < 2:
-        ids, members = _heads(paths[0] if paths else predictions)
-        return Bundles([[predictions]], len(ids), sorted(members))
+        ids, names_there = _heads(paths[0] if paths else predictions)
+        return Bundles([[predictions]], len(ids), sorted(names_there))
     with ThreadPoolExecutor(16) as pool:
         heads = list(pool.map(_heads, paths))
     members = sorted(set().union(*(names for _, names in heads)))

@@ -42,7 +42,8 @@ def select(
 
     With a `calibration` the scores are mapped to expected precision first, and all that follows is in its units.
     score >= high: pseudo label of lossweight 1. low <= score < high: pseudo label whose lossweight grows
-    linearly from min_weight at low to 1 at high ('ramp'), or is the score ('score'). ignore <= score < low: ignore region, and so is what would
+    linearly from min_weight at low to 1 at high ('ramp'), or is the score ('score').
+    ignore <= score < low: ignore region, and so is what would
     be a pseudo label but has fewer than min_votes votes or a short side under min_side pixels. score <
     ignore: dropped.
     """

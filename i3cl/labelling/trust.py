@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +122,7 @@ def measure_trust(
         return Rate(name, int(chosen.sum()), precision, found)
 
     by_size = []
-    for low, high in zip(_SIDES, _SIDES[1:]):
+    for low, high in pairwise(_SIDES):
         part = rate("", (side >= low) & (side < high) & (score >= settings.select.low))
         there, hit = (sum(low <= s < high for s in sides) for sides in (truth_sides, found_sides))
         label = f"{low:g}-{high:g} px" if np.isfinite(high) else f"from {low:g} px"

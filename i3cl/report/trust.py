@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from importlib import resources
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from i3cl import storage
 from i3cl.data.images import decode_image
+from i3cl.geometry import as_polygon
 from i3cl.labelling.calibration import ReliabilityBin, expected_calibration_error
 from i3cl.labelling.trust import Trust, dispute
 from i3cl.report.curves import PALETTE, _axes, _svg
@@ -38,18 +40,18 @@ def write_trust_report(path: str, trust: Trust, images_root: str, title: str) ->
     for item in trust.disputed[:_PICTURES]:
         image = decode_image(storage.join(images_root, item.file_name))
         # A member's doubtful finds would cover what it is sure of.
-        outlines = [
-            (part.member, [_points(polygon) for polygon, score in zip(part.polygons, part.scores) if score >= 0.3])
-            for part in item.members
-            if part.member in colours
-        ]
+        outlines = []
+        for part in item.members:
+            if part.member in colours:
+                sure = np.flatnonzero(np.asarray(part.scores) >= 0.3).tolist()
+                outlines.append((part.member, [_points(as_polygon(part.polygons[k])) for k in sure]))
         value = dispute(item.fused, len(names))
         pictures.append(_embedded(f"{item.file_name}: dispute {value:.2f}", image) | {"outlines": outlines})
     template = resources.files("i3cl.report").joinpath("trust.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = lambda value: "–" if value != value else f"{100 * value:.1f}"
+    environment.filters["percent"] = lambda value: "-" if value != value else f"{100 * value:.1f}"
     page = environment.from_string(template).render(
         title=title,
         trust=trust,

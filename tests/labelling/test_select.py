@@ -139,7 +139,7 @@ def predictions(folder, parts, members=("a", "b"), repeat=False):
         for _ in range(3):
             empty = image % 3 == 2
             for member in members:
-                polygons = [] if empty else [box(60, 20) + 5, box(60, 20) + [5, 50]]
+                polygons = [] if empty else [box(60, 20) + 5, box(60, 20) + np.float32([5, 50])]
                 rows.append(
                     {
                         "image_id": image,

@@ -74,7 +74,7 @@ def test_the_most_disputed_image_comes_first(complementary, tmp_path):
     assert values == sorted(values, reverse=True)
     path = tmp_path / "disputed.json"
     write_disputed(str(path), trust.disputed)
-    assert [image["id"] for image in json.loads(path.read_text())["images"]][0] == 4
+    assert json.loads(path.read_text())["images"][0]["id"] == 4
     first = read_coco(str(path), "", check_files=False).records[0]
     assert {i.votes for i in first.instances} == {1, 2}
     assert all(i.score is not None for i in first.instances)
