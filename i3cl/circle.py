@@ -19,7 +19,7 @@ from i3cl.data.predictions import member_predictions
 from i3cl.evaluation.score import Measured, Score, measure
 from i3cl.job import duration
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels
+from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
 from i3cl.training.launch import TrainResult, claim, train_all
 
 
@@ -61,7 +61,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad, check_files=False)
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
-    claim(run, settings, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
+    # More rounds and a control may be added to a run that is done.
+    once = {"rounds": 1, "min_gain": 0.0, "control": False}
+    same = settings.model_copy(update={"selftrain": settings.selftrain.model_copy(update=once)})
+    claim(run, same, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
     with stages("teachers"):
         names = [teacher.name for teacher in settings.selftrain.teachers]
         variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
@@ -74,8 +77,8 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             storage.join(run, "predictions", "unlabelled"),
             "labels",
         )
-        pseudo = storage.join(run, "pseudo.json")
-        counts = make_pseudo_labels(predictions, settings.label, pseudo)
+        pseudo = pseudo_path(run, predictions, settings.label)
+        counts = make_pseudo_labels(predictions, settings.label, pseudo, unlabelled.images_root)
         print(
             f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
             f"mean weight {counts['mean_weight']:.2f}",
@@ -85,6 +88,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
     with stages("student"):
         student = train_all([_student(settings, teachers, pseudo, unlabelled.images_root)])[0]
+    control = None
+    if settings.selftrain.control:
+        with stages("control"):
+            control = train_all([_control(settings, teachers)])[0]
     models = {name: t.checkpoint for name, t in teachers.items()} | {settings.selftrain.student.name: student.checkpoint}
     with stages("evaluation"):
         found = predict(validation, models, settings, storage.join(run, "predictions", "validation"), "evaluation")
@@ -95,6 +102,14 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         if settings.selftrain.unlabelled_truth is not None:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
             pseudo_measured = _measure_labels(truth, read_coco(pseudo, unlabelled.images_root), settings)
+    control_measured = None
+    if control is not None:
+        # Apart from the others' predictions, so that a run which is done predicts nothing again.
+        with stages("evaluation of the control"):
+            name = _control_name(settings)
+            folder = storage.join(run, "predictions", "control")
+            own = predict(validation, {name: control.checkpoint}, settings, folder, "control")
+            control_measured = measure(name, validation.records, member_predictions(own, name), settings.evaluate)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
         "student": _brief(measured[settings.selftrain.student.name].score),
@@ -106,6 +121,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         },
         "seconds": stages.seconds,
     }
+    if control_measured is not None:
+        summary["control"] = _brief(control_measured.score)
+    if settings.selftrain.rounds > 1:
+        summary["rounds"] = _more_rounds(settings, stages, run, teachers, student, measured, unlabelled, validation)
     if pseudo_measured is not None:
         summary["pseudo_labels"] |= {k: v for k, v in _brief(pseudo_measured.score).items() if k != "name"}
     with stages("report"):
@@ -123,9 +142,66 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             pseudo,
             unlabelled.images_root,
             runs,
+            [row for row in [summary.get("control"), *summary.get("rounds", [])[1:]] if row is not None],
         )
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _more_rounds(
+    settings: Settings,
+    stages: Stages,
+    run: str,
+    teachers: dict[str, TrainResult],
+    student: TrainResult,
+    measured: dict[str, Measured],
+    unlabelled: Dataset,
+    validation: Dataset,
+) -> list[dict[str, Any]]:
+    """Rounds from the second on, in round-2/, round-3/, ...; a row of the student's scores for every round, the first included.
+
+    Stops before selftrain.rounds when a student's F is not above the best so far by more than selftrain.min_gain.
+    """
+    circle = settings.selftrain
+    members = dict(teachers)
+    rows = [_brief(measured[circle.student.name].score) | {"name": f"{circle.student.name}, round 1", "round": 1}]
+    best = max(measured[name].score.hmean for name in teachers)
+    while len(rows) < circle.rounds:
+        if not rises(rows[-1]["hmean"], best, circle.min_gain):
+            print(f"rounds: F {rows[-1]['hmean']:.3f} is no gain over {best:.3f}; no further round", flush=True)
+            break
+        best = rows[-1]["hmean"]
+        number = len(rows) + 1
+        members[circle.student.name if number == 2 else f"{circle.student.name}-{number - 1}"] = student
+        # Everything of a round lies in its own folder, under the names of the first round.
+        own = settings.model_copy(update={"storage": run, "name": f"round-{number}"})
+        folder = storage.join(run, f"round-{number}")
+        with stages(f"round {number}: labels"):
+            checkpoints = {name: model.checkpoint for name, model in members.items()}
+            predictions = storage.join(folder, "predictions", "unlabelled")
+            predict(unlabelled, checkpoints, own, predictions, f"labels of round {number}")
+            pseudo = pseudo_path(folder, predictions, own.label)
+            counts = make_pseudo_labels(predictions, own.label, pseudo, unlabelled.images_root)
+            if not counts["instances"]:
+                raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
+        with stages(f"round {number}: student"):
+            student = train_all([_student(own, members, pseudo, unlabelled.images_root)])[0]
+        with stages(f"round {number}: evaluation"):
+            name = circle.student.name
+            out = storage.join(folder, "predictions", "validation")
+            found = predict(validation, {name: student.checkpoint}, own, out, f"evaluation of round {number}")
+            score = measure(name, validation.records, member_predictions(found, name), own.evaluate).score
+        rows.append(
+            _brief(score)
+            | {"name": f"{name}, round {number}", "round": number}
+            | {f"pseudo_{key}": counts[key] for key in ("instances", "mean_weight")}
+        )
+    return rows
+
+
+def rises(hmean: float, best: float, min_gain: float) -> bool:
+    """Whether an F is worth another round."""
+    return hmean > best + min_gain
 
 
 def _measure_labels(truth: Dataset, labels: Dataset, settings: Settings) -> Measured:
@@ -177,6 +253,17 @@ def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, 
     return _variant(settings, circle.student, len(teachers), changes)
 
 
+def _control_name(settings: Settings) -> str:
+    return f"{settings.selftrain.student.name}-control"
+
+
+def _control(settings: Settings, teachers: dict[str, TrainResult]) -> Settings:
+    """The student's recipe, start and seed without the pseudo labels."""
+    student = _student(settings, teachers, "", "")
+    labelled = [s.model_dump() for s in settings.data.train]
+    return with_overrides(student, {"data.train": labelled, "name": _control_name(settings)}, "selftrain.control")
+
+
 def _brief(score: Score) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items() if key != "rules"}
 
@@ -188,7 +275,9 @@ def print_table(summary: dict[str, Any]) -> None:
 
     table = Table("", "recall", "precision", "F", "F, large")
     rows = [*summary["teachers"], {"name": "pseudo labels", **summary["pseudo_labels"]}, summary["student"]]
-    best = max((row["hmean"] for row in [*summary["teachers"], summary["student"]]), default=0.0)
+    rows += [summary["control"]] if "control" in summary else []
+    rows += summary.get("rounds", [])[1:]
+    best = max((row["hmean"] for row in rows if row["name"] != "pseudo labels"), default=0.0)
     for row in rows:
         if "hmean" not in row:
             table.add_row(row["name"], *["no truth"] * 4)

@@ -330,13 +330,19 @@ class SelectSettings(_Settings):
     ignore: Fraction = 0.2
     """Fused score from which an instance is an ignore region, so that it is not taught as background."""
     min_weight: Fraction = 0.2
-    """Lossweight at the low threshold."""
+    """Lossweight at the low threshold of the ramp."""
+    weight: Literal["ramp", "score"] = "ramp"
+    """Lossweight between low and high: the ramp, or the (calibrated) score itself."""
+    calibration: str | None = None
+    """calibration.json of jobs/label.py trust: fused scores become expected precision before any threshold; null: as they are."""
     min_votes: PositiveInt = 1
     """Members that must have seen an instance; fewer make it an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
     drop_empty: bool = True
     """Leave out images without a single pseudo label."""
+    format: Literal["auto", "json", "parquet"] = "auto"
+    """Pseudo labels as one COCO json or as a folder of Parquet shards; auto: Parquet from 20,000 images."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectSettings:
@@ -479,6 +485,12 @@ class SelfTrainSettings(_Settings):
     """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
     pseudo_weight: Positive = 1.0
     """Share of the pseudo-labelled images in the student's mixture."""
+    rounds: PositiveInt = 1
+    """Times that the circle is run: each student joins the members that label for the next one."""
+    min_gain: NonNegative = 0.0
+    """No further round when a student's F on the validation set is not above the best so far by more than this."""
+    control: bool = False
+    """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
 

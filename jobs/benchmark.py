@@ -34,7 +34,7 @@ def label(options: argparse.Namespace) -> str:
 
 
 def fusion(options: argparse.Namespace) -> str:
-    from i3cl.labelling.benchmark import fusion_report
+    from i3cl.labelling.fusion_benchmark import fusion_report
 
     return fusion_report(options.threads)
 
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     ):
         command = commands.add_parser(work.__name__, help=text, description=text)
         command.set_defaults(work=work)
-        command.add_argument("--threads", type=int, default=0 if work is label else 2, help="CPU threads; label: 0 = as label.threads")
+        command.add_argument("--threads", type=int, default=0 if work is label else 2, help="CPU threads")
         if work is not fusion:
             command.add_argument("--runs", type=int, default=5 if work is step else 3, help="timed runs, of each in turn")
         if work in (step, model):

@@ -2,14 +2,14 @@
 
 Instances of different members and views that overlap are clustered. A cluster's score is the weighted sum of
 its scores over the weight of everyone who looked, so that it falls when members miss the instance; its shape
-is a vote of its polygons. No result depends on the order of the members or of their polygons.
+is the mean of its polygons by the same weights. No result depends on the order of the members or of their polygons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -17,12 +17,14 @@ import shapely
 from numpy.typing import ArrayLike, NDArray
 
 from i3cl.config import FusionSettings
-from i3cl.geometry import as_polygon, largest_ring, to_shapely
+from i3cl.geometry import as_polygon, intersection_areas, largest_ring, to_shapely
 
 Ring = NDArray[np.float32]
 
-_CELLS = 96
-"""Side of the window that a cluster's shape is voted in."""
+_CELLS = 72
+"""Cells along the window that a cluster's shape is averaged in ..."""
+_CELLS_ACROSS = 24
+"""... and at least so many across, however thin it is."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,41 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
       seeds of clusters. The others join seeds that they overlap so, by descending IoU and at most one of each
       view to a seed. What finds no place is clustered in the same way again.
     - Score: sum of view weight x score over the cluster / total weight of the members.
-    - Shape: where polygons with at least half of the cluster's sum of view weight x score lie over each
-      other. A polygon that has more than half alone, and so any that nobody joined, is returned as it is;
-      other shapes are true to about a hundredth of their length and of their width.
+    - Shape: where the mean of the signed distances to the cluster's outlines, weighted by view weight x score,
+      is zero: true to about a hundredth of the length, and inside the union of the cluster's polygons (to the
+      rounding of float32). Of a polygon that nobody joined it is the polygon itself.
     - Of results that overlap by more than `settings.iou` the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
     views of one member, polygons of fewer than 3 points or with values that are not finite.
     """
-    found = _candidates(predictions, settings)
-    shapes = _Shapes.of(found.polygons, settings.iou)
-    alive = shapes.best_of_overlapping(rivals=found.view[:, None] == found.view)
-    clusters = _clusters(shapes, found.view, alive)
+    return fuse_images([predictions], settings)[0]
 
-    parts = [found.share[cluster] * found.scores[cluster] for cluster in clusters]
-    scores = [min(float(part.sum()), 1.0) for part in parts]
-    votes = [len({found.members[k] for k in cluster}) for cluster in clusters]
-    outlines = [_vote([found.polygons[k] for k in cluster], part) for cluster, part in zip(clusters, parts)]
-    rows = zip(scores, votes, _valid(outlines))
-    fused = [(score, vote, ring) for score, vote, ring in rows if ring is not None]
-    fused.sort(key=lambda row: (-row[0], -row[1], row[2].tobytes()))
-    stays = _Shapes.of([ring for _, _, ring in fused], settings.iou).best_of_overlapping()
-    kept = [fused[k] for k in np.flatnonzero(stays)]
+
+def fuse_images(
+    images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings
+) -> list[FusedInstances]:
+    """`fuse` of many images; dozens at once take less time than one by one."""
+    found = _candidates(images, settings)
+    overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
+    drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
+    outlines = iter(_inside([cluster for draft in drafts for cluster in draft]))
+
+    fused = []
+    for draft in drafts:
+        rows = [(c.score, c.votes, ring) for c in draft if (ring := next(outlines)) is not None]
+        fused.append(sorted(rows, key=lambda row: (-row[0], -row[1], row[2].tobytes())))
+    overlapping = _overlapping([[ring for _, _, ring in rows] for rows in fused], settings.iou)
+    return [_best(rows, pairs, settings.iou) for rows, pairs in zip(fused, overlapping)]
+
+
+def _best(rows: Sequence[tuple[float, int, Ring]], pairs: _Pairs, limit: float) -> FusedInstances:
+    stays = _best_of_overlapping(len(rows), pairs.above(limit))
+    kept = [row for row, stay in zip(rows, stays) if stay]
     return FusedInstances(
         polygons=[ring for _, _, ring in kept],
         scores=np.array([score for score, _, _ in kept], np.float64),
-        votes=np.array([vote for _, vote, _ in kept], np.int64),
+        votes=np.array([votes for _, votes, _ in kept], np.int64),
     )
 
 
@@ -106,29 +117,41 @@ class _Candidates:
     members: list[str]
 
 
-def _candidates(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> _Candidates:
-    rows: list[tuple[float, bytes, float, str, int, Ring]] = []
-    for view, (prediction, share) in enumerate(zip(predictions, _shares(predictions, settings))):
-        name, scores = prediction.member, np.asarray(prediction.scores, np.float64).reshape(-1)
-        if len(scores) != len(prediction.polygons):
-            raise ValueError(f"member {name!r}: {len(prediction.polygons)} polygons but {len(scores)} scores")
-        if not ((scores >= 0) & (scores <= 1)).all():
-            raise ValueError(f"member {name!r}: scores must lie in 0-1")
-        if share == 0:
-            continue
-        enough = np.flatnonzero(scores >= settings.min_score).tolist()
-        polygons = _valid([as_polygon(prediction.polygons[k]) for k in enough])
-        for polygon, score in zip(polygons, scores[enough].tolist()):
-            if polygon is not None:
-                rows.append((-score, polygon.tobytes(), -share, name, view, polygon))
-    rows.sort(key=lambda row: row[:5])
-    return _Candidates(
-        polygons=[row[5] for row in rows],
-        scores=np.array([-row[0] for row in rows], np.float64),
-        share=np.array([-row[2] for row in rows], np.float64),
-        view=np.array([row[4] for row in rows], np.int64),
-        members=[row[3] for row in rows],
-    )
+def _candidates(
+    images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings
+) -> list[_Candidates]:
+    rings: list[Ring] = []
+    rows: list[tuple[int, float, float, str, int]] = []  # image, score, share, member, view
+    for number, predictions in enumerate(images):
+        for view, (prediction, share) in enumerate(zip(predictions, _shares(predictions, settings))):
+            name, scores = prediction.member, np.asarray(prediction.scores, np.float64).reshape(-1)
+            if len(scores) != len(prediction.polygons):
+                raise ValueError(f"member {name!r}: {len(prediction.polygons)} polygons but {len(scores)} scores")
+            if not ((scores >= 0) & (scores <= 1)).all():
+                raise ValueError(f"member {name!r}: scores must lie in 0-1")
+            if share > 0:
+                for k in np.flatnonzero(scores >= settings.min_score).tolist():
+                    rings.append(as_polygon(prediction.polygons[k]))
+                    rows.append((number, float(scores[k]), share, name, view))
+
+    # Equal scores in an order that the polygons decide, so that no result depends on the order of the members.
+    ordered: list[list[tuple[float, bytes, float, str, int, Ring]]] = [[] for _ in images]
+    for (number, score, share, name, view), ring in zip(rows, _valid(rings)):
+        if ring is not None:
+            ordered[number].append((-score, ring.tobytes(), -share, name, view, ring))
+    found = []
+    for own in ordered:
+        own.sort(key=lambda row: row[:5])
+        found.append(
+            _Candidates(
+                polygons=[row[5] for row in own],
+                scores=np.array([-row[0] for row in own], np.float64),
+                share=np.array([-row[2] for row in own], np.float64),
+                view=np.array([row[4] for row in own], np.int64),
+                members=[row[3] for row in own],
+            )
+        )
+    return found
 
 
 def _shares(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> list[float]:
@@ -159,86 +182,180 @@ def _valid(polygons: Sequence[Ring]) -> list[Ring | None]:
 
 
 @dataclass(frozen=True)
-class _Shapes:
-    """Polygons, best first, and which of their pairs are worth measuring: that is where fusion spends its
-    time."""
+class _Pairs:
+    """Polygons of one image that overlap by at least the limit."""
 
-    geometries: NDArray[np.object_]
-    areas: NDArray[np.float64]
-    limit: float
-    """IoU that counts as overlap."""
-    possible: NDArray[np.bool_]
-    """(n, n) pairs whose boxes allow that IoU: |A n B| / |A u B| <= common part of the boxes / larger
-    area."""
+    first: NDArray[np.int64]
+    """(K,) ascending, ties by second."""
+    second: NDArray[np.int64]
+    """(K,) numbers above those of `first`."""
+    iou: NDArray[np.float64]
 
-    @classmethod
-    def of(cls, polygons: Sequence[Ring], limit: float) -> _Shapes:
-        geometries = to_shapely(polygons)
-        areas = shapely.area(geometries) if len(polygons) else np.zeros(0)
-        boxes = shapely.bounds(geometries) if len(polygons) else np.zeros((0, 4))
-        low, high = boxes[:, :2], boxes[:, 2:]
-        common = (np.minimum(high[:, None], high) - np.maximum(low[:, None], low)).clip(min=0).prod(axis=2)
-        # A thousandth of slack, so that rounding does not rule out what measuring would find.
-        possible = (common > 0) & (1.001 * common >= limit * np.maximum(areas[:, None], areas))
-        np.fill_diagonal(possible, False)
-        return cls(geometries, areas, limit, possible)
-
-    def iou(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(K,) IoU of K pairs of numbers."""
-        common = shapely.area(shapely.intersection(self.geometries[first], self.geometries[second]))
-        return common / (self.areas[first] + self.areas[second] - common)
-
-    def best_of_overlapping(self, rivals: NDArray[np.bool_] | Literal[True] = True) -> NDArray[np.bool_]:
-        """(n,) bool: which stay when each that stays rules out those, of its (n, n) `rivals`, above the
-        limit."""
-        stays = np.ones(len(self.areas), bool)
-        better, worse = np.nonzero(np.triu(self.possible & rivals))
-        above = self.iou(better, worse) > self.limit
-        # Sorted by the better one, so that its own fate is settled before it decides another's.
-        for i, j in zip(better[above].tolist(), worse[above].tolist()):
-            if stays[i]:
-                stays[j] = False
-        return stays
+    def above(self, limit: float, rivals: NDArray[np.bool_] | None = None) -> list[tuple[int, int]]:
+        """Those of IoU > limit, and where `rivals`, (K,) bool."""
+        chosen = self.iou > limit if rivals is None else (self.iou > limit) & rivals
+        return list(zip(self.first[chosen].tolist(), self.second[chosen].tolist()))
 
 
-def _clusters(shapes: _Shapes, view: NDArray[np.int64], alive: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    """Ascending numbers of the polygons in each cluster of those `alive`, by the rules of `fuse`."""
-    partners = shapes.possible & (view[:, None] != view)
-    waiting = alive.copy()
-    clusters: list[NDArray[np.int64]] = []
-    while waiting.any():
+def _overlapping(images: Sequence[Sequence[Ring]], limit: float) -> list[_Pairs]:
+    """Each image's pairs of valid polygons with an IoU of at least `limit`, and above 0."""
+    rings = [ring for image in images for ring in image]
+    ends = np.cumsum([0] + [len(image) for image in images])
+    boxes, areas = _boxes_and_areas(rings)
+    owners, firsts, seconds = [], [], []
+    for number, (start, end) in enumerate(pairwise(ends.tolist())):
+        low_x, low_y, high_x, high_y = boxes[start:end].T
+        area = areas[start:end]
+        width = np.minimum(high_x[:, None], high_x) - np.maximum(low_x[:, None], low_x)
+        height = np.minimum(high_y[:, None], high_y) - np.maximum(low_y[:, None], low_y)
+        first, second = np.nonzero(np.triu((width > 0) & (height > 0), 1))
+        # |A n B| / |A u B| <= common part of the boxes / larger area, with a thousandth of slack, so that rounding
+        # does not rule out what measuring would find.
+        bound = 1.001 * width[first, second] * height[first, second]
+        possible = bound >= limit * np.maximum(area[first], area[second])
+        firsts.append(first[possible] + start)
+        seconds.append(second[possible] + start)
+        owners.append(np.full(np.count_nonzero(possible), number))
+    first, second, owner = (np.concatenate([np.zeros(0, np.int64), *x]) for x in (firsts, seconds, owners))
+    common = intersection_areas(rings, first, second)
+    iou = common / (areas[first] + areas[second] - common)
+    enough = (iou >= limit) & (iou > 0)
+    first, second, owner, iou = first[enough], second[enough], owner[enough], iou[enough]
+    cuts = np.searchsorted(owner, np.arange(len(images) + 1))
+    return [
+        _Pairs(first[a:b] - start, second[a:b] - start, iou[a:b])
+        for (a, b), start in zip(pairwise(cuts.tolist()), ends[:-1].tolist())
+    ]
+
+
+def _boxes_and_areas(rings: Sequence[Ring]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N, 4) boxes x0, y0, x1, y1 and (N,) areas by the shoelace formula, in float64."""
+    if not rings:
+        return np.zeros((0, 4)), np.zeros(0)
+    lengths = np.array([len(ring) for ring in rings])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    points = np.concatenate(rings).astype(np.float64)
+    boxes = np.hstack([np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)])
+    # Relative to the first point: far from the origin the products would cancel.
+    points -= np.repeat(points[starts], lengths, axis=0)
+    after = np.arange(1, len(points) + 1)
+    after[ends - 1] = starts
+    cross = points[:, 0] * points[after, 1] - points[after, 0] * points[:, 1]
+    return boxes, np.abs(np.add.reduceat(cross, starts)) / 2
+
+
+def _best_of_overlapping(count: int, pairs: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which of `count` stay when each that stays rules out the second ones of its pairs, which are ascending."""
+    stays = [True] * count
+    # Sorted by the better one, so that its own fate is settled before it decides another's.
+    for i, j in pairs:
+        if stays[i]:
+            stays[j] = False
+    return stays
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    polygons: list[Ring]
+    parts: NDArray[np.float64]
+    """(n,) share x score of each."""
+    votes: int
+
+    @property
+    def score(self) -> float:
+        return min(float(self.parts.sum()), 1.0)
+
+
+def _draft(found: _Candidates, pairs: _Pairs, limit: float) -> list[_Cluster]:
+    own_view = found.view[pairs.first] == found.view[pairs.second]
+    alive = _best_of_overlapping(len(found.polygons), pairs.above(limit, own_view))
+    partners: list[list[tuple[float, int]]] = [[] for _ in found.polygons]
+    other = ~own_view
+    for i, j, iou in zip(
+        pairs.first[other].tolist(), pairs.second[other].tolist(), pairs.iou[other].tolist()
+    ):
+        partners[i].append((iou, j))
+        partners[j].append((iou, i))
+    return [
+        _Cluster(
+            [found.polygons[k] for k in numbers],
+            found.share[numbers] * found.scores[numbers],
+            len({found.members[k] for k in numbers}),
+        )
+        for numbers in _clusters(partners, found.view.tolist(), alive)
+    ]
+
+
+def _clusters(
+    partners: Sequence[Sequence[tuple[float, int]]], view: Sequence[int], alive: Sequence[bool]
+) -> list[list[int]]:
+    """Ascending numbers of the polygons in each cluster of those `alive`, by the rules of `fuse`.
+
+    partners: for each polygon IoU and number of those of other views that overlap it enough.
+    """
+    waiting = [k for k, stays in enumerate(alive) if stays]
+    clusters: list[list[int]] = []
+    while waiting:
+        here = set(waiting)
         joined: dict[int, list[int]] = {}
         matches: list[tuple[float, int, int]] = []
-        unseeded = waiting.copy()
-        for seed in np.flatnonzero(waiting).tolist():
-            if unseeded[seed]:
+        reached: set[int] = set()
+        for seed in waiting:
+            if seed not in reached:
                 joined[seed] = [seed]
-                near = np.flatnonzero(partners[seed] & waiting)
-                iou = shapes.iou(np.full(len(near), seed), near)
-                enough = (iou >= shapes.limit) & (iou > 0)
-                unseeded[near[enough]] = False
-                matches += [
-                    (-value, seed, k) for value, k in zip(iou[enough].tolist(), near[enough].tolist())
-                ]
+                near = [(-iou, seed, k) for iou, k in partners[seed] if k in here]
+                reached.update(k for _, _, k in near)
+                matches += near
 
-        waiting[list(joined)] = False
+        here.difference_update(joined)
         for _, seed, k in sorted(matches):
-            if waiting[k] and view[k] not in view[joined[seed]]:
+            if k in here and all(view[k] != view[member] for member in joined[seed]):
                 joined[seed].append(k)
-                waiting[k] = False
-        clusters += [np.sort(cluster) for cluster in joined.values()]
+                here.remove(k)
+        clusters += [sorted(cluster) for cluster in joined.values()]
+        waiting = sorted(here)
     return clusters
 
 
-def _vote(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
-    """Outline of the region where polygons with at least half of the sum of `parts` lie over each other."""
-    # Cells are sums of float32: without a margin rounding would decide a tie.
-    half = parts.sum() / 2
-    strongest = int(np.argmax(parts))
-    if parts[strongest] > half * (1 + 1e-5) or half == 0:
-        return polygons[strongest]
+def _inside(clusters: Sequence[_Cluster]) -> list[Ring | None]:
+    """The mean outline of each cluster, valid and inside the union of its polygons; None when nothing is left."""
+    outlines = [_mean_outline(cluster.polygons, cluster.parts) for cluster in clusters]
+    result = _valid(outlines)
+    # An outline of cells may pass its polygons by a cell; one that is a member's own cannot.
+    drawn = [
+        k
+        for k, (cluster, outline) in enumerate(zip(clusters, outlines))
+        if result[k] is not None and not any(outline is polygon for polygon in cluster.polygons)
+    ]
+    if drawn:
+        rings = to_shapely([ring for k in drawn if (ring := result[k]) is not None])
+        members = to_shapely([polygon for k in drawn for polygon in clusters[k].polygons])
+        sizes = np.array([len(clusters[k].polygons) for k in drawn])
+        rows = np.full((len(drawn), sizes.max()), None)
+        rows[np.arange(sizes.max()) < sizes[:, None]] = members
+        unions = shapely.union_all(rows, axis=1)
+        shapely.prepare(unions)
+        outside = np.flatnonzero(~shapely.covers(unions, rings))
+        clipped = shapely.intersection(rings[outside], unions[outside])
+        for row, part in zip(outside.tolist(), clipped):
+            result[drawn[row]] = largest_ring(part)
+    return result
 
-    # The window is the smallest rotated rectangle around all: a long slanted line is as fine across as along.
+
+def _mean_outline(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
+    """Where the mean of the signed distances to the outlines, weighted by `parts`, is zero.
+
+    Inside what all polygons have in common every distance is positive, outside of all every one is negative: the
+    outline runs between.
+    """
+    total, first = parts.sum(), polygons[0]
+    if all(np.array_equal(first, polygon) for polygon in polygons[1:]):
+        return first
+    if total <= 0:
+        return polygons[int(np.argmax(parts))]
+
+    # The window is the smallest rotated rectangle around all: a slanted line is as fine across as along.
     points = np.concatenate(polygons).astype(np.float64)
     origin = points.min(axis=0)
     centre, size, angle = cv2.minAreaRect((points - origin).astype(np.float32))
@@ -246,20 +363,26 @@ def _vote(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     axes = np.array([[cosine, -sine], [sine, cosine]])
     # One free cell all around; a cell's number is its centre.
-    cell = np.array(size) / (_CELLS - 3)
-    window = np.round(((points - middle) @ axes / cell + (_CELLS - 1) / 2) * 16).astype(np.int32)
+    cell = np.maximum(np.array(size), 1e-6)
+    cells = np.maximum(np.round(_CELLS * cell / cell.max()), _CELLS_ACROSS).astype(int)
+    cell /= cells - 3
+    width, height = cells.tolist()
+    window = np.round(((points - middle) @ axes / cell + (cells - 1) / 2) * 16).astype(np.int32)
 
-    votes = np.zeros((_CELLS, _CELLS), np.float32)
+    distance = np.zeros((height, width), np.float32)
     start = 0
-    for polygon, part in zip(polygons, parts.tolist()):
+    for polygon, share in zip(polygons, (parts / total).tolist()):
         ring = window[start : start + len(polygon)]
-        # It sets the cells under the edge too and findContours runs through the centres of the outermost
-        # cells, so that an outline comes back in its place, neither grown nor shrunk.
-        votes += cv2.fillPoly(np.zeros((_CELLS, _CELLS), np.float32), [ring], part, shift=4)
+        inside = cv2.fillPoly(np.zeros((height, width), np.uint8), [ring], 1, shift=4)
+        # The cells under the edge are set too: they are at distance 0, the next ones inside at 1, outside at -1.
+        within = np.asarray(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
+        without = np.asarray(cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
+        distance += share * (within - without - inside)
         start += len(polygon)
-    region = (votes >= half * (1 - 1e-5)).astype(np.uint8)
+    # findContours runs through the centres of the outermost cells. Half a cell of margin: neither grown nor shrunk.
+    region = (distance >= -0.5).astype(np.uint8)
     contours, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 0.75, True).reshape(-1, 2)
+    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 0.6, True).reshape(-1, 2)
     if len(outline) < 3:
-        return polygons[strongest]
-    return (((outline - (_CELLS - 1) / 2) * cell) @ axes.T + middle).astype(np.float32)
+        return polygons[int(np.argmax(parts))]
+    return (((outline - (cells - 1) / 2) * cell) @ axes.T + middle).astype(np.float32)

@@ -1,18 +1,41 @@
-"""From stored predictions to a pseudo-label set: fusion and selection image by image, COCO json out. Never needs a GPU."""
+"""From stored predictions to a pseudo-label set: fusion and selection, COCO json or Parquet out. Never needs a GPU.
+
+The predictions of a large corpus are shared out in bundles of parts over Ray tasks, each of which writes its own shard, so that
+no process holds more than one bundle. A small set is done in this process: it takes less time than starting Ray.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from i3cl import storage
 from i3cl.config import LabelSettings
-from i3cl.data.coco import ImageRecord, Instance, write_coco
-from i3cl.data.predictions import polygons_of, read_predictions
-from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse
+from i3cl.data.coco import ImageRecord, Instance, from_table, to_table, write_coco, write_parquet
+from i3cl.data.predictions import polygons_of, read_batches, read_predictions
+from i3cl.job import connect, duration
+from i3cl.labelling.calibration import Calibration, read_calibration
+from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.select import SelectionSummary, select
+
+_TOGETHER = 64
+"""Images fused in one call."""
+_BUNDLE = 2048
+"""Images a Ray task and shard, at least."""
+_IN_PROCESS = 4096
+"""Images up to which this process does all."""
+_ONE_JSON = 20_000
+"""Images up to which 'auto' writes one json."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +45,43 @@ class FusedImage:
     height: int
     width: int
     fused: FusedInstances
+    members: tuple[MemberPrediction, ...] = ()
+    """What was fused."""
 
 
-def fused_images(predictions: str, settings: LabelSettings) -> Iterator[FusedImage]:
-    """Every readable image of a predictions folder with its members fused."""
-    for rows in read_predictions(predictions):
-        first = rows[0]
-        if first["error"] is not None:
-            continue
-        parts = [MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"])) for row in rows]
-        fused = fuse(parts, settings.fusion)
-        yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused)
+def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> Iterator[FusedImage]:
+    """Every readable image of a predictions folder, or of parts that hold all of their images, with its members fused."""
+    paths = [predictions] if isinstance(predictions, str) else predictions
+    readable = (rows for path in paths for rows in read_predictions(path) if rows[0]["error"] is None)
+    for group in _batched(readable, _TOGETHER):
+        members = [
+            tuple(MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"])) for row in rows)
+            for rows in group
+        ]
+        for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
+            first = rows[0]
+            yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused, parts)
 
 
-def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str) -> dict[str, Any]:
-    """Write the pseudo-label COCO json `out` (whole or not at all) and return its counts (SelectionSummary.summary)."""
+def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def label_parts(
+    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None = None
+) -> tuple[list[ImageRecord], SelectionSummary]:
+    """Pseudo labels of the images in some parts, in the order of their ids, and the counts."""
     summary = SelectionSummary()
     records: list[ImageRecord] = []
-    for item in fused_images(predictions, settings):
-        chosen = select(item.fused, settings.select)
+    for item in fused_images(parts, settings):
+        chosen = select(item.fused, settings.select, calibration)
         summary.update(chosen)
         if settings.select.drop_empty and not np.any(~chosen.ignore):
             continue
@@ -51,6 +92,172 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str) -> d
             )
         )
         records.append(ImageRecord(item.image_id, item.file_name, item.height, item.width, instances))
+    return sorted(records, key=lambda record: record.id), summary
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Parts of a predictions folder in groups that can be read apart from each other."""
+
+    groups: list[list[str]]
+    images: int
+    members: list[str]
+    """Sorted names, of all parts."""
+
+
+def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
+    """Groups of parts with at least `least` images each (the last one may have fewer).
+
+    All rows of an image lie in one part. Where they do not, say in parts of several runs, everything becomes one group.
+    UserError when there is no part or one is not of predictions.
+    """
+    if storage.is_file(predictions):
+        paths = [predictions]
+    else:
+        names = [n for n in storage.list_dir(predictions) if n.endswith(".parquet") and n[0] not in "._"]
+        paths = [storage.join(predictions, name) for name in names]
+    if len(paths) < 2:
+        ids, names_there = _heads(paths[0] if paths else predictions)
+        return Bundles([[predictions]], len(ids), sorted(names_there))
+    with ThreadPoolExecutor(16) as pool:
+        heads = list(pool.map(_heads, paths))
+    members = sorted(set().union(*(names for _, names in heads)))
+    images = len(np.unique(np.concatenate([ids for ids, _ in heads])))
+    if images < sum(len(ids) for ids, _ in heads):
+        return Bundles([[predictions]], images, members)
+    groups: list[list[str]] = [[]]
+    held = 0
+    for path, (ids, _) in zip(paths, heads):
+        if held >= least:
+            groups.append([])
+            held = 0
+        groups[-1].append(path)
+        held += len(ids)
+    return Bundles(groups, images, members)
+
+
+def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:
+    ids: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    members: set[str] = set()
+    for batch in read_batches(path, ["image_id", "member"]):
+        ids.append(np.unique(batch["image_id"].to_numpy(zero_copy_only=False)))
+        members |= set(batch["member"].unique().to_pylist())
+    return np.unique(np.concatenate(ids)), members
+
+
+def pseudo_path(run: str, predictions: str, settings: LabelSettings) -> str:
+    """Where the pseudo labels of a run belong: <run>/pseudo.json, or for Parquet shards the folder <run>/pseudo."""
+    form = settings.select.format
+    if form == "auto":
+        form = "parquet" if bundles(predictions).images >= _ONE_JSON else "json"
+    return storage.join(run, "pseudo.json" if form == "json" else "pseudo")
+
+
+def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, images_root: str = "") -> dict[str, Any]:
+    """Write the pseudo labels of stored predictions to `out` and return their counts (SelectionSummary.summary).
+
+    out: a name that ends in .json becomes one COCO json, whole or not at all; any other a folder of Parquet shards that
+    `read_coco` reads, complete once `_done.json` is in it: the same call continues one that was stopped. images_root: put
+    before the file names in the shards' column `path`. UserError for unreadable predictions and for a calibration
+    of other members.
+    """
+    found = bundles(predictions)
+    calibration = None
+    if settings.select.calibration is not None:
+        calibration = read_calibration(settings.select.calibration)
+        calibration.check(found.members, settings.fusion, settings.select.calibration)
+    if out.endswith(".json"):
+        return _one_json(found, settings, calibration, out)
+    return _shards(found, settings, calibration, out, images_root)
+
+
+def _one_json(found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str) -> dict[str, Any]:
+    summary = SelectionSummary()
+    records: list[ImageRecord] = []
+    if found.images <= _IN_PROCESS:
+        records, summary = label_parts([part for group in found.groups for part in group], settings, calibration)
+    else:
+        for table, counts in _on_ray(_labelled_table, [(group, settings, calibration) for group in found.groups], found.images):
+            records += from_table(table)
+            summary.merge(counts)
     records.sort(key=lambda record: record.id)
     write_coco(out, records, info={"description": "pseudo labels", "thresholds": settings.select.model_dump()})
     return summary.summary()
+
+
+def _labelled_table(
+    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None
+) -> tuple[pa.Table, dict[str, float]]:
+    records, summary = label_parts(parts, settings, calibration)
+    return to_table(records, ""), summary.summary()
+
+
+def _shards(
+    found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str, images_root: str
+) -> dict[str, Any]:
+    made_from = {
+        "parts": [[part.rsplit("/", 1)[-1] for part in group] for group in found.groups],
+        "fusion": settings.fusion.model_dump(),
+        "select": settings.select.model_dump(),
+        "calibration": None if calibration is None else [calibration.scores, calibration.precision],
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    marker = storage.join(out, "_settings.json")
+    if not storage.is_file(marker) or json.loads(storage.read_text(marker))["key"] != key:
+        storage.remove_tree(out)
+        storage.write_text_atomic(marker, json.dumps({"key": key} | made_from, indent=1) + "\n")
+    present = set(storage.list_dir(out))
+    summary = SelectionSummary()
+    waiting = []
+    for number, group in enumerate(found.groups):
+        if f"_part-{number:05d}.json" in present:
+            summary.merge(json.loads(storage.read_text(storage.join(out, f"_part-{number:05d}.json"))))
+        else:
+            waiting.append((group, settings, calibration, out, number, images_root))
+    if found.images <= _IN_PROCESS:
+        for work in waiting:
+            summary.merge(_write_shard(*work))
+    elif waiting:
+        for counts in _on_ray(_write_shard, waiting, found.images - summary.images):
+            summary.merge(counts)
+    storage.write_text_atomic(storage.join(out, "_done.json"), json.dumps(summary.summary()) + "\n")
+    return summary.summary()
+
+
+def _write_shard(
+    parts: Sequence[str],
+    settings: LabelSettings,
+    calibration: Calibration | None,
+    out: str,
+    number: int,
+    images_root: str,
+) -> dict[str, float]:
+    records, summary = label_parts(parts, settings, calibration)
+    write_parquet(storage.join(out, f"part-{number:05d}.parquet"), records, images_root)
+    counts = summary.summary()
+    # Written after the shard: it says that the shard is done.
+    storage.write_text_atomic(storage.join(out, f"_part-{number:05d}.json"), json.dumps(counts) + "\n")
+    return counts
+
+
+def _on_ray(task: Any, calls: Sequence[tuple[Any, ...]], images: int) -> Iterator[Any]:
+    """Results of task(*call) in the order in which they come; prints progress and time left."""
+    connect()
+    import ray
+
+    remote = ray.remote(num_cpus=1, max_retries=3)(task)
+    alone = len(ray.nodes()) == 1
+    # A local Ray has more logical CPUs than the machine has cores; more processes than cores only take memory.
+    room = (os.cpu_count() or 1) if alone else max(2, int(ray.cluster_resources().get("CPU", 1)))
+    started = time.monotonic()
+    waiting = list(reversed(calls))
+    running: list[Any] = []
+    done = 0
+    while waiting or running:
+        while waiting and len(running) < room:
+            running.append(remote.remote(*waiting.pop()))
+        ready, running = ray.wait(running, num_returns=1)
+        yield ray.get(ready[0])
+        done += 1
+        left = (time.monotonic() - started) / done * (len(calls) - done)
+        print(f"select: {done}/{len(calls)} bundles of {images} images  {duration(left)} left", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from i3cl.config import SelectSettings
 from i3cl.geometry import short_side
+from i3cl.labelling.calibration import Calibration
 from i3cl.labelling.fusion import FusedInstances
 
 
@@ -19,7 +21,7 @@ class Selected:
     polygons: list[NDArray[np.float32]]
     """n polygons (P, 2) float32 in pixels."""
     lossweight: NDArray[np.float64]
-    """(n,) min_weight-1 for pseudo labels, 0 for ignore regions."""
+    """(n,) 0-1, as the settings say, for pseudo labels; 0 for ignore regions."""
     ignore: NDArray[np.bool_]
     """(n,) True for ignore regions."""
     scores: NDArray[np.float64]
@@ -33,20 +35,26 @@ class Selected:
         return len(self.polygons)
 
 
-def select(fused: FusedInstances, settings: SelectSettings) -> Selected:
+def select(
+    fused: FusedInstances, settings: SelectSettings, calibration: Calibration | None = None
+) -> Selected:
     """A verdict for every instance, by the thresholds of `settings`.
 
+    With a `calibration` the scores are mapped to expected precision first, and all that follows is in its units.
     score >= high: pseudo label of lossweight 1. low <= score < high: pseudo label whose lossweight grows
-    linearly from min_weight at low to 1 at high. ignore <= score < low: ignore region, and so is what would
+    linearly from min_weight at low to 1 at high ('ramp'), or is the score ('score').
+    ignore <= score < low: ignore region, and so is what would
     be a pseudo label but has fewer than min_votes votes or a short side under min_side pixels. score <
     ignore: dropped.
     """
-    scores = np.asarray(fused.scores, np.float64)
+    scores = np.asarray(fused.scores, np.float64) if calibration is None else calibration(fused.scores)
     sides = np.array([short_side(polygon) for polygon in fused.polygons], np.float64)
     label = (scores >= settings.low) & (fused.votes >= settings.min_votes) & (sides >= settings.min_side)
     # high == low leaves no ramp: what reaches low has reached high.
     ramp = (scores - settings.low) / max(settings.high - settings.low, 1e-12)
     weight = settings.min_weight + (1 - settings.min_weight) * np.clip(ramp, 0, 1)
+    if settings.weight == "score":
+        weight = scores
     weight = np.where(scores >= settings.high, 1.0, weight)
 
     kept = np.flatnonzero(scores >= settings.ignore)
@@ -76,6 +84,15 @@ class SelectionSummary:
         self.ignored += len(selected) - labels
         self.dropped += selected.dropped
         self._weight += float(selected.lossweight[~selected.ignore].sum())
+
+    def merge(self, counts: Mapping[str, float]) -> None:
+        """Adds the images of another `summary`."""
+        self.images += int(counts["images"])
+        self.images_with_labels += int(counts["images_with_labels"])
+        self.instances += int(counts["instances"])
+        self.ignored += int(counts["ignored"])
+        self.dropped += int(counts["dropped"])
+        self._weight += counts["mean_weight"] * counts["instances"]
 
     def summary(self) -> dict[str, float]:
         """images, images_with_labels, instances (pseudo labels), ignored, dropped: counts. mean_weight: 0-1,

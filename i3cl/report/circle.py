@@ -30,13 +30,30 @@ def write_circle_report(
     pseudo: str,
     pseudo_images: str,
     runs: Mapping[str, str],
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write report.html. `measured` holds the teachers in order and the student last; `runs` their run directories."""
+    """Write report.html. `measured` holds the teachers in order and the student last; `runs` their run directories.
+
+    others: rows of summary.json of models beside these: the control, students of later rounds.
+    """
     *teachers, student = measured
     results = [_result(measured[name], "teacher") for name in teachers]
     if pseudo_measured is not None:
         results.append(_result(pseudo_measured, "pseudo"))
     results.append(_result(measured[student], "student"))
+    results += [
+        Result(
+            row["name"],
+            "other",
+            row["recall"],
+            row["precision"],
+            row["hmean"],
+            row["threshold"],
+            row["hmean_large"],
+            row["mask_ap"],
+        )
+        for row in others
+    ]
     best = max(teachers, key=lambda name: measured[name].score.hmean)
     write_report(
         path,

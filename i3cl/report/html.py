@@ -42,8 +42,8 @@ class Result:
     """One row of the headline table; shares are 0-1."""
 
     name: str
-    kind: Literal["teacher", "pseudo", "student"]
-    """The best F is marked among teachers and students; pseudo labels are measured on other pictures."""
+    kind: Literal["teacher", "pseudo", "student", "other"]
+    """The best F is marked among all models; pseudo labels are measured on other pictures."""
     recall: float
     precision: float
     hmean: float

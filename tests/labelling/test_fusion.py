@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from i3cl.config import FusionSettings
 from i3cl.geometry import overlaps
-from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse
+from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse, fuse_images
 
 SETTINGS = FusionSettings()
 
@@ -163,19 +163,20 @@ def test_one_polygon_of_a_view_in_a_cluster():
     assert result.votes[0] == 2
 
 
-def test_shape_is_the_majority_of_three():
+def test_shape_is_the_mean_of_three():
     parts = [
         MemberPrediction(n, [box(0, 0, right, 20)], [0.8])
-        for n, right in (("a", 100), ("b", 110), ("c", 130))
+        for n, right in (("a", 100), ("b", 110), ("c", 120))
     ]
     (polygon,) = fuse(parts, SETTINGS).polygons
     assert area_iou(polygon, box(0, 0, 110, 20)) > 0.97
 
 
-def test_shape_follows_the_weight():
+def test_shape_of_two_lies_between_them_by_their_weight():
     small, large = box(0, 0, 100, 20), box(0, 0, 130, 20)
     parts = [MemberPrediction("a", [small], [0.8]), MemberPrediction("b", [large], [0.8], 1.5)]
-    assert fuse(parts, SETTINGS).polygons[0].tolist() == large.tolist()
+    (polygon,) = fuse(parts, SETTINGS).polygons
+    assert area_iou(polygon, box(0, 0, 118, 20)) > 0.94
 
 
 def test_nothing():
@@ -267,10 +268,8 @@ def test_invariants_of_every_result(seed):
         assert polygon.dtype == np.float32
         assert shape.is_valid
         assert shape.area > 0
-        # Half a cell of the voting window and the simplification: a hundredth of the length.
-        length = max(np.ptp(polygon, axis=0))
-        assert everything.buffer(0.02 * length).covers(shape)
-        assert shape.difference(everything).area < 0.02 * shape.area
+        # float32 cannot hold every point of an edge; all else is clipped.
+        assert everything.buffer(1e-3).covers(shape)
     pairs = overlaps(result.polygons, result.polygons)
     assert (pairs.iou[pairs.first != pairs.second] <= SETTINGS.iou).all()
 
@@ -340,48 +339,62 @@ def test_moves_and_scales_with_the_image(seed, scale, shift):
         assert area_iou(a * scale + shift, b) > 0.95
 
 
-def exact_vote(polygons, parts):
-    """The voted region by overlay of the polygons' edges instead of cells."""
-    shapes = [shapely.Polygon(polygon) for polygon in polygons]
-    edges = shapely.node(shapely.union_all([shape.exterior for shape in shapes]))
-    faces = shapely.get_parts(shapely.polygonize([*shapely.get_parts(edges)]))
-    inside = [
-        face
-        for face in faces
-        if sum(p for s, p in zip(shapes, parts) if s.covers(face.representative_point())) >= sum(parts) / 2
-    ]
-    return shapely.union_all(inside)
-
-
 @short
-@given(seed=seeds, members=st.integers(3, 5))
-def test_shape_is_the_weighted_vote(seed, members):
+@given(seed=seeds, members=st.integers(2, 5))
+def test_shape_lies_between_what_all_and_what_any_have(seed, members):
     rng = np.random.default_rng(seed)
     ring = word(rng, (200, 200))
     polygons = [(ring + rng.normal(0, 1.5, 2)).astype(np.float32) for _ in range(members)]
     scores = rng.uniform(0.5, 1, members)
     result = fuse([MemberPrediction(str(k), [polygons[k]], [scores[k]]) for k in range(members)], SETTINGS)
     if result.votes[0] == members:
-        expected, shape = exact_vote(polygons, scores), shapely.Polygon(result.polygons[0])
-        assert shape.intersection(expected).area / shape.union(expected).area > 0.93
+        shape, shapes = shapely.Polygon(result.polygons[0]), [shapely.Polygon(p) for p in polygons]
+        cell = 1.5 * max(np.ptp(result.polygons[0], axis=0)) / 60
+        assert shape.buffer(cell).covers(shapely.intersection_all(shapes))
+        assert shapely.union_all(shapes).buffer(1e-3).covers(shape)
+        mean = sum(scores * [s.area for s in shapes]) / sum(scores)
+        assert shape.area == pytest.approx(mean, rel=0.12)
+
+
+@short
+@given(seed=seeds)
+def test_many_images_at_once_give_what_each_gives(seed):
+    images = [scene(seed + k, words=3) for k in range(3)] + [[]]
+    assert all(same(a, fuse(parts, SETTINGS)) for a, parts in zip(fuse_images(images, SETTINGS), images))
+
+
+@short
+@given(seed=seeds, shift=st.floats(0, 40))
+def test_score_falls_with_disagreement(seed, shift):
+    """The further one member's polygon lies from those of the others, the lower is the best score."""
+    rng = np.random.default_rng(seed)
+    scores = rng.uniform(0.3, 1, 3)
+    best = []
+    for move in (0, shift, 2 * shift + 1):
+        rings = [box(0, 0, 60, 20), box(0, 0, 60, 20), box(move, 0, 60 + move, 20)]
+        result = fuse([MemberPrediction(n, [r], [s]) for n, r, s in zip("abc", rings, scores)], SETTINGS)
+        best.append(result.scores[0])
+    assert best[0] >= best[1] >= best[2]
 
 
 def test_shapes_neither_grow_nor_shrink():
     """A bias would add up from one round of self-training to the next."""
     rng = np.random.default_rng(0)
     ratios = []
-    for _ in range(60):
-        ring = word(rng, (200, 200)).astype(np.float32)
-        result = fuse([MemberPrediction(name, [ring], [0.8]) for name in "abc"], SETTINGS)
-        ratios.append(shapely.Polygon(result.polygons[0]).area / shapely.Polygon(ring).area)
-    assert np.mean(ratios) == pytest.approx(1, abs=0.005)
+    for _ in range(100):
+        ring = word(rng, (200, 200))
+        parts = [
+            MemberPrediction(n, [(ring + rng.normal(0, 1, 2)).astype(np.float32)], [0.8]) for n in "abc"
+        ]
+        (polygon,) = fuse(parts, FusionSettings(iou=0.2)).polygons
+        ratios.append(shapely.Polygon(polygon).area / shapely.Polygon(ring).area)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.01)
 
 
 def test_speed():
     """1,000 images of 5 members with 30 instances are meant to take 10 s on two cores; a busy machine gets
-    three times that."""
+    twice that."""
     images = [scene(seed, views=(1,) * 5, words=30, side=1500) for seed in range(20)]
     start = time.process_time()
-    for parts in images:
-        fuse(parts, SETTINGS)
-    assert (time.process_time() - start) * 1000 / len(images) < 60
+    fuse_images(images, SETTINGS)
+    assert (time.process_time() - start) * 1000 / len(images) < 40

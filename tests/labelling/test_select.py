@@ -1,11 +1,16 @@
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from i3cl.config import SelectSettings
+from i3cl.config import LabelSettings, SelectSettings, UserError
+from i3cl.data.coco import read_coco
+from i3cl.data.predictions import to_table
+from i3cl.labelling.calibration import Calibration, write_calibration
 from i3cl.labelling.fusion import FusedInstances
+from i3cl.labelling.pseudo import bundles, make_pseudo_labels, pseudo_path
 from i3cl.labelling.select import SelectionSummary, select
 
 
@@ -107,3 +112,114 @@ def test_summary():
     assert summary.summary() == pytest.approx(
         {"images": 3, "images_with_labels": 1, "instances": 2, "ignored": 2, "dropped": 1, "mean_weight": 0.8}
     )
+
+
+def test_weight_can_be_the_score():
+    chosen = select(fused(0.9, 0.6, 0.3), SETTINGS.model_copy(update={"weight": "score"}))
+    assert chosen.lossweight == pytest.approx([1, 0.6, 0])
+
+
+def test_thresholds_are_in_units_of_the_calibration():
+    calibration = Calibration((0.0, 0.5, 1.0), (0.0, 0.9, 1.0))
+    chosen = select(fused(0.5, 0.25, 0.1), SETTINGS, calibration)
+    assert chosen.scores == pytest.approx([0.9, 0.45])
+    assert chosen.lossweight[0] == 1
+    assert chosen.dropped == 1
+
+
+# ------------------------------------------------------------------------------------- from stored predictions
+
+
+def predictions(folder, parts, members=("a", "b"), repeat=False):
+    """Parts of 3 images with one certain word, one doubtful word, and in every third image nothing."""
+    folder.mkdir()
+    image = 0
+    for part in range(parts):
+        rows = []
+        for _ in range(3):
+            empty = image % 3 == 2
+            for member in members:
+                polygons = [] if empty else [box(60, 20) + 5, box(60, 20) + np.float32([5, 50])]
+                rows.append(
+                    {
+                        "image_id": image,
+                        "file_name": f"{image}.jpg",
+                        "height": 100,
+                        "width": 200,
+                        "member": member,
+                        "view": "default",
+                        "polygons": polygons,
+                        "scores": [] if empty else [0.9, 0.5],
+                    }
+                )
+            image += 1
+        pq.write_table(to_table(rows), folder / f"part-{part:05d}.parquet")
+        if repeat and part == 0:
+            pq.write_table(to_table(rows), folder / "part-again.parquet")
+    return str(folder)
+
+
+LABEL = LabelSettings(select=SelectSettings(high=0.8, low=0.4, ignore=0.2))
+
+
+def test_json_and_shards_hold_the_same_labels(tmp_path):
+    found = predictions(tmp_path / "predictions", 4)
+    counts = make_pseudo_labels(found, LABEL, str(tmp_path / "pseudo.json"))
+    assert counts == make_pseudo_labels(found, LABEL, str(tmp_path / "pseudo"))
+    assert (counts["images"], counts["images_with_labels"], counts["instances"]) == (12, 8, 16)
+    one = read_coco(str(tmp_path / "pseudo.json"), "", check_files=False)
+    other = read_coco(str(tmp_path / "pseudo"), "", check_files=False)
+    assert [r.id for r in one.records] == sorted(r.id for r in other.records) == [0, 1, 3, 4, 6, 7, 9, 10]
+    both = [
+        [(i.polygon.tolist(), i.lossweight, i.score, i.votes) for i in r.instances]
+        for r in (one.records[0], other.records[0])
+    ]
+    assert both[0][0][0] == both[1][0][0]
+    assert both[0][0][1:] == pytest.approx(both[1][0][1:], abs=1e-6)
+
+
+def test_shards_that_are_there_are_not_made_again(tmp_path):
+    found, out = predictions(tmp_path / "predictions", 2), tmp_path / "pseudo"
+    counts = make_pseudo_labels(found, LABEL, str(out))
+    shard = out / "part-00000.parquet"
+    before = shard.stat().st_mtime_ns
+    assert make_pseudo_labels(found, LABEL, str(out)) == counts
+    assert shard.stat().st_mtime_ns == before
+    other = LABEL.model_copy(update={"select": SelectSettings(high=0.8, low=0.6, ignore=0.2)})
+    assert make_pseudo_labels(found, other, str(out))["instances"] == 4
+
+
+def test_bundles_keep_every_part_once_and_images_whole(tmp_path):
+    found = predictions(tmp_path / "predictions", 5)
+    made = bundles(found, least=6)
+    assert [len(group) for group in made.groups] == [2, 2, 1]
+    assert (made.images, made.members) == (15, ["a", "b"])
+    again = bundles(predictions(tmp_path / "again", 5, repeat=True), least=6)
+    assert (len(again.groups), again.images) == (1, 15)
+
+
+def test_an_image_that_a_repeated_task_wrote_twice_counts_once(tmp_path):
+    found = predictions(tmp_path / "predictions", 3, repeat=True)
+    assert make_pseudo_labels(found, LABEL, str(tmp_path / "pseudo.json"))["images"] == 9
+
+
+def test_without_predictions(tmp_path):
+    with pytest.raises(UserError, match="holds no Parquet part"):
+        make_pseudo_labels(str(tmp_path), LABEL, str(tmp_path / "pseudo.json"))
+
+
+def test_a_calibration_of_other_members_is_refused(tmp_path):
+    found, path = predictions(tmp_path / "predictions", 1), str(tmp_path / "calibration.json")
+    settings = LABEL.model_copy(update={"select": LABEL.select.model_copy(update={"calibration": path})})
+    write_calibration(path, Calibration((0.0, 1.0), (0.0, 1.0), ("a", "b"), LABEL.fusion))
+    assert make_pseudo_labels(found, settings, str(tmp_path / "pseudo.json"))["instances"] == 4
+    write_calibration(path, Calibration((0.0, 1.0), (0.0, 1.0), ("a", "c"), LABEL.fusion))
+    with pytest.raises(UserError, match="members a, c"):
+        make_pseudo_labels(found, settings, str(tmp_path / "pseudo.json"))
+
+
+def test_large_sets_become_shards(tmp_path):
+    found = predictions(tmp_path / "predictions", 1)
+    assert pseudo_path("run", found, LABEL) == "run/pseudo.json"
+    shards = LABEL.model_copy(update={"select": SelectSettings(format="parquet")})
+    assert pseudo_path("run", found, shards) == "run/pseudo"

@@ -1,0 +1,210 @@
+"""How far fused labels can be trusted, measured where the truth is known, and which images the members dispute most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i3cl.config import EvaluateSettings, LabelSettings, UserError
+from i3cl.data.coco import ImageRecord, Instance, write_coco
+from i3cl.evaluation.iou import DROPPED, IouMetric, assign
+from i3cl.geometry import short_side
+from i3cl.labelling.calibration import (
+    Calibration,
+    ReliabilityBin,
+    active_members,
+    cross_calibrated,
+    fit_calibration,
+    reliability,
+)
+from i3cl.labelling.fusion import FusedInstances, fuse_images
+from i3cl.labelling.pseudo import FusedImage, fused_images
+
+_SIDES = (0.0, 6.0, 10.0, 16.0, 24.0, 40.0, np.inf)
+"""Pixels; borders of the size table."""
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Precision and recall of a part of the fused instances."""
+
+    name: str
+    count: int
+    """Instances in the part."""
+    precision: float
+    """Share of them that is right, don't-care ones aside; nan without any."""
+    recall: float
+    """Share of all truths (in the table by size: of those of the size) that they find; nan without truths."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One member, or the ensemble, at the score threshold of its best F."""
+
+    name: str
+    recall: float
+    precision: float
+    hmean: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What `measure_trust` finds out."""
+
+    images: int
+    truths: int
+    by_threshold: list[Rate]
+    by_votes: list[Rate]
+    by_size: list[Rate]
+    members: list[Contest]
+    """By descending F."""
+    ensemble: Contest
+    gain: tuple[float, float, float]
+    """F of the ensemble less that of the best member: measured, and the 2.5 and 97.5 percentiles of a bootstrap over images."""
+    raw: list[ReliabilityBin]
+    """The fused score taken as expected precision."""
+    calibrated: list[ReliabilityBin]
+    """Expected by calibrations that have not seen the image."""
+    calibration: Calibration
+    """Learned from all images."""
+    disputed: list[FusedImage]
+    """All images, the most disputed first."""
+
+
+def dispute(fused: FusedInstances, members: int) -> float:
+    """Sum over the instances of score x (1 - votes / members): high where sure members are contradicted."""
+    return float((fused.scores * (1 - np.minimum(fused.votes / max(members, 1), 1))).sum())
+
+
+def measure_trust(
+    predictions: str, truth: Sequence[ImageRecord], settings: LabelSettings, evaluate: EvaluateSettings
+) -> Trust:
+    """Fused labels of stored predictions against the truth of the same images; images without prediction count as missed.
+
+    UserError when no image of the truth has predictions or nothing was found in any of them.
+    """
+    known = {record.id: record for record in truth}
+    images = {item.image_id: item for item in fused_images(predictions, settings) if item.image_id in known}
+    if not images:
+        raise UserError(f"{predictions}: has no image of the truth; predictions and --truth must be of one data set")
+    names = active_members({part.member for item in images.values() for part in item.members}, settings.fusion)
+    nothing = FusedInstances([], np.zeros(0), np.zeros(0, np.int64))
+    fused = {i: images[i].fused if i in images else nothing for i in known}
+
+    rows: list[NDArray[np.float64]] = []
+    truth_sides: list[float] = []
+    found_sides: list[float] = []
+    for record in truth:
+        own = fused[record.id]
+        verdict = assign(*_truths(record), own.polygons, evaluate.iou, evaluate.matching)
+        sides = np.array([short_side(polygon) for polygon in own.polygons])
+        columns = [np.full(len(own), record.id), own.scores, own.votes, sides, verdict]
+        rows.append(np.stack(columns, axis=1).reshape(-1, 5).astype(np.float64))
+        truth_sides += [short_side(i.polygon) for i in record.instances if not i.ignore]
+        matched = {int(k) for k, score in zip(verdict, own.scores) if k >= 0 and score >= settings.select.low}
+        found_sides += [short_side(record.instances[k].polygon) for k in matched]
+    image, score, votes, side, verdict = np.concatenate(rows).T
+    counted = verdict != DROPPED
+    image, score, votes, side = image[counted], score[counted], votes[counted], side[counted]
+    right = verdict[counted] >= 0
+    if not len(score):
+        raise UserError(f"{predictions}: no member found anything in the images of the truth; train longer")
+
+    def rate(name: str, chosen: NDArray[np.bool_]) -> Rate:
+        precision = float(right[chosen].mean()) if chosen.any() else float("nan")
+        found = np.count_nonzero(right & chosen) / len(truth_sides) if truth_sides else float("nan")
+        return Rate(name, int(chosen.sum()), precision, found)
+
+    by_size = []
+    for low, high in pairwise(_SIDES):
+        part = rate("", (side >= low) & (side < high) & (score >= settings.select.low))
+        there, hit = (sum(low <= s < high for s in sides) for sides in (truth_sides, found_sides))
+        label = f"{low:g}-{high:g} px" if np.isfinite(high) else f"from {low:g} px"
+        by_size.append(Rate(label, part.count, part.precision, hit / there if there else float("nan")))
+    alone = {name: _alone(name, images, known, settings) for name in names}
+    counts = {name: _contest(name, truth, found, evaluate) for name, found in alone.items()}
+    members = sorted((contest for contest, _ in counts.values()), key=lambda contest: -contest.hmean)
+    ensemble, own_counts = _contest("ensemble", truth, fused, evaluate)
+    calibration = fit_calibration(score, right, names, settings.fusion)
+    return Trust(
+        images=len(known),
+        truths=len(truth_sides),
+        by_threshold=[rate(f"{t:.2f}", score >= t) for t in np.arange(0.1, 1, 0.1)],
+        by_votes=[rate(f"{k} of {len(names)}", votes == k) for k in range(1, len(names) + 1)],
+        by_size=by_size,
+        members=members,
+        ensemble=ensemble,
+        gain=(ensemble.hmean - members[0].hmean, *_interval(counts[members[0].name][1], own_counts)),
+        raw=reliability(score, right),
+        calibrated=reliability(cross_calibrated(score, right, image), right),
+        calibration=calibration,
+        disputed=sorted(images.values(), key=lambda item: (-dispute(item.fused, len(names)), item.image_id)),
+    )
+
+
+def _truths(record: ImageRecord) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
+    return [i.polygon for i in record.instances], np.array([i.ignore for i in record.instances], bool)
+
+
+def _alone(
+    name: str, images: Mapping[int, FusedImage], known: Mapping[int, ImageRecord], settings: LabelSettings
+) -> dict[int, FusedInstances]:
+    """What a member finds without the others; its views are fused."""
+    parts = [[p for p in images[i].members if p.member == name] if i in images else [] for i in known]
+    return dict(zip(known, fuse_images(parts, settings.fusion)))
+
+
+def _contest(
+    name: str, truth: Sequence[ImageRecord], found: Mapping[int, FusedInstances], evaluate: EvaluateSettings
+) -> tuple[Contest, NDArray[np.float64]]:
+    """Its best F, and (images, 3) true positives, detections and truths at that threshold."""
+    metric = IouMetric(evaluate.iou, evaluate.matching)
+    for record in truth:
+        own = found[record.id]
+        metric.update(record.id, *_truths(record), own.polygons, own.scores)
+    best = metric.summary("best")
+    counts = []
+    for record in truth:
+        own = found[record.id]
+        kept = [own.polygons[k] for k in np.flatnonzero(own.scores > best.threshold)]
+        verdict = assign(*_truths(record), kept, evaluate.iou, evaluate.matching)
+        care = sum(not i.ignore for i in record.instances)
+        counts.append([np.count_nonzero(verdict >= 0), np.count_nonzero(verdict != DROPPED), care])
+    contest = Contest(name, best.recall, best.precision, best.hmean, best.threshold)
+    return contest, np.array(counts, np.float64)
+
+
+def _interval(member: NDArray[np.float64], ensemble: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % of the gains in F when images are drawn with replacement, for both the same ones; the thresholds stay."""
+    images = len(member)
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
+    scores = []
+    for counts in (member, ensemble):
+        right, found, truths = (draws @ counts).T
+        scores.append(2 * right / np.maximum(found + truths, 1))
+    low, high = np.percentile(scores[1] - scores[0], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def write_disputed(path: str, disputed: Sequence[FusedImage]) -> None:
+    """The images as COCO json in their order, the fused instances with score and votes: for a review in a labelling tool."""
+    records = [
+        ImageRecord(
+            item.image_id,
+            item.file_name,
+            item.height,
+            item.width,
+            tuple(
+                Instance(polygon, score=float(score), votes=int(votes))
+                for polygon, score, votes in zip(item.fused.polygons, item.fused.scores, item.fused.votes)
+            ),
+        )
+        for item in disputed
+    ]
+    write_coco(path, records, info={"description": "fused instances, the most disputed image first"})
