@@ -406,7 +406,7 @@ class SearchSettings(_Settings):
     objective: Literal["select", "student"] = "select"
     """select: F of the pseudo labels made from stored predictions, seconds a trial. student: F of a student trained on them."""
     space: dict[str, RangeSettings] = {}
-    """Settings key, e.g. label.select.low -> its range. The present value of each key must lie in its range: it is tried first."""
+    """Settings key, e.g. label.select.low -> its range. Its present value must lie in the range: it is tried first."""
     predictions: str | None = None
     """Predictions folder of the labelled set data.validation (jobs/label.py predict with that set as label.source)."""
     unlabelled: str | None = None

@@ -142,8 +142,7 @@ def test_a_sweep_over_students_trains_them(tiny_settings, predictions, tmp_path)
     ],
 )
 def test_what_is_missing_is_one_line(overrides, words, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "search.py"), f"storage={tmp_path}", *overrides], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, str(ROOT / "jobs" / "search.py"), f"storage={tmp_path}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words), done.stderr
