@@ -495,6 +495,76 @@ class SelfTrainSettings(_Settings):
     """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
 
 
+# ----------------------------------------------------------------------------------------------------------------- search
+
+
+class RangeSettings(_Settings):
+    """Values that one settings key may take in a search; exactly one of uniform, log, integer and choice."""
+
+    uniform: tuple[float, float] | None = None
+    """Lowest and highest value, every value as likely."""
+    log: tuple[Positive, Positive] | None = None
+    """Lowest and highest value, every order of magnitude as likely."""
+    integer: tuple[int, int] | None = None
+    """Lowest and highest whole number."""
+    choice: tuple[Any, ...] | None = None
+    """The values themselves."""
+    above: str | None = None
+    """A key of the space that stands before this one and that this one may not be below (with uniform)."""
+    below: str | None = None
+    """A key of the space that stands before this one and that this one may not be above (with uniform)."""
+    points: Annotated[int, Field(ge=2)] = 5
+    """Values that a grid takes from a uniform or log range."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RangeSettings:
+        given = [pair for pair in (self.uniform, self.log, self.integer, self.choice) if pair is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log, integer, choice")
+        if self.choice is None and not given[0][0] < given[0][1]:
+            raise ValueError(f"the range {list(given[0])} is empty; write [lowest, highest]")
+        if self.choice == ():
+            raise ValueError("choice: names no value")
+        if (self.above or self.below) and self.uniform is None:
+            raise ValueError("above and below go with uniform only")
+        return self
+
+
+class SearchSettings(_Settings):
+    """A sweep with Ray Tune over any settings; see docs/search.md."""
+
+    objective: Literal["select", "student"] = "select"
+    """select: F of the pseudo labels made from stored predictions, seconds a trial. student: F of a student trained on them."""
+    space: dict[str, RangeSettings] = {}
+    """Settings key, e.g. label.select.low -> its range. Its present value must lie in the range: it is tried first."""
+    predictions: str | None = None
+    """Predictions folder of the labelled set data.validation (jobs/label.py predict with that set as label.source)."""
+    unlabelled: str | None = None
+    """student: predictions folder of label.source, from which the student's pseudo labels are made."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe: Optuna's tree-structured Parzen estimator. grid: every combination of choices and of `points` of the ranges."""
+    trials: PositiveInt = 100
+    """Settings tried in all; a grid stops when it is through."""
+    parallel: NonNegativeInt = 0
+    """Trials at the same time; 0: a trial a core (select), or as many students as the GPUs, else the cores, hold."""
+    max_hours: Positive | None = None
+    """Hours of wall clock, over all sessions of the sweep; null: no limit."""
+    max_gpu_hours: Positive | None = None
+    """GPU-hours of all trials together; null: no limit."""
+    label_count: bool = False
+    """Search F and the number of pseudo labels together (two objectives); the table marks the Pareto front."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the labelled images on which no trial is measured: the winner and the defaults are reported on it."""
+    start_from: str | None = None
+    """best.yaml of another sweep: its values of this space's keys are tried next."""
+    grace: PositiveInt = 1
+    """student: validations that every trial gets before ASHA may stop it."""
+    reduction: Annotated[float, Field(gt=1)] = 3
+    """student: ASHA goes on with one in this many."""
+    seed: int = 0
+    """Of the sampler and of the split by holdout."""
+
+
 # ------------------------------------------------------------------------------------------------------------------- tree
 
 
@@ -513,6 +583,7 @@ class Settings(_Settings):
     cluster: ClusterSettings = ClusterSettings()
     label: LabelSettings = LabelSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    search: SearchSettings = SearchSettings()
     synthetic: SyntheticSettings | None = None
     """When set, selftrain makes this data set first and uses it."""
     selftrain: SelfTrainSettings = SelfTrainSettings()

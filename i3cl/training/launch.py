@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,13 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
         import ray
 
         together = _together(todo)
-        fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
+        remote = ray.remote(num_cpus=0, max_retries=0)(fit)
         for start in range(0, len(todo), together):
             group = todo[start : start + together]
             with ExitStack() as progress:
                 for settings in group:
                     progress.enter_context(Progress(settings.name, storage.join(_run(settings), "metrics.jsonl")))
-                stopped = ray.get([fit.remote(_with_threads(settings, len(group))) for settings in group])
+                stopped = ray.get([remote.remote(_with_threads(settings, len(group))) for settings in group])
             for settings, message in zip(group, stopped, strict=True):
                 if message:
                     raise UserError(f"{_run(settings)}: training stopped: {message}")
@@ -153,8 +154,11 @@ def _with_threads(settings: Settings, together: int) -> Settings:
     return settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"threads": threads})})
 
 
-def _fit(settings: Settings) -> str | None:
-    """Run or continue one training to its end and put its best checkpoint in place; a message when it must not go on."""
+def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
+    """Run or continue one training to its end and put its best checkpoint in place; a message when it must not go on.
+
+    For a process that has joined Ray and settings with absolute paths; callbacks: of Ray Train. `train` is for everybody else.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -173,6 +177,7 @@ def _fit(settings: Settings) -> str | None:
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=run,
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=settings.cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=settings.train.keep,

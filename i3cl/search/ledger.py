@@ -1,0 +1,88 @@
+"""What became of every trial: one JSON file, written whole at each change, from which a killed sweep continues."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from i3cl import storage
+
+State = Literal["running", "finished", "stopped", "broken"]
+
+
+@dataclass
+class Trial:
+    """One setting of the sweep and what it gave."""
+
+    number: int
+    """From 1, in the order of their start."""
+    values: dict[str, Any]
+    """Settings key -> value."""
+    state: State = "running"
+    """stopped: given up by ASHA or by the budget before its last validation. broken: see `reason`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of its last report: hmean, recall, precision, labels, ..."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(step, hmean) of every report."""
+    seconds: float = 0.0
+    reason: str | None = None
+    present: bool = False
+    """Whether its values are those that the settings had before the search."""
+
+
+class Ledger:
+    """The trials of a sweep in <run>/trials.json, and the hours that it has taken over all its sessions."""
+
+    def __init__(self, run: str) -> None:
+        self.path = storage.join(run, "trials.json")
+        self.trials: list[Trial] = []
+        self._before = 0.0
+        self._started = time.monotonic()
+        if storage.exists(self.path):
+            content = json.loads(storage.read_text(self.path))
+            self._before = content["hours"]
+            self.trials = [Trial(**{**row, "curve": [tuple(point) for point in row["curve"]]}) for row in content["trials"]]
+
+    @property
+    def hours(self) -> float:
+        """Wall clock of this session and the ones before it."""
+        return self._before + (time.monotonic() - self._started) / 3600
+
+    def begin(self, values: Mapping[str, Any], present: bool) -> Trial:
+        """The trial of these values: one that a killed session left running, or a new one."""
+        for trial in self.trials:
+            if trial.state == "running" and trial.values == dict(values):
+                return trial
+        trial = Trial(len(self.trials) + 1, dict(values), present=present)
+        self.trials.append(trial)
+        return trial
+
+    def write(self) -> None:
+        """Put the file in place."""
+        content = {"hours": round(self.hours, 5), "trials": [asdict(trial) for trial in self.trials]}
+        storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
+
+    def done(self) -> list[Trial]:
+        """Trials that are not running."""
+        return [trial for trial in self.trials if trial.state != "running"]
+
+    def measured(self) -> list[Trial]:
+        """Trials that reported an hmean, the broken ones left out."""
+        return [t for t in self.trials if t.state != "broken" and "hmean" in t.metrics]
+
+    def best(self) -> Trial | None:
+        """The trial with the highest hmean among those that finished; of equal ones the first."""
+        finished = [t for t in self.measured() if t.state == "finished"]
+        return max(finished, key=lambda t: (t.metrics["hmean"], -t.number), default=None)
+
+    def front(self) -> set[int]:
+        """Numbers of the finished trials that no other beats in both hmean and labels."""
+        points = [(t.metrics["hmean"], t.metrics.get("labels", 0.0), t.number) for t in self.measured() if t.state == "finished"]
+        return {
+            number
+            for f, labels, number in points
+            if not any((a >= f and b >= labels) and (a > f or b > labels) for a, b, _ in points)
+        }

@@ -1,0 +1,192 @@
+"""The Ray Tune side of a trial, and what the driver does as trials report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from i3cl.config import Settings, with_overrides
+from i3cl.job import duration
+from i3cl.search.ledger import Ledger, Trial
+from i3cl.search.space import SHARE
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial needs to know."""
+
+    settings: Settings
+    """With absolute paths."""
+    run: str
+    search_part: str
+    """COCO json of the images on which trials are measured."""
+
+
+def values_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a trial's config, without the sampler's own parameters."""
+    return {key: value for key, value in config.items() if not key.endswith(SHARE)}
+
+
+class SelectTrial(tune.Trainable):
+    """Reads the stored predictions once and answers for one setting after the other; the actor is used again."""
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # by tune.with_parameters
+        from i3cl.data.coco import read_coco
+        from i3cl.search.objectives import StoredLabels
+
+        validation = job.settings.data.validation
+        assert validation is not None and job.settings.search.predictions is not None
+        truth = read_coco(job.search_part, validation.images, check_files=False)
+        self.job = job
+        self.labels = StoredLabels.read(job.settings.search.predictions, truth.records, job.settings.evaluate)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.config = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        settings = with_overrides(self.job.settings, values_of(self.config), "search.space")
+        metrics, _ = self.labels.measure(settings.label)
+        return {**metrics, "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A trial of seconds has no state worth keeping."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """As save_checkpoint."""
+
+
+def student_trial(config: dict[str, Any], job: Job) -> None:
+    """One student, a Ray Train run of its own, whose validations are this trial's reports."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from i3cl.search.objectives import train_student
+    from i3cl.search.sweep import student_folder
+
+    values = values_of(config)
+    train_student(values, for_student(job.settings, job.search_part), student_folder(job.run, values), [TuneReportCallback()])
+
+
+def for_student(settings: Settings, search_part: str) -> Settings:
+    """`settings` with the search part as validation, all of it at every checkpoint."""
+    assert settings.data.validation is not None
+    source = {**settings.data.validation.model_dump(), "annotations": search_part}
+    return with_overrides(settings, {"data.validation": source, "train.validate_images": 0}, "search")
+
+
+def on_gpu(settings: Settings) -> bool:
+    """Whether students train on GPUs."""
+    gpu = settings.cluster.gpu
+    return ray.cluster_resources().get("GPU", 0) > 0 if gpu == "auto" else bool(gpu)
+
+
+class GpuHours(tune.Stopper):
+    """Ends the sweep when its trials have used `limit` GPU-hours (None: never), `spent` of them in sessions before."""
+
+    def __init__(self, limit: float | None, gpus: float, spent: float) -> None:
+        self.limit, self.gpus, self.spent = limit, gpus, spent
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.seconds[trial_id] = result["time_total_s"]
+        return False
+
+    def stop_all(self) -> bool:
+        used = self.spent + sum(self.seconds.values()) * self.gpus / 3600
+        return self.limit is not None and used >= self.limit
+
+
+class Watch(tune.Callback):
+    """Keeps the ledger and the page up to date and prints a line a trial. Lives in the driver."""
+
+    def __init__(
+        self, settings: Settings, present: dict[str, Any], ledger: Ledger, page: Callable[[], None], every: float
+    ) -> None:
+        self.settings, self.present, self.ledger, self.page, self.every = settings, present, ledger, page, every
+        self.trials: dict[str, Trial] = {}
+        self._shown = 0.0
+        self._started = time.monotonic()
+        self._before = len(ledger.done())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves its callbacks with its own state, which this sweep never reads.
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._of(trial)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        row = self._of(trial)
+        row.metrics = {k: float(v) for k, v in result.items() if k in _KEPT}
+        row.seconds = round(float(result["time_total_s"]), 2)
+        row.curve.append((int(result.get("step", result["training_iteration"])), float(result["hmean"])))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self._of(trial)
+        whole = self.settings.search.objective == "select" or (row.curve and row.curve[-1][0] >= self.settings.train.steps)
+        row.state = "finished" if row.metrics and whole else "stopped"
+        self._over(row)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self._of(trial)
+        row.state = "broken"
+        try:
+            text = trial.get_error()
+        except (AttributeError, OSError) as error:
+            text = error
+        row.reason = _reason(str(text))
+        self._over(row)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._shown > self.every:
+            self._shown = time.monotonic()
+            self.page()
+
+    def close(self) -> None:
+        """The last state, after the last trial. What the budget cut off is stopped."""
+        for row in self.ledger.trials:
+            if row.state == "running" and row in self.trials.values():
+                row.state = "stopped"
+        self.ledger.write()
+
+    def _of(self, trial: Any) -> Trial:
+        if trial.trial_id not in self.trials:
+            found = values_of(trial.config)
+            # Tune hands them back in an order of its own.
+            values = {key: found[key] for key in self.present}
+            self.trials[trial.trial_id] = self.ledger.begin(values, values == self.present)
+            self.ledger.write()
+        return self.trials[trial.trial_id]
+
+    def _over(self, row: Trial) -> None:
+        self.ledger.write()
+        done = len(self.ledger.done())
+        pace = (time.monotonic() - self._started) / max(1, done - self._before)
+        left = max(0, self.settings.search.trials - done)
+        best = self.ledger.best()
+        result = f"F {row.metrics['hmean']:.4f}" if row.metrics else row.reason
+        values = " ".join(f"{_last(k)}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.values.items())
+        shown = f"best F {best.metrics['hmean']:.4f} (trial {best.number})" if best else "none finished"
+        print(
+            f"{self.settings.name}: trial {row.number} {row.state}: {result}  {values}  "
+            f"[{done}/{self.settings.search.trials}, {shown}, {duration(pace * left)} left]",
+            flush=True,
+        )
+
+
+_KEPT = ("hmean", "recall", "precision", "threshold", "labels", "ignored", "mean_weight", "hmean_large", "loss")
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
+def _reason(text: str) -> str:
+    """The last line of a traceback that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:400] if lines else "no reason given"
