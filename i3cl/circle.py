@@ -13,9 +13,10 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import Settings, TeacherSettings, UserError, with_overrides
-from i3cl.data.coco import Dataset, read_coco
+from i3cl.data.coco import read_coco
 from i3cl.data.ingest import read_source
 from i3cl.data.predictions import member_predictions
+from i3cl.data.records import Dataset
 from i3cl.evaluation.score import Measured, Score, measure
 from i3cl.job import duration
 from i3cl.labelling.predict import predict

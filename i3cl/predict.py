@@ -13,8 +13,8 @@ from torch import nn
 
 from i3cl import storage
 from i3cl.config import Settings, UserError, ViewSettings, load_settings
-from i3cl.data.coco import ImageRecord
 from i3cl.data.images import decode_image, resize, test_scale
+from i3cl.data.records import ImageRecord
 from i3cl.detections import Detections
 from i3cl.geometry import outlines_from_masks
 from i3cl.model.checkpoint import load_weights

@@ -9,7 +9,7 @@ from i3cl.config import Settings, SyntheticSettings
 from i3cl.job import Command, run_commands
 
 if TYPE_CHECKING:
-    from i3cl.data.coco import Dataset
+    from i3cl.data.records import Dataset
 
 
 def synthetic(settings: Settings, options: argparse.Namespace) -> None:

@@ -35,7 +35,8 @@ def tiny_set(tmp_path_factory) -> Path:
     """Twelve 96-pixel images with words: set.json, the folder images/, and unlabelled.json without annotations."""
     import cv2
 
-    from i3cl.data.coco import ImageRecord, Instance, write_coco
+    from i3cl.data.coco import write_coco
+    from i3cl.data.records import ImageRecord, Instance
     from i3cl.data.synthetic import make_split
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -13,7 +13,7 @@ import yaml
 
 from i3cl import job
 from i3cl.config import Settings, UserError, load_settings, to_yaml, with_overrides
-from i3cl.data.coco import record_from_row
+from i3cl.data.records import record_from_row
 from i3cl.model import backbone
 from i3cl.model.network import I3CL
 from i3cl.training.launch import _check_data, located

@@ -132,7 +132,7 @@ def checked_instance(
     mended: list[tuple[str, str]] = []
     segmentation = entry.get("segmentation")
     if isinstance(segmentation, dict):
-        polygon = _rle_outline(segmentation, height, width, mended)
+        polygon = rle_outline(segmentation, height, width, mended)
     elif segmentation is None or segmentation == []:
         polygon = box_polygon(entry.get("bbox"))
     else:
@@ -203,7 +203,7 @@ def box_polygon(box: Any) -> NDArray[np.float32]:
     return np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], np.float32)
 
 
-def _rle_outline(
+def rle_outline(
     rle: dict[str, Any], height: int, width: int, mended: list[tuple[str, str]]
 ) -> NDArray[np.float32]:
     """Outline of the largest region of a run-length mask, along the edges of its pixels to half a pixel."""

@@ -20,9 +20,10 @@ from PIL import Image
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import Dataset, ImageRecord, write_coco
+from i3cl.data.coco import write_coco
 from i3cl.data.images import ImageError, decode_image
 from i3cl.data.parts import IN_PROCESS, run_parts
+from i3cl.data.records import Dataset, ImageRecord
 
 Kind = Literal["light", "noise", "sig"]
 Picture = NDArray[np.uint8]

@@ -8,7 +8,8 @@ import cv2
 
 from i3cl import storage
 from i3cl.config import SyntheticSettings
-from i3cl.data.coco import ImageRecord, Instance, write_coco
+from i3cl.data.coco import write_coco
+from i3cl.data.records import ImageRecord, Instance
 from i3cl.data.synthetic import make_split
 from i3cl.job import connect
 

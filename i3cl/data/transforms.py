@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from i3cl import geometry
 from i3cl.config import TransformSettings, UserError
-from i3cl.data.coco import ImageRecord, Instance
 from i3cl.data.images import resize, scaled_size, test_scale
+from i3cl.data.records import ImageRecord, Instance
 
 if TYPE_CHECKING:
     import torch

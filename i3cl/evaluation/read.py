@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import MAX_SIDE
+from i3cl.data.checks import MAX_SIDE
 from i3cl.evaluation.batch import Sample
 
 PointOrder = Literal["xy", "yx"]
@@ -211,14 +211,14 @@ def _coco_results(path: str, content: list[Any], faults: _Faults) -> list[Found]
 
 def _segmentation(segmentation: Any) -> Ring:
     if isinstance(segmentation, dict):
-        from i3cl.data.coco import _Bad, _rle_outline
+        from i3cl.data.checks import BadItem, rle_outline
 
         size = segmentation.get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s <= MAX_SIDE for s in size)):
             raise ValueError(f"RLE size is {size!r:.40}; write [height, width]")
         try:
-            return np.asarray(_rle_outline(segmentation, size[0], size[1], []), np.float64)
-        except _Bad as error:
+            return np.asarray(rle_outline(segmentation, size[0], size[1], []), np.float64)
+        except BadItem as error:
             raise ValueError(error.message) from None
     if not isinstance(segmentation, list):
         raise ValueError("segmentation is neither polygons nor an RLE object")

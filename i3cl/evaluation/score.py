@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl.config import EvaluateSettings
-from i3cl.data.coco import ImageRecord
+from i3cl.data.records import ImageRecord
 from i3cl.evaluation.coco_ap import ImageRecord as ApRecord
 from i3cl.evaluation.coco_ap import coco_mask_ap
 from i3cl.evaluation.iou import IouMetric, PrecisionRecall, mark_small

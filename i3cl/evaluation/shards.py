@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from i3cl import storage
 from i3cl.config import UserError
 from i3cl.data import predictions
-from i3cl.data.coco import IMAGE_SCHEMA, from_table
+from i3cl.data.records import IMAGE_SCHEMA, from_table
 from i3cl.evaluation.batch import measure
 from i3cl.evaluation.protocols import Counts, Rules
 from i3cl.evaluation.read import Found, found_of_row, sample_of, truth_of_record

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import LabelSettings, Settings, UserError
-from i3cl.data.coco import Dataset, ImageRecord
 from i3cl.data.images import decode_image
+from i3cl.data.records import Dataset, ImageRecord
 from i3cl.labelling.actor import machine_cores
 from i3cl.labelling.predict import predict
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from i3cl.config import UserError
-from i3cl.data.coco import Dataset
+from i3cl.data.records import Dataset
 
 SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("file_name", pa.string()), ("height", pa.int32()), ("width", pa.int32())]

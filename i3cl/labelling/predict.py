@@ -14,7 +14,7 @@ from typing import Any
 
 from i3cl import storage
 from i3cl.config import LabelSettings, Settings, UserError
-from i3cl.data.coco import Dataset
+from i3cl.data.records import Dataset
 from i3cl.job import connect, quiet
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, machine_cores, view_name
 from i3cl.labelling.cost import CostFile, Meter, line

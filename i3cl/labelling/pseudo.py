@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import LabelSettings
-from i3cl.data.coco import ImageRecord, Instance, from_table, to_table, write_coco, write_parquet
+from i3cl.data.coco import write_coco
 from i3cl.data.predictions import polygons_of, read_batches, read_predictions
+from i3cl.data.records import ImageRecord, Instance, from_table, to_table
+from i3cl.data.table import write_parquet
 from i3cl.job import connect, duration
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images

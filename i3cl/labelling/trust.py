@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl.config import EvaluateSettings, LabelSettings, UserError
-from i3cl.data.coco import ImageRecord, Instance, write_coco
+from i3cl.data.coco import write_coco
+from i3cl.data.records import ImageRecord, Instance
 from i3cl.evaluation.iou import DROPPED, IouMetric, assign
 from i3cl.geometry import short_side
 from i3cl.labelling.calibration import (

@@ -10,9 +10,10 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import Settings, to_yaml
-from i3cl.data.coco import Dataset, ImageRecord, read_coco
+from i3cl.data.coco import read_coco
 from i3cl.data.images import decode_image
 from i3cl.data.predictions import member_predictions
+from i3cl.data.records import Dataset, ImageRecord
 from i3cl.evaluation.score import Measured
 from i3cl.report.html import TRUTH, Curve, OutlinedPicture, ReportData, Result, WeightedPicture, write_report
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import EvaluateSettings, LabelSettings, Settings, UserError, with_overrides
-from i3cl.data.coco import ImageRecord
 from i3cl.data.predictions import member_predictions, polygons_of, read_predictions
+from i3cl.data.records import ImageRecord
 from i3cl.evaluation.iou import DROPPED, assign
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse
 from i3cl.labelling.pseudo import make_pseudo_labels

@@ -14,8 +14,9 @@ import yaml
 
 from i3cl import storage
 from i3cl.config import Settings, UserError, load_settings, with_overrides
-from i3cl.data.coco import Dataset, write_coco
+from i3cl.data.coco import write_coco
 from i3cl.data.ingest import read_source
+from i3cl.data.records import Dataset
 from i3cl.job import connect
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.objectives import (

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from i3cl.config import UserError
-from i3cl.data.coco import ImageRecord, Instance, read_coco, write_coco
+from i3cl.data.coco import read_coco, write_coco
 from i3cl.data.degrade import degrade, write_degraded
+from i3cl.data.records import ImageRecord, Instance
 from i3cl.data.synthetic import make_image
 
 KINDS = ("light", "noise", "sig")

@@ -8,7 +8,7 @@ import torch
 from i3cl import geometry
 from i3cl.config import TransformSettings, UserError
 from i3cl.data import transforms
-from i3cl.data.coco import ImageRecord, Instance
+from i3cl.data.records import ImageRecord, Instance
 from i3cl.data.transforms import EvalTransform, Sample, TrainTransform, to_target
 
 POLICIES = ("rotate", "colour", "colour_rotate", "resize_only")

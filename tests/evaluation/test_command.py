@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from i3cl.data import predictions
-from i3cl.data.coco import ImageRecord, Instance, from_table, to_table
+from i3cl.data.records import ImageRecord, Instance, from_table, to_table
 from i3cl.evaluation import run
 from i3cl.evaluation.batch import measure
 from i3cl.evaluation.protocols import PROTOCOLS, Counts

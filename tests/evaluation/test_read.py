@@ -9,7 +9,9 @@ import pytest
 
 from i3cl.config import UserError
 from i3cl.data import predictions
-from i3cl.data.coco import ImageRecord, Instance, write_coco, write_parquet
+from i3cl.data.coco import write_coco
+from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.table import write_parquet
 from i3cl.evaluation.read import pair, read_results, read_truth
 
 SQUARE = "0,0,100,0,100,20,0,20"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from i3cl.config import LabelSettings, Settings, UserError, ViewSettings
-from i3cl.data.coco import Dataset, ImageRecord
 from i3cl.data.predictions import read_predictions
+from i3cl.data.records import Dataset, ImageRecord
 from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name

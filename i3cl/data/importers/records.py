@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from i3cl import geometry
 from i3cl.config import UserError
-from i3cl.data.coco import IMAGE_SCHEMA, ImageRecord, Instance, Problem, record_from_row, to_table
 from i3cl.data.images import image_size
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, degenerate
+from i3cl.data.records import IMAGE_SCHEMA, ImageRecord, Instance, Problem, record_from_row, to_table
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -15,11 +15,13 @@ import pyarrow as pa
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import ImageRecord, Problem, write_coco, write_parquet
+from i3cl.data.coco import write_coco
 from i3cl.data.importers import IMPORTERS
 from i3cl.data.importers.archives import is_archive, unpack
 from i3cl.data.importers.base import Folder, Importer, Item, stem
 from i3cl.data.importers.records import Outcome, outcomes_of, outcomes_table, read_image
+from i3cl.data.records import ImageRecord, Problem
+from i3cl.data.table import write_parquet
 from i3cl.job import connect, duration, quiet
 
 _CHUNK = 16_384

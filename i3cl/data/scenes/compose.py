@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from i3cl import geometry
 from i3cl.config import SceneTextSettings, UserError
-from i3cl.data.coco import Instance
+from i3cl.data.records import Instance
 from i3cl.data.scenes.backgrounds import Colour, Picture, background, clutter, textured, wall_colour
 from i3cl.data.scenes.fonts import Face, Faces, covers, find_faces, font
 from i3cl.data.scenes.words import line_of_words

@@ -9,10 +9,12 @@ import cv2
 
 from i3cl import storage
 from i3cl.config import SceneTextSettings, UserError
-from i3cl.data.coco import ImageRecord, read_coco, write_coco, write_parquet
+from i3cl.data.coco import read_coco, write_coco
 from i3cl.data.parts import IN_PROCESS, run_parts
+from i3cl.data.records import ImageRecord
 from i3cl.data.scenes.compose import make_scene
 from i3cl.data.scenes.fonts import find_faces
+from i3cl.data.table import write_parquet
 
 
 def write_scene_text(
