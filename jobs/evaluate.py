@@ -37,6 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--against", metavar="R2", help="a second result on the same truth: is the difference real?")
     add("--member", metavar="NAME", help="which of a predictions folder's members")
     add("--truth-format", metavar="NAME", help="read the truth with this data set's importer, e.g. totaltext, mlt")
+    add("--truth-split", choices=["train", "test"], default="test", help="part of that data set (test)")
     add("--point-order", choices=["xy", "yx"], default="xy", help="yx: result files that list y first (official Total-Text)")
     add("--threshold", type=float, metavar="S", help="count detections with a score above this (all)")
     add(

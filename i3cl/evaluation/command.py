@@ -38,6 +38,7 @@ def evaluate_files(settings: Settings, options: argparse.Namespace) -> None:
     truths = read_truth(
         options.truth,
         format_name=options.truth_format,
+        split=options.truth_split,
         skip_bad=settings.data.skip_bad,
         hash_is_dont_care=rules[0].hash_is_dont_care,
     )
@@ -123,6 +124,7 @@ def _threshold(
         chosen_on, warnings = run.load(
             *part,
             truth_format=options.truth_format,
+            truth_split=options.truth_split,
             member=options.member,
             point_order=options.point_order,
             skip_bad=settings.data.skip_bad,
@@ -149,6 +151,7 @@ def _average_precision(settings: Settings, options: argparse.Namespace) -> None:
         options.truth,
         options.results,
         truth_format=options.truth_format,
+        truth_split=options.truth_split,
         member=options.member,
         point_order=options.point_order,
         skip_bad=settings.data.skip_bad,

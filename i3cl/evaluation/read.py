@@ -457,15 +457,23 @@ def _from_offsets(values: Sequence[float]) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- truths
 
 
-def read_truth(path: str, *, format_name: str | None = None, skip_bad: bool = False, hash_is_dont_care: bool = False) -> Source:
+def read_truth(
+    path: str,
+    *,
+    format_name: str | None = None,
+    split: str = "test",
+    skip_bad: bool = False,
+    hash_is_dont_care: bool = False,
+) -> Source:
     """Truth of any format above. Errors as `read_results`.
 
     format_name: an importer's data set ('totaltext', 'mlt', ...) whose source `path` is; None: recognised by content.
+    split: which part of that data set, 'train' or 'test'.
     hash_is_dont_care: the transcription '#' marks don't-care besides '###', as in Total-Text.
     """
     faults = _Faults(skip_bad)
     if format_name is not None:
-        source = _imported(path, format_name, faults)
+        source = _imported(path, format_name, split, faults)
     elif _is_table(path):
         source = _coco_truth(path, skip_bad)
     else:
@@ -490,14 +498,14 @@ def _bare(text: str | None) -> str:
     return text[1:-1].strip() if len(text) >= 2 and text[0] == text[-1] == '"' else text
 
 
-def _imported(path: str, format_name: str, faults: _Faults) -> Source:
+def _imported(path: str, format_name: str, split: str, faults: _Faults) -> Source:
     try:
         from i3cl.data.importers import read_labels
     except ImportError:
         raise UserError(f"--truth-format {format_name}: this installation has no importers") from None
 
     images = []
-    for record in read_labels(format_name, path):
+    for record in read_labels(format_name, path, split, faults.lines if faults.skip else None):
         if record.instances is None:
             faults.add(f"{path}: {record.file_name}", "has no labels, so it is no truth")
             continue
@@ -510,7 +518,7 @@ def _imported(path: str, format_name: str, faults: _Faults) -> Source:
                 continue
             _append(image, points, bool(instance.ignore), instance.text, instance.language)
         images.append(image)
-    return Source(path, f"importer {format_name}", images)
+    return Source(path, f"importer {format_name} {split}", images)
 
 
 def _empty_truth(name: str) -> Truth:

@@ -51,13 +51,16 @@ def load(
     results: str,
     *,
     truth_format: str | None = None,
+    truth_split: str = "test",
     member: str | None = None,
     point_order: PointOrder = "xy",
     skip_bad: bool = False,
     hash_is_dont_care: bool = False,
 ) -> tuple[Paired, list[str]]:
     """Truth and results of files, image by image, and the warnings. UserError as `read_truth`, `read_results`, `pair`."""
-    truths = read_truth(truth, format_name=truth_format, skip_bad=skip_bad, hash_is_dont_care=hash_is_dont_care)
+    truths = read_truth(
+        truth, format_name=truth_format, split=truth_split, skip_bad=skip_bad, hash_is_dont_care=hash_is_dont_care
+    )
     found = read_results(results, member=member, point_order=point_order, skip_bad=skip_bad)
     return combine(truths, found)
 
