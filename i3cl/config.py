@@ -318,6 +318,8 @@ class FusionSettings(_Settings):
     """Polygons of different members and views that overlap at least this much are one cluster."""
     member_weights: dict[str, NonNegative] = {}
     """Weight of a member's vote; 1 when absent, 0 equals absence."""
+    view_weights: dict[str, NonNegative] = {}
+    """Weight of a view ('default', 's800-flip', ...) within every member's vote; 1 when absent, 0 equals absence."""
     min_score: Fraction = 0.05
     """Predictions below this score do not take part."""
 

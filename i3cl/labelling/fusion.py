@@ -37,8 +37,9 @@ class MemberPrediction:
     scores: ArrayLike
     """(N,) float, 0-1."""
     weight: float | None = None
-    """Weight of the member's vote, >= 0, shared equally by its views. None: `member_weights` of the
-    settings."""
+    """Weight of the member's vote, >= 0, shared by its views. None: `member_weights` of the settings."""
+    view: str = "default"
+    """Name of the view; `view_weights` of the settings says how large its part of the member's vote is."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _candidates(
 
 def _shares(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> list[float]:
     weights: dict[str, float] = {}
-    views: dict[str, int] = {}
+    views: dict[str, list[float]] = {}
     for prediction in predictions:
         name, weight = prediction.member, prediction.weight
         if weight is None:
@@ -165,10 +166,17 @@ def _shares(predictions: Sequence[MemberPrediction], settings: FusionSettings) -
             raise ValueError(f"member {name!r}: a weight must be 0 or more, not {weight}")
         if weights.setdefault(name, weight) != weight:
             raise ValueError(f"member {name!r}: weights of its views differ, {weights[name]} and {weight}")
-        views[name] = views.get(name, 0) + 1
+        views.setdefault(name, []).append(settings.view_weights.get(prediction.view, 1.0))
     # Sorted, because a sum of floats depends on its order and the result must not.
-    total = sum(sorted(weights.values()))
-    return [weights[p.member] / total / views[p.member] if total else 0.0 for p in predictions]
+    within = {name: sum(sorted(parts)) for name, parts in views.items()}
+    # A member whose views all weigh nothing is absent.
+    total = sum(sorted(weight for name, weight in weights.items() if within[name]))
+    return [
+        weights[p.member] / total * settings.view_weights.get(p.view, 1.0) / within[p.member]
+        if total and within[p.member]
+        else 0.0
+        for p in predictions
+    ]
 
 
 def _valid(polygons: Sequence[Ring]) -> list[Ring | None]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +56,18 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
     paths = [predictions] if isinstance(predictions, str) else predictions
     readable = (rows for path in paths for rows in read_predictions(path) if rows[0]["error"] is None)
     for group in _batched(readable, _TOGETHER):
-        members = [
-            tuple(MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"])) for row in rows)
-            for rows in group
-        ]
+        members = [members_of(rows) for rows in group]
         for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
             first = rows[0]
             yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused, parts)
+
+
+def members_of(rows: Sequence[Mapping[str, Any]]) -> tuple[MemberPrediction, ...]:
+    """What fusion takes, from the rows of one readable image as `read_predictions` gives them."""
+    return tuple(
+        MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"]), view=row["view"] or "default")
+        for row in rows
+    )
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -13,55 +13,15 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import EvaluateSettings, LabelSettings, Settings, UserError, with_overrides
-from i3cl.data.predictions import member_predictions, polygons_of, read_predictions
+from i3cl.data.predictions import member_predictions, read_predictions
 from i3cl.data.records import ImageRecord
-from i3cl.evaluation.iou import DROPPED, assign
-from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse
-from i3cl.labelling.pseudo import make_pseudo_labels
+from i3cl.evaluation.batch import Sample, measure
+from i3cl.evaluation.protocols import Counts, rules_of
+from i3cl.evaluation.stats import compare, hmean_interval
+from i3cl.labelling.calibration import read_calibration
+from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
+from i3cl.labelling.pseudo import make_pseudo_labels, members_of
 from i3cl.labelling.select import select
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Per image, so that they can be resampled: (N,) int64 each."""
-
-    true_positives: NDArray[np.int64]
-    truths: NDArray[np.int64]
-    detections: NDArray[np.int64]
-
-    def scores(self) -> dict[str, float]:
-        """recall, precision, hmean over all images, 0-1."""
-        return _scores(self.true_positives.sum(), self.truths.sum(), self.detections.sum())
-
-    def resampled(self, picks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(B,) hmean of B draws of images; picks: (B, N) indices."""
-        totals = (self.true_positives[picks].sum(1), self.truths[picks].sum(1), self.detections[picks].sum(1))
-        hits, truths, detections = (t.astype(np.float64) for t in totals)
-        return 2 * hits / np.maximum(truths + detections, 1)
-
-
-def _scores(hits: float, truths: float, detections: float) -> dict[str, float]:
-    # 2PR / (P + R) with R = hits / truths and P = hits / detections.
-    return {
-        "recall": float(hits / max(truths, 1)),
-        "precision": float(hits / max(detections, 1)),
-        "hmean": float(2 * hits / max(truths + detections, 1)),
-    }
-
-
-def bootstrap(first: Counts, second: Counts, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """95 % percentile intervals of the hmean of two results over the same images, and of their paired difference.
-
-    Images are drawn with replacement (Efron 1979), the same ones for both. Returns first, second and difference as [low, high],
-    and `better`: the share of the draws in which the first is above the second.
-    """
-    picks = np.random.default_rng(seed).integers(0, len(first.truths), (draws, len(first.truths)))
-    a, b = first.resampled(picks), second.resampled(picks)
-    limits = {
-        name: [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
-        for name, values in (("first", a), ("second", b), ("difference", a - b))
-    }
-    return {**limits, "better": round(float((a > b).mean()), 4)}
 
 
 def held_out(image_id: int, share: float, seed: int) -> bool:
@@ -70,15 +30,41 @@ def held_out(image_id: int, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def count(truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings) -> Counts:
-    """Hits, truths and detections of every image of `truth`; an image that `found` lacks has no detection."""
-    rows = []
-    for record in truth:
-        polygons = found.get(record.id, ())
-        ignore = [i.ignore for i in record.instances]
-        verdict = assign([i.polygon for i in record.instances], ignore, polygons, settings.iou, settings.matching)
-        rows.append((np.count_nonzero(verdict >= 0), len(ignore) - sum(ignore), np.count_nonzero(verdict != DROPPED)))
-    return Counts(*np.array(rows, np.int64).reshape(-1, 3).T)
+def count(
+    truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings
+) -> Counts:
+    """Every image of `truth` counted by polygon IoU; an image that `found` lacks has no detection."""
+    samples = [
+        Sample(
+            str(record.id),
+            [i.polygon for i in record.instances],
+            np.array([i.ignore for i in record.instances], bool),
+            found.get(record.id, ()),
+            np.ones(len(found.get(record.id, ()))),
+        )
+        for record in truth
+    ]
+    counts = Counts(rules_of("icdar", iou=settings.iou, matching=settings.matching)[0])
+    counts.update(measure(samples))
+    return counts
+
+
+def scores(counts: Counts) -> dict[str, float]:
+    """recall, precision, hmean over all images, 0-1."""
+    summary = counts.summary()
+    return {"recall": summary.recall, "precision": summary.precision, "hmean": summary.hmean}
+
+
+def verdict(found: Counts, present: Counts, seed: int) -> dict[str, Any]:
+    """95 % bootstrap intervals of both hmeans over the same images, and of their paired difference with its p value."""
+    compared = compare(found.ratios, present.ratios, seed=seed)
+    intervals = {
+        "found": hmean_interval(found.ratios, seed=seed),
+        "present": hmean_interval(present.ratios, seed=seed),
+        "difference": compared.interval,
+    }
+    limits: dict[str, Any] = {name: [round(i.low, 4), round(i.high, 4)] for name, i in intervals.items()}
+    return {**limits, "p_value": round(compared.p_value, 4)}
 
 
 @dataclass
@@ -94,15 +80,14 @@ class StoredLabels:
     def read(cls, url: str, truth: Sequence[ImageRecord], evaluate: EvaluateSettings) -> StoredLabels:
         """The predictions folder `url` for the images of `truth`. UserError when it lacks one of them."""
         wanted = {record.id for record in truth}
-        found: dict[int, list[MemberPrediction]] = {}
+        found: dict[int, Sequence[MemberPrediction]] = {}
+        unread: set[int] = set()
         for rows in read_predictions(url):
-            if rows[0]["image_id"] in wanted:
-                found[rows[0]["image_id"]] = [
-                    MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"]))
-                    for row in rows
-                    if row["error"] is None
-                ]
-        missing = [record for record in truth if record.id not in found]
+            if rows[0]["image_id"] in wanted and rows[0]["error"] is not None:
+                unread.add(rows[0]["image_id"])
+            elif rows[0]["image_id"] in wanted:
+                found[rows[0]["image_id"]] = members_of(rows)
+        missing = [record for record in truth if record.id not in found and record.id not in unread]
         if missing:
             raise UserError(
                 f"{url}: has no predictions of {missing[0].file_name} ({len(missing)} of {len(truth)} images); "
@@ -117,19 +102,21 @@ class StoredLabels:
         if key not in self._fused:
             if len(self._fused) >= 8:
                 self._fused.pop(next(iter(self._fused)))
-            self._fused[key] = {i: fuse(parts, settings.fusion) for i, parts in self.predictions.items()}
+            fused = fuse_images(list(self.predictions.values()), settings.fusion)
+            self._fused[key] = dict(zip(self.predictions, fused, strict=True))
+        calibration = read_calibration(settings.select.calibration) if settings.select.calibration else None
         labels: dict[int, list[NDArray[np.float32]]] = {}
         weights: list[float] = []
         ignored = 0
-        for image_id, fused in self._fused[key].items():
-            chosen = select(fused, settings.select)
+        for image_id, instances in self._fused[key].items():
+            chosen = select(instances, settings.select, calibration)
             kept = np.flatnonzero(~chosen.ignore)
             labels[image_id] = [chosen.polygons[k] for k in kept]
             weights += chosen.lossweight[kept].tolist()
             ignored += len(chosen) - len(kept)
         counts = count(self.truth, labels, self.evaluate)
         mean = float(np.mean(weights)) if weights else 0.0
-        return {**counts.scores(), "labels": len(weights), "ignored": ignored, "mean_weight": mean}, counts
+        return {**scores(counts), "labels": len(weights), "ignored": ignored, "mean_weight": mean}, counts
 
 
 def train_student(values: Mapping[str, Any], settings: Settings, run: str, callbacks: Sequence[Any]) -> None:

@@ -17,19 +17,20 @@ from i3cl.config import Settings, UserError, load_settings, with_overrides
 from i3cl.data.coco import write_coco
 from i3cl.data.ingest import read_source
 from i3cl.data.records import Dataset
+from i3cl.evaluation.protocols import Counts
 from i3cl.job import connect
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.objectives import (
-    Counts,
     StoredLabels,
-    bootstrap,
     held_out,
     measure_student,
+    scores,
     student_metrics,
     train_student,
+    verdict,
 )
 from i3cl.search.space import SHARE, Space
-from i3cl.training.launch import claim
+from i3cl.training.launch import claim, located
 
 _IDENTITY = ("model", "data", "train", "label", "evaluate", "selftrain", "search")
 _PAGE_EVERY = 10.0
@@ -115,13 +116,11 @@ def importance(ledger: Ledger, space: Space) -> dict[str, float]:
 
 def _located(settings: Settings) -> Settings:
     """With absolute paths: a trial's working directory is not the driver's."""
-    places: dict[str, Any] = {"storage": storage.absolute(settings.storage), "data_root": storage.absolute(settings.data_root)}
+    places: dict[str, Any] = {}
     for key in ("predictions", "unlabelled"):
         given = getattr(settings.search, key)
         places[f"search.{key}"] = storage.absolute(given) if given else None
-    if settings.train.start_from:
-        places["train.start_from"] = storage.absolute(settings.train.start_from)
-    return with_overrides(settings, places, "search")
+    return with_overrides(located(settings), places, "search")
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,7 @@ def _judge(
         )
     else:
         found_counts, default_counts = _students(settings, parts, run, search_part, best.values, present)
-        found, default = found_counts.scores(), default_counts.scores()
+        found, default = scores(found_counts), scores(default_counts)
     job = "label.py select" if settings.search.objective == "select" else "selftrain.py"
     path = storage.join(run, "best.yaml")
     _write_best(path, settings, best.values, config)
@@ -326,7 +325,7 @@ def _judge(
         "best": {"trial": best.number, "values": best.values, "search_part": best.metrics, "held_out": found},
         "default": {"values": present, "held_out": default},
         "images": {"search": len(parts.search), "held_out": len(parts.held_out)},
-        "bootstrap": bootstrap(found_counts, default_counts, seed=settings.search.seed),
+        "bootstrap": verdict(found_counts, default_counts, settings.search.seed),
         "hours": round(ledger.hours, 3),
         "front": sorted(ledger.front()) if settings.search.label_count else [],
         "next": f"python jobs/{job} --config {path} name={settings.name}-best",

@@ -112,6 +112,19 @@ def test_weights_come_from_the_settings_unless_given():
     assert fuse([MemberPrediction("a", [ring], [1.0], 1.0), blind], settings).scores == pytest.approx([0.5])
 
 
+def test_view_weights_part_the_vote_of_a_member():
+    flat, flipped = (MemberPrediction("a", [box(0, 0, 10, 10)], [score], view=view) for score, view in ((0.8, "d"), (0.4, "f")))
+    other = MemberPrediction("b", [], [], view="d")
+    assert fuse([flat, flipped, other], FusionSettings(view_weights={"f": 3.0})).scores == pytest.approx([(0.2 + 0.3) / 2])
+    only = fuse([flat, other], SETTINGS)
+    assert same(fuse([flat, flipped, other], FusionSettings(view_weights={"f": 0})), only)
+    assert only.scores == pytest.approx([0.4])
+    assert len(fuse([flat, flipped], FusionSettings(view_weights={"d": 0, "f": 0}))) == 0
+    # A member that only a view without weight has seen nothing with is absent, too.
+    gone = [flat, MemberPrediction("c", [], [], view="f")]
+    assert fuse(gone, FusionSettings(view_weights={"f": 0})).scores == pytest.approx([0.8])
+
+
 def test_views_share_the_weight_of_their_member():
     ring = box(10, 10, 110, 40)
     parts = [

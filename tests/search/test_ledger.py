@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from i3cl.config import EvaluateSettings
+from i3cl.data.records import ImageRecord, Instance
 from i3cl.search.ledger import Ledger
-from i3cl.search.objectives import Counts, bootstrap, held_out
+from i3cl.search.objectives import count, held_out, scores, verdict
 
 
 def test_a_ledger_comes_back_as_it_was_written(tmp_path):
@@ -42,28 +44,19 @@ def test_held_out_parts_by_id_alone():
     assert parts != [held_out(i, 0.3, seed=2) for i in range(4000)]
 
 
-def test_bootstrap_sees_a_difference_and_its_absence():
-    rng = np.random.default_rng(0)
-    truths = rng.integers(1, 10, 300)
-    good = Counts(truths - (rng.random(300) < 0.1), truths, truths)
-    bad = Counts(truths - (rng.random(300) < 0.6), truths, truths)
-    verdict = bootstrap(good, bad)
-    assert verdict["difference"][0] > 0 and verdict["better"] == 1
-    same = bootstrap(good, good)
-    assert same["difference"] == [0, 0] and same["better"] == 0
-    low, high = verdict["first"]
-    assert low < good.scores()["hmean"] < high
+def test_the_verdict_sees_a_difference_and_its_absence():
+    square = np.array([[0, 0], [20, 0], [20, 10], [0, 10]], np.float32)
+    truth = [ImageRecord(i, f"{i}.jpg", 99, 99, (Instance(square), Instance(square + 40))) for i in range(60)]
+    good = count(truth, {i: [square, square + 40] if i % 5 else [square] for i in range(60)}, EvaluateSettings())
+    bad = count(truth, {i: [square] if i % 2 else [square + 20] for i in range(60)}, EvaluateSettings())
+    assert scores(good)["precision"] == 1 and scores(good)["recall"] == pytest.approx(108 / 120)
+    told = verdict(good, bad, seed=0)
+    assert told["difference"][0] > 0 and told["p_value"] < 0.01
+    assert told["found"][0] < scores(good)["hmean"] < told["found"][1]
+    same = verdict(good, good, seed=0)
+    assert same["difference"] == [0, 0] and same["p_value"] == 1
 
 
-def test_counts_without_anything_score_zero():
-    nothing = Counts(*(np.zeros(2, np.int64) for _ in range(3)))
-    assert nothing.scores() == {"recall": 0, "precision": 0, "hmean": 0}
-    assert bootstrap(nothing, nothing)["first"] == [0, 0]
-
-
-def test_scores_are_the_usual_ones():
-    counts = Counts(np.array([3, 1]), np.array([4, 4]), np.array([5, 1]))
-    scores = counts.scores()
-    recall, precision = 4 / 8, 4 / 6
-    assert scores["recall"] == recall and scores["precision"] == pytest.approx(precision)
-    assert scores["hmean"] == pytest.approx(2 * recall * precision / (recall + precision))
+def test_nothing_found_scores_zero():
+    truth = [ImageRecord(1, "1.jpg", 9, 9, ())]
+    assert scores(count(truth, {}, EvaluateSettings())) == {"recall": 0, "precision": 0, "hmean": 0}
