@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled bytecode halves the start of every Ray worker; some shells switch it off.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup quickstart test test-gpu lint benchmark clean
+.PHONY: setup quickstart test test-slow test-gpu lint benchmark ablation clean
 
 setup: .venv/ready
 
@@ -20,7 +20,10 @@ quickstart: setup
 	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
@@ -31,6 +34,9 @@ lint: setup
 
 benchmark: setup
 	$(BIN)/python jobs/benchmark.py step
+
+ablation: setup
+	$(BIN)/python jobs/ablation.py --config configs/ablation/plain.yaml
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -113,7 +113,3 @@ def ray_cluster():
     import ray
 
     ray.shutdown()
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")

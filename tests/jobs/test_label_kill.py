@@ -197,9 +197,7 @@ def test_a_killed_worker_and_a_killed_node_lose_and_repeat_nothing(tiny_settings
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_ten_kills(tiny_settings, tiny_checkpoints, tmp_path, request, capsys):
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("takes minutes; run it with -m slow")
+def test_ten_kills(tiny_settings, tiny_checkpoints, tmp_path, capsys):
     kinds = ["worker", "driver", "raylet"] * 3 + ["worker"]
     random.Random(7).shuffle(kinds)
     victim = label_under_fire(tiny_settings, tiny_checkpoints, tmp_path, 2000, 10, kinds, seed=2)
