@@ -31,6 +31,8 @@ class Trial:
     reason: str | None = None
     present: bool = False
     """Whether its values are those that the settings had before the search."""
+    copy: int = 0
+    """How many trials before it have the same values."""
 
 
 class Ledger:
@@ -51,12 +53,12 @@ class Ledger:
         """Wall clock of this session and the ones before it."""
         return self._before + (time.monotonic() - self._started) / 3600
 
-    def begin(self, values: Mapping[str, Any], present: bool) -> Trial:
+    def begin(self, values: Mapping[str, Any], present: bool, copy: int = 0) -> Trial:
         """The trial of these values: one that a killed session left running, or a new one."""
         for trial in self.trials:
-            if trial.state == "running" and trial.values == dict(values):
+            if trial.state == "running" and trial.values == dict(values) and trial.copy == copy:
                 return trial
-        trial = Trial(len(self.trials) + 1, dict(values), present=present)
+        trial = Trial(len(self.trials) + 1, dict(values), present=present, copy=copy)
         self.trials.append(trial)
         return trial
 

@@ -30,9 +30,7 @@ def held_out(image_id: int, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def count(
-    truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings
-) -> Counts:
+def count(truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings) -> Counts:
     """Every image of `truth` counted by polygon IoU; an image that `found` lacks has no detection."""
     samples = [
         Sample(

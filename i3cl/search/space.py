@@ -6,7 +6,10 @@ A range that depends on another key (`above`, `below`) is sampled as a share of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,29 @@ if TYPE_CHECKING:
 
 SHARE = "@share"
 """Ends the sampler's name of a key whose range depends on another key."""
+COPY = "@copy"
+"""Beside the values in a trial's config: how many trials before it have the same ones."""
+
+
+class Suggest:
+    """What Ray Tune calls for a trial's values. Counts how often the same ones came, so that each trial has a name of its own."""
+
+    def __init__(self, space: Space, tried: Iterable[Mapping[str, Any]]) -> None:
+        """tried: the values of the trials that are done."""
+        self.space = space
+        self.seen = Counter(map(named, tried))
+
+    def __call__(self, trial: BaseTrial) -> dict[str, Any]:
+        values = self.space.suggest(trial)
+        copy = self.seen[named(values)]
+        self.seen[named(values)] += 1
+        return {**values, COPY: copy}
+
+
+def named(values: Mapping[str, Any], copy: int = 0) -> str:
+    """A short name of values, the same in every session; `copy` tells trials of equal values apart."""
+    text = json.dumps(dict(values), sort_keys=True, default=list)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest() + (f"-{copy + 1}" if copy else "")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from i3cl.search.objectives import (
     train_student,
     verdict,
 )
-from i3cl.search.space import SHARE, Space
+from i3cl.search.space import SHARE, Space, Suggest, named
 from i3cl.training.launch import claim, located
 
 _IDENTITY = ("model", "data", "train", "label", "evaluate", "selftrain", "search")
@@ -84,7 +84,7 @@ def write_page(run: str, settings: Settings, ledger: Ledger, summary: Mapping[st
     front = ledger.front() if settings.search.label_count else set()
     rows = [asdict(trial) | {"front": trial.number in front} for trial in ledger.trials]
     page = render_search(
-        settings.name, settings.search.objective, rows, settings.search.trials, importance(ledger, space), summary
+        settings.name, settings.search.objective, rows, _wanted(settings, space), importance(ledger, space), summary
     )
     storage.write_text_atomic(storage.join(run, "dashboard.html"), page)
 
@@ -145,19 +145,20 @@ class _Parts:
         return cls(Dataset(truth.name, truth.images_root, rest), Dataset(truth.name, truth.images_root, apart))
 
 
+def _wanted(settings: Settings, space: Space) -> int:
+    """Trials of the whole sweep: search.trials, or fewer where the grid ends before."""
+    if settings.search.sampler != "grid":
+        return settings.search.trials
+    # The present settings come first and are no point of the grid.
+    return min(settings.search.trials, 1 + math.prod(len(values) for values in space.grid().values()))
+
+
 def _left(settings: Settings, space: Space, ledger: Ledger) -> int:
-    """Trials still to do, within the grid and the hours."""
-    given = settings.search
-    wanted = given.trials
-    if given.sampler == "grid":
-        size = 1
-        for values in space.grid().values():
-            size *= len(values)
-        # The present settings come first and are no point of the grid.
-        wanted = min(wanted, size + 1)
-    if given.max_hours is not None and ledger.hours >= given.max_hours:
+    """Trials still to do, within the hours."""
+    hours = settings.search.max_hours
+    if hours is not None and ledger.hours >= hours:
         return 0
-    return wanted - len(ledger.done())
+    return _wanted(settings, space) - len(ledger.done())
 
 
 def _study(settings: Settings, space: Space, ledger: Ledger) -> tuple[Any, Any]:
@@ -240,7 +241,7 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
     sampler, kept = _study(settings, space, ledger)
     names = _metrics(settings)
     algorithm = OptunaSearch(
-        space=space.suggest,
+        space=Suggest(space, [trial.values for trial in ledger.done()]),
         metric=names if len(names) > 1 else names[0],
         mode=["max"] * len(names) if len(names) > 1 else "max",
         points_to_evaluate=_first_points(settings, space, ledger),
@@ -248,7 +249,14 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
         study_name="sweep",
         storage=kept,
     )
-    watch = trials.Watch(settings, space.present(settings), ledger, lambda: write_page(run, settings, ledger), _PAGE_EVERY)
+    watch = trials.Watch(
+        settings,
+        _wanted(settings, space),
+        space.present(settings),
+        ledger,
+        lambda: write_page(run, settings, ledger),
+        _PAGE_EVERY,
+    )
     hours_left = None if given.max_hours is None else max(0.0, given.max_hours - ledger.hours)
     spent = sum(trial.seconds for trial in ledger.done()) * gpus / 3600
     print(
@@ -287,10 +295,9 @@ def _cores() -> int:
     return here if len(nodes) == 1 else int(ray.cluster_resources().get("CPU", 1))
 
 
-def student_folder(run: str, values: Mapping[str, Any]) -> str:
+def student_folder(run: str, values: Mapping[str, Any], copy: int) -> str:
     """Where the student of these values trains: named by them, so that a trial begun before a kill goes on."""
-    text = json.dumps(values, sort_keys=True, default=list)
-    return storage.join(run, "students", hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
+    return storage.join(run, "students", named(values, copy))
 
 
 # ----------------------------------------------------------------------------------------------------------------- verdict
@@ -315,7 +322,7 @@ def _judge(
             labels.measure(with_overrides(settings, dict(values), "search.space").label) for values in (best.values, present)
         )
     else:
-        found_counts, default_counts = _students(settings, parts, run, search_part, best.values, present)
+        found_counts, default_counts = _students(settings, parts, run, search_part, best, present)
         found, default = scores(found_counts), scores(default_counts)
     job = "label.py select" if settings.search.objective == "select" else "selftrain.py"
     path = storage.join(run, "best.yaml")
@@ -333,7 +340,7 @@ def _judge(
 
 
 def _students(
-    settings: Settings, parts: _Parts, run: str, search_part: str, best: Mapping[str, Any], present: Mapping[str, Any]
+    settings: Settings, parts: _Parts, run: str, search_part: str, best: Trial, present: Mapping[str, Any]
 ) -> tuple[Counts, Counts]:
     """Counts of the winner's student and of the present settings', trained to the end, on the held-out images.
 
@@ -344,8 +351,8 @@ def _students(
 
     connect()
     thresholds, checkpoints = {}, {}
-    for name, values in (("best", best), ("default", present)):
-        folder = student_folder(run, values)
+    for name, values, copy in (("best", best.values, best.copy), ("default", present, 0)):
+        folder = student_folder(run, values, copy)
         if not storage.exists(storage.join(folder, "student", "best", "metrics.json")):
             print(f"{settings.name}: training the student of the {name} settings to its end", flush=True)
             train_student(values, trials.for_student(settings, search_part), folder, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ray import tune
 from i3cl.config import Settings, with_overrides
 from i3cl.job import duration
 from i3cl.search.ledger import Ledger, Trial
-from i3cl.search.space import SHARE
+from i3cl.search.space import COPY, SHARE
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Job:
 
 def values_of(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a trial's config, without the sampler's own parameters."""
-    return {key: value for key, value in config.items() if not key.endswith(SHARE)}
+    return {key: value for key, value in config.items() if not key.endswith((SHARE, COPY))}
 
 
 class SelectTrial(tune.Trainable):
@@ -69,7 +70,9 @@ def student_trial(config: dict[str, Any], job: Job) -> None:
     from i3cl.search.sweep import student_folder
 
     values = values_of(config)
-    train_student(values, for_student(job.settings, job.search_part), student_folder(job.run, values), [TuneReportCallback()])
+    train_student(
+        values, for_student(job.settings, job.search_part), student_folder(job.run, values, config[COPY]), [TuneReportCallback()]
+    )
 
 
 def for_student(settings: Settings, search_part: str) -> Settings:
@@ -105,10 +108,18 @@ class Watch(tune.Callback):
     """Keeps the ledger and the page up to date and prints a line a trial. Lives in the driver."""
 
     def __init__(
-        self, settings: Settings, present: dict[str, Any], ledger: Ledger, page: Callable[[], None], every: float
+        self,
+        settings: Settings,
+        wanted: int,
+        present: dict[str, Any],
+        ledger: Ledger,
+        page: Callable[[], None],
+        every: float,
     ) -> None:
+        self.wanted = wanted
         self.settings, self.present, self.ledger, self.page, self.every = settings, present, ledger, page, every
         self.trials: dict[str, Trial] = {}
+        self.unexplained: list[tuple[Trial, Any]] = []
         self._shown = 0.0
         self._started = time.monotonic()
         self._before = len(ledger.done())
@@ -135,20 +146,27 @@ class Watch(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._of(trial)
         row.state = "broken"
-        try:
-            text = trial.get_error()
-        except (AttributeError, OSError) as error:
-            text = error
-        row.reason = _reason(str(text))
-        self._over(row)
+        self.ledger.write()
+        self.unexplained.append((row, trial))
+
+    def _explain(self) -> None:
+        """Give broken trials their reason: Tune writes it down after it has told the callbacks."""
+        for row, trial in list(self.unexplained):
+            if trial.error_file and os.path.isfile(trial.error_file):
+                with open(trial.error_file, encoding="utf-8") as file:
+                    row.reason = _reason(file.read())
+                self.unexplained.remove((row, trial))
+                self._over(row)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._explain()
         if time.monotonic() - self._shown > self.every:
             self._shown = time.monotonic()
             self.page()
 
     def close(self) -> None:
         """The last state, after the last trial. What the budget cut off is stopped."""
+        self._explain()
         for row in self.ledger.trials:
             if row.state == "running" and row in self.trials.values():
                 row.state = "stopped"
@@ -159,7 +177,7 @@ class Watch(tune.Callback):
             found = values_of(trial.config)
             # Tune hands them back in an order of its own.
             values = {key: found[key] for key in self.present}
-            self.trials[trial.trial_id] = self.ledger.begin(values, values == self.present)
+            self.trials[trial.trial_id] = self.ledger.begin(values, values == self.present, trial.config[COPY])
             self.ledger.write()
         return self.trials[trial.trial_id]
 
@@ -167,14 +185,14 @@ class Watch(tune.Callback):
         self.ledger.write()
         done = len(self.ledger.done())
         pace = (time.monotonic() - self._started) / max(1, done - self._before)
-        left = max(0, self.settings.search.trials - done)
+        left = max(0, self.wanted - done)
         best = self.ledger.best()
         result = f"F {row.metrics['hmean']:.4f}" if row.metrics else row.reason
-        values = " ".join(f"{_last(k)}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.values.items())
+        values = " ".join(f"{_last(k)}={v:.3g}" if isinstance(v, float) else f"{_last(k)}={v}" for k, v in row.values.items())
         shown = f"best F {best.metrics['hmean']:.4f} (trial {best.number})" if best else "none finished"
         print(
             f"{self.settings.name}: trial {row.number} {row.state}: {result}  {values}  "
-            f"[{done}/{self.settings.search.trials}, {shown}, {duration(pace * left)} left]",
+            f"[{done}/{self.wanted}, {shown}, {duration(pace * left)} left]",
             flush=True,
         )
 
@@ -189,4 +207,6 @@ def _last(key: str) -> str:
 def _reason(text: str) -> str:
     """The last line of a traceback that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:400] if lines else "no reason given"
+    last = lines[-1] if lines else "no reason given"
+    # A user's mistake speaks for itself; of other errors the kind matters too.
+    return last.removeprefix("i3cl.config.SettingsError: ").removeprefix("i3cl.config.UserError: ")[:400]

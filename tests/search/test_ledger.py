@@ -18,6 +18,7 @@ def test_a_ledger_comes_back_as_it_was_written(tmp_path):
     assert again.done() == [first] and again.best() == first
     assert again.begin({"a": 0.7, "b": False}, present=False).number == 2, "a trial cut off by a kill goes on"
     assert again.begin({"a": 0.5, "b": True}, present=True).number == 3, "a finished one does not"
+    assert again.begin({"a": 0.7, "b": False}, present=False, copy=1).number == 4, "nor one of equal values at the same time"
 
 
 def test_best_and_front(tmp_path):
