@@ -142,7 +142,7 @@ def image_hash(path: str) -> int:
 def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
     """(N,) uint64 hashes of the readable images and their N file names; in processes of this machine when there are many.
 
-    Unreadable images are printed and left out.
+    Unreadable images are printed and left out. UserError when all are.
     """
     names = [record.file_name for record in dataset.records]
     paths = [storage.join(dataset.images_root, name) for name in names]
@@ -161,6 +161,8 @@ def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
         if isinstance(result, str):
             print(f"left out: {result}")
     kept = [(name, result) for name, result in pairs if isinstance(result, int)]
+    if pairs and not kept:
+        raise UserError(f"{dataset.images_root}: none of the {len(pairs)} images can be read; correct --images")
     return np.array([result for _, result in kept], np.uint64), [name for name, _ in kept]
 
 

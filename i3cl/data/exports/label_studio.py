@@ -17,6 +17,7 @@ from i3cl.data.exports.common import (
     TEXT,
     Region,
     Reviewed,
+    are_numbers,
     box_points,
     dumps,
     flat_points,
@@ -119,11 +120,12 @@ def _reviewed(data: dict[str, Any], annotation: dict[str, Any], where: str) -> R
     result = annotation.get("result", [])
     if not isinstance(result, list) or not all(isinstance(r, dict) for r in result):
         raise UserError(f"{where}: result is not a list of objects; export the project again as 'JSON'")
-    sizes = {(r.get("original_width"), r.get("original_height")) for r in result if r.get("original_width") is not None}
+    sizes = [(r.get("original_width"), r.get("original_height")) for r in result if r.get("original_width") is not None]
     width = height = None
     if sizes:
-        width, height = sizes.pop()
-        if sizes or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in (width, height)):
+        width, height = sizes[0]
+        same = all(size == sizes[0] for size in sizes)
+        if not same or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in (width, height)):
             raise UserError(f"{where}: original_width and original_height are not one size; export the project again")
     if any(r.get("image_rotation") for r in result):
         raise UserError(f"{where}: image {shown(name)} is rotated in Label Studio; rotate it back and export again")
@@ -150,8 +152,8 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
     if kind in ("rectanglelabels", "rectangle"):
         sides: list[Any] = [value.get(key) for key in ("x", "y", "width", "height")]
         turn = value.get("rotation") or 0
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (*sides, turn)):
-            return Region(None, label, fault="is a rectangle without x, y, width and height")
+        if not are_numbers((*sides, turn)):
+            return Region(None, label, fault="is a rectangle without usable x, y, width and height")
         x, y, w, h = sides
         # Turned in pixels: percent of width and of height are not the same length.
         pixels = box_points(x * width, y * height, (x + w) * width, (y + h) * height, turn, (x * width, y * height))
