@@ -137,6 +137,15 @@ def test_rects(tmp_path):
     assert rings(only)[0] == QUAD
 
 
+def test_rects_with_both_label_folders_of_the_download(tmp_path):
+    (before,) = sample("rects", tmp_path)
+    (path,) = (tmp_path / "gt").iterdir()
+    text(tmp_path / "gt_unicode" / path.name, path.read_text())
+    path.write_bytes(b"\xff")
+    (found,) = read_labels("rects", str(tmp_path))
+    assert facts(found) == facts(before)
+
+
 def test_ctw1500_xml_and_test_text(tmp_path):
     first, second = sample("ctw1500", tmp_path)
     assert facts(first) == [("HELLO & Co", False, None), ("###", True, None)]
@@ -217,6 +226,15 @@ def test_synthtext(tmp_path):
     for labelled in images:
         for i in labelled.instances or ():
             np.testing.assert_allclose(i.polygon - i.polygon[0], [[0, 0], [30, 0], [30, 12], [0, 12]], atol=1e-4)
+
+
+def test_synthtext_in_the_folder_of_its_archive(tmp_path):
+    before = sample("synthtext", tmp_path / "SynthText")
+    found = list(read_labels("synthtext", str(tmp_path)))
+    assert [i.file_name for i in found] == [f"SynthText/{i.file_name}" for i in before]
+    sample("synthtext", tmp_path / "other")
+    with pytest.raises(UserError, match="several"):
+        list(read_labels("synthtext", str(tmp_path)))
 
 
 def test_synthtext_boxes_are_those_that_scipy_reads(tmp_path):
