@@ -123,6 +123,21 @@ def made_text(path: Path) -> str:
     return json.dumps(content)
 
 
+@pytest.mark.parametrize("prefix", ["s3://bucket/photos/", "https://host/photos/", "/data/local-files/?d=photos/"])
+def test_label_studio_finds_images_by_their_url_alone(prefix, pseudo, tmp_path):
+    out = export("label-studio", pseudo, tmp_path, prefix=prefix)
+    as_annotated(out)
+    tasks = json.loads(Path(out).read_text())
+    # Keys of buckets stand as they are, all else as in any URL.
+    assert tasks[2]["data"]["image"].endswith("永 安 'x' 100%_5.jpg") == prefix.startswith("s3")
+    for task in tasks:
+        del task["data"]["file_name"]
+    Path(out).write_text(json.dumps(tasks))
+    for given in ("", prefix):
+        done = import_corrections("label-studio", out, pseudo, str(tmp_path / "c.json"), prefix=given)
+        assert (done.corrected, done.instances) == (3, 2)
+
+
 def as_annotated(path: str) -> None:
     """A Label Studio export in which a person has accepted every task."""
     tasks = json.loads(Path(path).read_text())

@@ -29,6 +29,8 @@ from i3cl.data.records import ImageRecord
 
 MANY_POINTS = 64
 """A polygon of more points is simplified: the page stalls when it must draw thousands."""
+_OF_BUCKETS = ("s3://", "gs://", "azure-blob://")
+"""URLs that Label Studio takes apart itself, without undoing percent signs: the key stands in them as it is."""
 
 
 def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
@@ -85,7 +87,8 @@ def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dic
     if scores:
         # The weakest label: sorted by score, the images that need a look come first.
         prediction["score"] = min(scores)
-    data = {"image": prefix + quote(record.file_name), "file_name": record.file_name, "image_id": record.id}
+    name = record.file_name if prefix.startswith(_OF_BUCKETS) else quote(record.file_name)
+    data = {"image": prefix + name, "file_name": record.file_name, "image_id": record.id}
     return {"data": data, "predictions": [prediction]}
 
 
@@ -163,6 +166,8 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
 
 def _name_in(url: str) -> str:
     """Path of the image in a task's URL; of local storage the part after ``?d=``."""
+    if url.startswith(_OF_BUCKETS):
+        return url
     try:
         parts = urlsplit(url)
         inside = parse_qs(parts.query).get("d")
