@@ -416,6 +416,15 @@ def test_choices_that_fit_no_labels(options, pseudo, tmp_path):
         export_labels("cvat", pseudo, str(tmp_path / "a.xml"), **options)
 
 
+def test_what_skip_bad_leaves_out_is_listed(pseudo, tmp_path, capsys):
+    content = json.loads(Path(pseudo).read_text())
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    Path(pseudo).write_text(json.dumps(content))
+    export_labels("cvat", pseudo, str(tmp_path / "a.xml"), skip_bad=True)
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "annotation 1: " in printed and "left out: 1 polygon" in printed
+
+
 def test_long_polygons_are_simplified_for_label_studio(tmp_path):
     turn = np.linspace(0, 2 * np.pi, 900, endpoint=False)
     circle = np.stack([60 + 30 * np.cos(turn), 40 + 30 * np.sin(turn)], 1).astype(np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from i3cl.config import UserError
 from i3cl.data.checks import CATEGORY, BadItem, Faults, checked_instance, shown
-from i3cl.data.coco import read_coco, write_coco
+from i3cl.data.coco import read_for_command, write_coco
 from i3cl.data.exports import cvat, label_studio, labelme, paddle
 from i3cl.data.exports.common import TEXT, UNREADABLE, ImageNames, Region, Reviewed
 from i3cl.data.records import ImageRecord, Instance, Problem
@@ -57,7 +57,7 @@ def import_corrections(
     COCO json when it ends in .json, else a folder of Parquet shards. UserError for a broken file, an image that `base` does
     not have, an image that occurs twice, another image size, and, unless `skip_bad`, a region that cannot be used.
     """
-    records = read_coco(base, "", skip_bad=skip_bad, check_files=False).records
+    records = read_for_command(base, skip_bad=skip_bad).records
     names = ImageNames((record.file_name for record in records), base, prefix)
     reviewed: dict[str, Reviewed] = {}
     for item in READERS[format](source):

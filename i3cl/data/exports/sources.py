@@ -9,7 +9,7 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import read_coco
+from i3cl.data.coco import read_for_command
 from i3cl.data.predictions import read_batches, read_predictions
 from i3cl.data.records import ImageRecord, Instance
 from i3cl.data.table import is_table
@@ -33,7 +33,7 @@ def read_labels(
     if source.endswith(".json") or is_table(source):
         if member is not None:
             raise UserError(f"{source}: holds labels, not predictions; leave out --member")
-        records = iter(read_coco(source, "", skip_bad=skip_bad, check_files=False).records)
+        records = iter(read_for_command(source, skip_bad=skip_bad).records)
     else:
         records = _predicted(source, member)
     return records if score is None else (_above(record, score) for record in records)
