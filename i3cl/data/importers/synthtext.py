@@ -47,7 +47,7 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
 
 def read(folder: Folder, item: Item) -> LabelledImage:
     """Every word of an image; none is ignored unless its box is degenerate."""
-    where = f"{folder.path('gt.mat')}: {item.file_name}"
+    where = f"{folder.root}: gt.mat: {item.file_name}"
     content = parse.an_object(parse.parse_json(required_label(folder, item), where), where)
     boxes, words = content["boxes"], content["words"]
     if boxes is None:
