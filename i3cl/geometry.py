@@ -141,11 +141,19 @@ def overlaps(first: Sequence[Polygon], second: Sequence[Polygon]) -> Overlaps:
 
 
 def clip_polygon(polygon: Polygon, width: float, height: float) -> NDArray[np.float32] | None:
-    """The part inside [0, width] x [0, height] (the largest piece), (N, 2) float32; None when nothing with area is left."""
+    """The part inside [0, width] x [0, height] (the largest piece), (N, 2) float32; None when nothing with area is left.
+
+    It runs the polygon's way round and begins where the polygon does, or near: readers of text go by that.
+    """
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     if low[0] >= 0 and low[1] >= 0 and high[0] <= width and high[1] <= height:
         return np.asarray(polygon, np.float32)
-    return largest_ring(shapely.intersection(to_shapely([polygon])[0], shapely.box(0, 0, width, height)))
+    ring = largest_ring(shapely.intersection(to_shapely([polygon])[0], shapely.box(0, 0, width, height)))
+    if ring is None:
+        return None
+    if _signed_area(ring) * _signed_area(polygon) < 0:
+        ring = ring[::-1]
+    return np.roll(ring, -int(np.linalg.norm(ring - polygon[0], axis=1).argmin()), axis=0)
 
 
 def mask_crop(polygon: Polygon, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

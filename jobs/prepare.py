@@ -129,7 +129,8 @@ def duplicates(settings: Settings, options: argparse.Namespace) -> None:
 
     against = options.against or options.source
     images = [*options.images, *options.images][:2]
-    pairs = report_duplicates((options.source, images[0]), (against, images[1]), options.distance, options.out)
+    sets = (options.source, images[0]), (against, images[1])
+    pairs = report_duplicates(*sets, options.distance, options.out, skip_bad=settings.data.skip_bad)
     print(f"{pairs} pairs within {options.distance} of 64 bits" + (f": {options.out}" if options.out else ""))
 
 
@@ -192,9 +193,10 @@ def sheet(settings: Settings, options: argparse.Namespace) -> None:
 
 def _dataset(settings: Settings, options: argparse.Namespace) -> Dataset:
     from i3cl import storage
-    from i3cl.data.coco import read_coco
+    from i3cl.data.coco import read_for_command
 
-    return read_coco(storage.absolute(options.source), storage.absolute(options.images), skip_bad=settings.data.skip_bad)
+    annotations, images = storage.absolute(options.source), storage.absolute(options.images)
+    return read_for_command(annotations, images, skip_bad=settings.data.skip_bad, check_files=True)
 
 
 def _out(parser: argparse.ArgumentParser) -> None:

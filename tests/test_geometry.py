@@ -121,6 +121,15 @@ def test_clip_polygon():
     assert geometry.clip_polygon(SQUARE - 50, 10, 10) is None
 
 
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("first", range(4))
+def test_clip_polygon_keeps_the_first_corner_and_the_direction(first, step):
+    quad = np.roll(np.array([[-5, 2], [40, 3], [41, 20], [-4, 21]], np.float32)[::step], first, axis=0)
+    clipped = geometry.clip_polygon(quad, 100, 100)
+    assert len(clipped) == 4
+    assert np.abs(clipped - quad.clip(0)).max() < 1
+
+
 def test_clip_polygon_keeps_the_largest_piece():
     # A U whose arms (2 and 3 wide) reach into the image while its base lies below it.
     shape = np.array([[0, 5], [2, 5], [2, 12], [7, 12], [7, 5], [10, 5], [10, 15], [0, 15]], np.float32)

@@ -42,7 +42,7 @@ class Faults:
     def bad(self, where: str, error: BadItem) -> None:
         """The item at `where` cannot be used."""
         if not self.skip_bad:
-            raise UserError(f"{where}: {error.message}, or leave such items out with skip_bad=true") from None
+            raise UserError(f"{where}: {error.message}, or leave such items out with --skip-bad (data.skip_bad)") from None
         self.problems.append(Problem(error.kind, where, error.message))
 
     def mended(self, where: str, mended: list[tuple[str, str]]) -> None:

@@ -162,6 +162,14 @@ def _categories(entries: list[Any], path: str) -> dict[int, bool]:
     return result
 
 
+def read_for_command(annotations: str, images_root: str = "", *, skip_bad: bool, check_files: bool = False) -> Dataset:
+    """As ``read_coco``; what `skip_bad` left out or mended is printed."""
+    dataset = read_coco(annotations, images_root, skip_bad=skip_bad, check_files=check_files)
+    if skip_bad:
+        dataset.list_problems()
+    return dataset
+
+
 # ---------------------------------------------------------------------------------------------------- writing
 
 

@@ -30,6 +30,7 @@ Picture = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 _IMAGES_PER_PART = 128
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_NOT_WRITTEN = f"cannot be written in this format; use {', '.join(_ENDINGS)}"
 
 
 def degrade(image: Picture, kind: Kind, seed: tuple[int, ...]) -> Picture:
@@ -109,14 +110,16 @@ def write_degraded(
     """Write folder/images/ with a degraded copy of every image, names kept, and return folder/set.json with the polygons.
 
     A copy depends on its file name, the kind and `seed` only. Images that are there are not made again after an interruption;
-    set.json comes last. UserError for an unreadable image (with `skip_bad` it is named and left out), for an ending that
-    cannot be written, and for a folder that holds other copies.
+    set.json comes last. UserError for an unreadable image or an ending that cannot be written (with `skip_bad` it is named and
+    left out), for a seed below 0, and for a folder that holds other copies.
     """
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give a whole number from 0")
     if not dataset.records:
         raise UserError(f"{dataset.name}: has no images")
     for record in dataset.records:
-        if posixpath.splitext(record.file_name)[1].lower() not in _ENDINGS:
-            raise UserError(f"{record.file_name}: cannot be written in this format; use {', '.join(_ENDINGS)}")
+        if not skip_bad and not record.file_name.lower().endswith(_ENDINGS):
+            raise UserError(f"{record.file_name}: {_NOT_WRITTEN}, or leave it out with --skip-bad")
     annotations, note = storage.join(folder, "set.json"), storage.join(folder, "degrade.json")
     content = {"kind": kind, "seed": seed, "images_root": dataset.images_root, "images": len(dataset.records)}
     if not storage.exists(note):
@@ -154,6 +157,9 @@ def _write_part(
 ) -> list[str]:
     problems: list[str] = []
     for name in chunks[part]:
+        if not name.lower().endswith(_ENDINGS):
+            problems.append(f"{name}: {_NOT_WRITTEN}")
+            continue
         try:
             image = decode_image(storage.join(images_root, name))
         except ImageError as error:

@@ -24,8 +24,6 @@ from i3cl.data.records import Dataset, TableRecords, record_from_row, to_table
 from i3cl.data.transforms import Sample, TrainTransform
 from i3cl.job import quiet
 
-_SHOWN = 20
-"""Problems of a data set that are listed one by one."""
 _SEGMENT = 2048
 """Images of one worker that are handed to Ray Data at a time."""
 
@@ -38,12 +36,8 @@ def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, 
     """
     annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
     dataset = read_coco(annotations, images, skip_bad=skip_bad, check_files=check_files, lossweight=source.lossweight)
-    if skip_bad and check_files and dataset.problems:
-        for problem in dataset.problems[:_SHOWN]:
-            print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}", flush=True)
-        if len(dataset.problems) > _SHOWN:
-            print(f"... and {len(dataset.problems) - _SHOWN} more", flush=True)
-        print(dataset.summary(), flush=True)
+    if skip_bad and check_files:
+        dataset.list_problems()
     return dataset
 
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 
+_SHOWN = 20
+"""Problems of a data set that are listed one by one."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Instance:
@@ -95,6 +98,16 @@ class Dataset:
             if counts:
                 line += f"; {title}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
         return line
+
+    def list_problems(self) -> None:
+        """Print the first problems one by one, and ``summary``; nothing when there are none."""
+        if not self.problems:
+            return
+        for problem in self.problems[:_SHOWN]:
+            print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}", flush=True)
+        if len(self.problems) > _SHOWN:
+            print(f"... and {len(self.problems) - _SHOWN} more", flush=True)
+        print(self.summary(), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ Arrow tables

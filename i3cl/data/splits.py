@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import read_coco, write_coco
+from i3cl.data.coco import read_for_command, write_coco
 from i3cl.data.images import ImageError, decode_image
 from i3cl.data.records import Dataset, ImageRecord, TableRecords
 from i3cl.data.table import write_shards
@@ -102,7 +102,7 @@ def write_splits(
     appears as a whole. UserError for bad fractions, and when a list names no image of the source.
     """
     shares = parse_fractions(fractions)
-    records = read_coco(source, "", skip_bad=skip_bad, check_files=False).records
+    records = read_for_command(source, skip_bad=skip_bad).records
     removed: set[int] = set()
     for path in remove:
         stems, numbers = read_removals(path)
@@ -142,7 +142,7 @@ def image_hash(path: str) -> int:
 def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
     """(N,) uint64 hashes of the readable images and their N file names; in processes of this machine when there are many.
 
-    Unreadable images are printed and left out.
+    Unreadable images are printed and left out. UserError when all are.
     """
     names = [record.file_name for record in dataset.records]
     paths = [storage.join(dataset.images_root, name) for name in names]
@@ -161,6 +161,8 @@ def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
         if isinstance(result, str):
             print(f"left out: {result}")
     kept = [(name, result) for name, result in pairs if isinstance(result, int)]
+    if pairs and not kept:
+        raise UserError(f"{dataset.images_root}: none of the {len(pairs)} images can be read; correct --images")
     return np.array([result for _, result in kept], np.uint64), [name for name, _ in kept]
 
 
@@ -197,15 +199,17 @@ def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: 
     return np.array(sorted(found), np.int64).reshape(-1, 3)
 
 
-def report_duplicates(source: tuple[str, str], against: tuple[str, str], distance: int, out: str | None = None) -> int:
+def report_duplicates(
+    source: tuple[str, str], against: tuple[str, str], distance: int, out: str | None = None, *, skip_bad: bool = False
+) -> int:
     """Print, or write to `out`, lines 'distance, image, image' (tabs between) of the pairs that look the same; their number.
 
     source, against: annotations and images root; the same twice: pairs within the set, each once. UserError as ``read_coco``.
     """
     if not 0 <= distance <= 16:
         raise UserError(f"--distance {distance}: give 0 to 16 bits; unrelated images differ in about 32")
-    first = hash_images(read_coco(*source, check_files=False))
-    second = first if against == source else hash_images(read_coco(*against, check_files=False))
+    first = hash_images(read_for_command(*source, skip_bad=skip_bad))
+    second = first if against == source else hash_images(read_for_command(*against, skip_bad=skip_bad))
     pairs = near_pairs(first[0], second[0], distance)
     if against == source:
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]

@@ -108,7 +108,15 @@ def test_a_broken_image_is_named_or_left_out(labelled, tmp_path, capsys):
     assert "a.jpg" in capsys.readouterr().out
 
 
+def test_a_seed_below_zero_is_named(labelled, tmp_path):
+    with pytest.raises(UserError, match="--seed -1"):
+        write_degraded("light", labelled, str(tmp_path / "out"), -1)
+
+
 def test_an_ending_that_cannot_be_written_is_named(labelled, tmp_path):
     record = ImageRecord(9, "d.gif", 4, 4)
-    with pytest.raises(UserError, match=r"d\.gif"):
-        write_degraded("sig", type(labelled)("x", str(tmp_path), [record]), str(tmp_path / "out"))
+    mixed = type(labelled)("x", labelled.images_root, [record, *labelled.records])
+    with pytest.raises(UserError, match=r"d\.gif.*--skip-bad"):
+        write_degraded("sig", mixed, str(tmp_path / "out"))
+    done = write_degraded("sig", mixed, str(tmp_path / "out"), skip_bad=True)
+    assert [i["file_name"] for i in json.loads(Path(done).read_text())["images"]] == [r.file_name for r in labelled.records]

@@ -1,5 +1,6 @@
 """Exports, and what comes back when a person has changed something."""
 
+import io
 import json
 import random
 import zipfile
@@ -92,6 +93,51 @@ def test_what_goes_out_comes_back(format, prefix, pseudo, tmp_path):
         same_shapes(found, wanted, 0.01 if format == "label-studio" else 0)
 
 
+@pytest.mark.parametrize("format", READERS)
+def test_an_ignore_region_that_became_text_has_no_mark_for_a_transcription(format, tmp_path):
+    base = str(tmp_path / "base.json")
+    regions = (Instance(CURVE, True, text="###"), Instance(BOX, True, text="\u96be", language="Chinese"))
+    write_coco(base, [ImageRecord(1, "gt_1.jpg", 80, 120, regions)])
+    out = Path(export(format, base, tmp_path))
+    if format == "label-studio":
+        as_annotated(str(out))
+    path = out / "gt_1.json" if out.is_dir() else out
+    if format == "paddle":
+        name, items = path.read_text().split("\t")
+        first, second = json.loads(items)
+        path.write_text(name + "\t" + json.dumps([first | {"transcription": ""}, second]))
+    else:
+        # The last region of a label, so that the other one stays an ignore region.
+        path.write_text(path.read_text().replace('"ignore"', '"text"', 1) if format == "cvat" else made_text(path))
+    import_corrections(format, str(out), base, str(tmp_path / "c.json"))
+    (record,) = read_coco(str(tmp_path / "c.json"), "", check_files=False).records
+    assert [(i.ignore, i.text, i.language) for i in record.instances] == [(False, None, None), (True, "\u96be", "Chinese")]
+
+
+def made_text(path: Path) -> str:
+    content = json.loads(path.read_text())
+    if isinstance(content, dict):
+        content["shapes"][0]["label"] = "text"
+    else:
+        content[0]["annotations"][0]["result"][0]["value"]["polygonlabels"] = ["text"]
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("prefix", ["s3://bucket/photos/", "https://host/photos/", "/data/local-files/?d=photos/"])
+def test_label_studio_finds_images_by_their_url_alone(prefix, pseudo, tmp_path):
+    out = export("label-studio", pseudo, tmp_path, prefix=prefix)
+    as_annotated(out)
+    tasks = json.loads(Path(out).read_text())
+    # Keys of buckets stand as they are, all else as in any URL.
+    assert tasks[2]["data"]["image"].endswith("永 安 'x' 100%_5.jpg") == prefix.startswith("s3")
+    for task in tasks:
+        del task["data"]["file_name"]
+    Path(out).write_text(json.dumps(tasks))
+    for given in ("", prefix):
+        done = import_corrections("label-studio", out, pseudo, str(tmp_path / "c.json"), prefix=given)
+        assert (done.corrected, done.instances) == (3, 2)
+
+
 def as_annotated(path: str) -> None:
     """A Label Studio export in which a person has accepted every task."""
     tasks = json.loads(Path(path).read_text())
@@ -156,6 +202,9 @@ def test_only_skipped_tasks_are_nothing_to_bring_back(pseudo, tmp_path):
         ([region("polygonlabels", {}, original_width=80, original_height=120)], None, "width 80 there and 120"),
         ([region("polygonlabels", {}, image_rotation=90)], None, "rotated"),
         ([region("polygonlabels", {}, original_width="x")], None, "not one size"),
+        ([region("polygonlabels", {}, original_width=[120])], None, "not one size"),
+        ([region("rectanglelabels", {"x": 10**400, "y": 1, "width": 1, "height": 1})], None, "without usable x"),
+        ([region("rectanglelabels", {"x": 1, "y": 1, "width": 1, "height": 1, "rotation": 10**400})], None, "without usable x"),
         (5, None, "result is not a list"),
         ([], {"x": 1}, "neither file_name nor image"),
     ],
@@ -218,7 +267,16 @@ def test_broken_cvat_exports(shapes, options, message, pseudo, tmp_path):
 def test_a_zip_without_annotations_and_no_zip(pseudo, tmp_path):
     zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
     (tmp_path / "text.zip").write_text("x")
-    for name in ("empty.zip", "text.zip"):
+    good = io.BytesIO()
+    with zipfile.ZipFile(good, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("annotations.xml", "<annotations/>" + " " * 99)
+    data = bytearray(good.getvalue())
+    body = 30 + len("annotations.xml")
+    (tmp_path / "damaged.zip").write_bytes(data[:body] + b"\xff" * 9 + data[body + 9 :])
+    data[6] |= 1
+    data[data.rindex(b"PK\1\2") + 8] |= 1
+    (tmp_path / "encrypted.zip").write_bytes(data)
+    for name in ("empty.zip", "text.zip", "damaged.zip", "encrypted.zip"):
         with pytest.raises(UserError, match=name):
             import_corrections("cvat", str(tmp_path / name), pseudo, str(tmp_path / "c.json"))
 
@@ -236,6 +294,10 @@ def test_labelme_rectangles_and_other_shapes(pseudo, tmp_path):
     content["shapes"][0]["shape_type"] = "circle"
     (out / "gt_3.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"gt_3\.json: region 1: is of shape_type 'circle'"):
+        import_corrections("labelme", str(out), pseudo, str(tmp_path / "c.json"))
+    content["shapes"] = [{"label": "text", "points": [[10**400, 40], [10, 20]], "shape_type": "rectangle"}]
+    (out / "gt_3.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"gt_3\.json: region 1: .*without usable corners"):
         import_corrections("labelme", str(out), pseudo, str(tmp_path / "c.json"))
 
 
@@ -346,6 +408,21 @@ def test_scores_leave_out_what_is_weak_and_keep_what_has_none(tmp_path):
     write_coco(str(tmp_path / "s.json"), [replace(labels()[0], instances=(certain, *labels()[0].instances))])
     (record,) = read_labels(str(tmp_path / "s.json"), score=0.95)
     assert [i.score for i in record.instances] == [None]
+
+
+@pytest.mark.parametrize("options", [{"score": 45}, {"score": float("nan")}, {"member": "a"}])
+def test_choices_that_fit_no_labels(options, pseudo, tmp_path):
+    with pytest.raises(UserError, match=r"--score|--member"):
+        export_labels("cvat", pseudo, str(tmp_path / "a.xml"), **options)
+
+
+def test_what_skip_bad_leaves_out_is_listed(pseudo, tmp_path, capsys):
+    content = json.loads(Path(pseudo).read_text())
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    Path(pseudo).write_text(json.dumps(content))
+    export_labels("cvat", pseudo, str(tmp_path / "a.xml"), skip_bad=True)
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "annotation 1: " in printed and "left out: 1 polygon" in printed
 
 
 def test_long_polygons_are_simplified_for_label_studio(tmp_path):

@@ -184,6 +184,9 @@ def test_a_set_is_whole_resumable_and_does_not_depend_on_the_parts(tmp_path):
 def test_bad_numbers_and_notes_are_named(tmp_path):
     with pytest.raises(UserError, match="at least 1"):
         write_scene_text(SMALL, str(tmp_path), 0, 0)
+    with pytest.raises(UserError, match=r"correct scene_text\.backgrounds"):
+        write_scene_text(SMALL.model_copy(update={"backgrounds": str(tmp_path / "none")}), str(tmp_path), 1, 0)
+    assert not list(tmp_path.iterdir())
     (tmp_path / "scene_text.json").write_text(json.dumps({})[:1])
     with pytest.raises(UserError, match="not readable"):
         write_scene_text(SMALL, str(tmp_path), 1, 0)

@@ -96,5 +96,7 @@ def test_a_smaller_copy_is_found(tmp_path, tiny_set, capsys):
     printed = capsys.readouterr().out
     assert "\t4.jpg\tcopy.png\n" in printed and "left out" in printed and "bad.jpg" in printed
     assert report_duplicates(ours, ours, 0, str(tmp_path / "pairs.tsv")) == 0 and os.path.getsize(tmp_path / "pairs.tsv") == 0
+    with pytest.raises(UserError, match=f"{tmp_path}: none of the .* images can be read"):
+        report_duplicates(ours, (ours[0], str(tmp_path)), 4)
     with pytest.raises(UserError, match="--distance"):
         report_duplicates(ours, ours, 30)

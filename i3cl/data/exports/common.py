@@ -70,6 +70,11 @@ def flat_points(points: Any) -> Any:
     return [points] if not isinstance(points, list) else points
 
 
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Whether all are numbers that can be reckoned with: json holds NaN and whole numbers of any length."""
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and -1e9 < v < 1e9 for v in values)
+
+
 def box_points(x0: float, y0: float, x1: float, y1: float, degrees: float = 0.0, about: Sequence[float] = ()) -> list[float]:
     """A box as a flat polygon, turned clockwise on screen about a point."""
     corners: NDArray[np.float64] = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64)

@@ -9,9 +9,9 @@ import numpy as np
 
 from i3cl.config import UserError
 from i3cl.data.checks import CATEGORY, BadItem, Faults, checked_instance, shown
-from i3cl.data.coco import read_coco, write_coco
+from i3cl.data.coco import read_for_command, write_coco
 from i3cl.data.exports import cvat, label_studio, labelme, paddle
-from i3cl.data.exports.common import TEXT, ImageNames, Region, Reviewed
+from i3cl.data.exports.common import TEXT, UNREADABLE, ImageNames, Region, Reviewed
 from i3cl.data.records import ImageRecord, Instance, Problem
 from i3cl.data.table import write_shards
 
@@ -57,7 +57,7 @@ def import_corrections(
     COCO json when it ends in .json, else a folder of Parquet shards. UserError for a broken file, an image that `base` does
     not have, an image that occurs twice, another image size, and, unless `skip_bad`, a region that cannot be used.
     """
-    records = read_coco(base, "", skip_bad=skip_bad, check_files=False).records
+    records = read_for_command(base, skip_bad=skip_bad).records
     names = ImageNames((record.file_name for record in records), base, prefix)
     reviewed: dict[str, Reviewed] = {}
     for item in READERS[format](source):
@@ -112,11 +112,10 @@ def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Ins
 
 
 def _with_words(instance: Instance, record: ImageRecord) -> Instance:
-    """With transcription and language of the base where the polygon was left as it is: not every tool carries them."""
-    if instance.ignore:
-        return instance
+    """With transcription and language of the base where the instance was left as it is: not every tool carries them."""
     for old in record.instances:
-        if len(old.polygon) == len(instance.polygon) and np.abs(old.polygon - instance.polygon).max() < 0.05:
+        same = old.ignore == instance.ignore and len(old.polygon) == len(instance.polygon)
+        if same and np.abs(old.polygon - instance.polygon).max() < 0.05:
             return replace(instance, text=instance.text if instance.text is not None else old.text, language=old.language)
     return instance
 
@@ -138,6 +137,7 @@ def _instance(region: Region, percent: bool, record: ImageRecord) -> tuple[Insta
         "segmentation": [points],
         "category_id": CATEGORY["id"],
         "ignore": int(ignore),
-        "text": region.text if not ignore else None,
+        # An ignore region that became text keeps its mark in some tools.
+        "text": region.text if not ignore and region.text != UNREADABLE else None,
     }
     return checked_instance(entry, {CATEGORY["id"]: True}, record.height, record.width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -90,7 +91,8 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
                     yield inside
         except KeyError:
             raise UserError(f"{source}: has no annotations.xml; export as 'CVAT for images 1.1'") from None
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, io.UnsupportedOperation) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, io.UnsupportedOperation) as error:
+            # RuntimeError: it is encrypted, or compressed in a way that is not known.
             raise UserError(f"{source}: not a usable zip ({' '.join(str(error).split())}); export it again") from None
 
 

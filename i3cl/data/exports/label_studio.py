@@ -17,6 +17,7 @@ from i3cl.data.exports.common import (
     TEXT,
     Region,
     Reviewed,
+    are_numbers,
     box_points,
     dumps,
     flat_points,
@@ -28,6 +29,8 @@ from i3cl.data.records import ImageRecord
 
 MANY_POINTS = 64
 """A polygon of more points is simplified: the page stalls when it must draw thousands."""
+_OF_BUCKETS = ("s3://", "gs://", "azure-blob://")
+"""URLs that Label Studio takes apart itself, without undoing percent signs: the key stands in them as it is."""
 
 
 def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
@@ -84,7 +87,8 @@ def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dic
     if scores:
         # The weakest label: sorted by score, the images that need a look come first.
         prediction["score"] = min(scores)
-    data = {"image": prefix + quote(record.file_name), "file_name": record.file_name, "image_id": record.id}
+    name = record.file_name if prefix.startswith(_OF_BUCKETS) else quote(record.file_name)
+    data = {"image": prefix + name, "file_name": record.file_name, "image_id": record.id}
     return {"data": data, "predictions": [prediction]}
 
 
@@ -119,11 +123,12 @@ def _reviewed(data: dict[str, Any], annotation: dict[str, Any], where: str) -> R
     result = annotation.get("result", [])
     if not isinstance(result, list) or not all(isinstance(r, dict) for r in result):
         raise UserError(f"{where}: result is not a list of objects; export the project again as 'JSON'")
-    sizes = {(r.get("original_width"), r.get("original_height")) for r in result if r.get("original_width") is not None}
+    sizes = [(r.get("original_width"), r.get("original_height")) for r in result if r.get("original_width") is not None]
     width = height = None
     if sizes:
-        width, height = sizes.pop()
-        if sizes or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in (width, height)):
+        width, height = sizes[0]
+        same = all(size == sizes[0] for size in sizes)
+        if not same or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in (width, height)):
             raise UserError(f"{where}: original_width and original_height are not one size; export the project again")
     if any(r.get("image_rotation") for r in result):
         raise UserError(f"{where}: image {shown(name)} is rotated in Label Studio; rotate it back and export again")
@@ -150,8 +155,8 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
     if kind in ("rectanglelabels", "rectangle"):
         sides: list[Any] = [value.get(key) for key in ("x", "y", "width", "height")]
         turn = value.get("rotation") or 0
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (*sides, turn)):
-            return Region(None, label, fault="is a rectangle without x, y, width and height")
+        if not are_numbers((*sides, turn)):
+            return Region(None, label, fault="is a rectangle without usable x, y, width and height")
         x, y, w, h = sides
         # Turned in pixels: percent of width and of height are not the same length.
         pixels = box_points(x * width, y * height, (x + w) * width, (y + h) * height, turn, (x * width, y * height))
@@ -161,6 +166,8 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
 
 def _name_in(url: str) -> str:
     """Path of the image in a task's URL; of local storage the part after ``?d=``."""
+    if url.startswith(_OF_BUCKETS):
+        return url
     try:
         parts = urlsplit(url)
         inside = parse_qs(parts.query).get("d")

@@ -14,6 +14,7 @@ from i3cl.data.checks import kind_of, shown
 from i3cl.data.exports.common import (
     Region,
     Reviewed,
+    are_numbers,
     box_points,
     files_under,
     flat_points,
@@ -94,7 +95,9 @@ def _region(shape: Any) -> Region:
     if kind == "polygon":
         return Region(points, label, text)
     if kind == "rectangle":
-        if len(points) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in points):
-            return Region(box_points(*points), label, text)
-        return Region(points, label, text)
+        if len(points) != 4:
+            return Region(points, label, text)
+        if not are_numbers(points):
+            return Region(None, label, fault="is a rectangle without usable corners")
+        return Region(box_points(*points), label, text)
     return Region(None, label, fault=f"is of shape_type {shown(kind)}; draw polygons or rectangles")

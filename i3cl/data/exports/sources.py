@@ -9,7 +9,7 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import UserError
-from i3cl.data.coco import read_coco
+from i3cl.data.coco import read_for_command
 from i3cl.data.predictions import read_batches, read_predictions
 from i3cl.data.records import ImageRecord, Instance
 from i3cl.data.table import is_table
@@ -23,16 +23,17 @@ def read_labels(
 
     score: instances with a score up to it are left out; those without a score are a person's and stay.
     member: whose predictions (of its first view); needed when there are several. An image that could not be read when it was
-    predicted comes with height and width 0 and no instances. UserError as the readers, and for a member that is not there.
+    predicted comes with height and width 0 and no instances. UserError as the readers, for a score that is not in 0-1, and for a
+    member that is not there.
     """
     if not storage.exists(source):
         raise UserError(f"{source}: no such file or folder; check the path")
-    if source.endswith(".json"):
-        records = iter(read_coco(source, "", skip_bad=skip_bad, check_files=False).records)
-    elif is_table(source):
+    if score is not None and not 0 <= score <= 1:
+        raise UserError(f"--score {score:g}: give a number from 0 to 1")
+    if source.endswith(".json") or is_table(source):
         if member is not None:
-            raise UserError(f"{source}: is a table of labels, not of predictions; leave out --member")
-        records = iter(read_coco(source, "", skip_bad=skip_bad, check_files=False).records)
+            raise UserError(f"{source}: holds labels, not predictions; leave out --member")
+        records = iter(read_for_command(source, skip_bad=skip_bad).records)
     else:
         records = _predicted(source, member)
     return records if score is None else (_above(record, score) for record in records)

@@ -18,18 +18,18 @@ from i3cl.data.importers.base import (
     files,
     instance,
     one_file,
+    own_entries,
     required_label,
     whole_set,
 )
 
-_LAYOUT = "train_labels.json and train_images/gt_<n>.jpg"
-
 
 def items(folder: Folder, split: str) -> Iterator[Item]:
     """Every image of `<split>_labels.json` and of the split's folders."""
-    name = one_file(folder, f"{split}_labels.json", _LAYOUT)
+    layout = f"{split}_labels.json and {split}_images/gt_<n>.jpg"
+    name = one_file(folder, f"{split}_labels.json", layout)
     entries = read_object(folder, name)
-    return whole_set(folder, name, files(folder, split, IMAGE_ENDINGS), entries, _LAYOUT)
+    return whole_set(folder, name, files(folder, split, IMAGE_ENDINGS), entries, layout)
 
 
 def read_object(folder: Folder, name: str) -> dict[str, object]:
@@ -40,9 +40,7 @@ def read_object(folder: Folder, name: str) -> dict[str, object]:
 
 def read(folder: Folder, item: Item) -> LabelledImage:
     """Ignored are instances that are illegible or transcribed `###`."""
-    label = required_label(folder, item)
-    where = f"{folder.root}: labels of {item.file_name}"
-    entries = parse.a_list(parse.parse_json(label, where), where)
+    entries, where = own_entries(folder, required_label(folder, item))
     return LabelledImage(item.file_name, tuple(read_entry(e, f"{where}: entry {i}") for i, e in enumerate(entries, 1)))
 
 

@@ -8,12 +8,14 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import geometry, storage
 from i3cl.config import UserError
+from i3cl.data.importers import parse
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 """Compared in lower case: Total-Text has .JPG, MLT .gif and .png."""
@@ -178,7 +180,7 @@ def whole_set(
 ) -> Iterator[Item]:
     """Items of a set whose labels are one object, image stem -> labels, ordered by file name.
 
-    Images that the object does not name come with label None.
+    Images that the object does not name come with label None; the others' is what ``own_entries`` reads.
     """
     by_stem = by_key(images, stem, folder)
     for key in entries:
@@ -186,8 +188,15 @@ def whole_set(
             raise UserError(f"{folder.path(label_name)}: key {key[:80]!r} is not an image's name; expected {layout}")
     names = {key: by_stem.get(key, f"{key}.jpg") for key in {*by_stem, *entries}}
     for key in sorted(names, key=lambda key: names[key]):
-        label = json.dumps(entries[key], ensure_ascii=True) if key in entries else None
+        label = json.dumps([label_name, key, entries[key]], ensure_ascii=True) if key in entries else None
         yield Item(names[key], label)
+
+
+def own_entries(folder: Folder, label: str) -> tuple[list[Any], str]:
+    """An image's own list in the object of ``whole_set``, and its place: file and key."""
+    name, key, entries = parse.parse_json(label, folder.root)
+    where = f"{folder.path(name)}: key {key}"
+    return parse.a_list(entries, where), where
 
 
 def one_file(folder: Folder, basename: str, layout: str) -> str:

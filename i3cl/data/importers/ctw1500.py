@@ -64,7 +64,7 @@ def _read_xml(root: Element, where: str) -> list[LabelledInstance]:
             raise UserError(f"{place}: has no segs; expected x,y pairs there")
         # An empty element has the text "", a missing one none.
         text = box.findtext("label")
-        found.append(instance(parse.points(segments.split(","), place), dont_care(text), text))
+        found.append(instance(parse.points([number.strip() for number in segments.split(",")], place), dont_care(text), text))
     return found
 
 

@@ -26,7 +26,8 @@ def images_of(folder: Folder, beginning: str) -> list[str]:
     """
     images = files(folder, "train", IMAGE_ENDINGS)
     wanted = [n for n in images if any(part.startswith(beginning) for part in n.split("/")[:-1])]
-    return wanted or [n for n in images if not any(part.startswith("train_") for part in n.split("/")[:-1])]
+    others = ("train_full_images", "train_weak_images")
+    return wanted or [n for n in images if not any(part.startswith(others) for part in n.split("/")[:-1])]
 
 
 LSVT = Importer(items, art.read)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from i3cl.config import UserError
 from i3cl.data.importers import art, parse
-from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, clean, one_file, whole_set
+from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, clean, one_file, own_entries, whole_set
 from i3cl.data.importers.lsvt import images_of
 
 _LAYOUT = "train_weak_labels.json and train_weak_images_<k>/gt_<n>.jpg"
@@ -25,8 +25,7 @@ def read(folder: Folder, item: Item) -> LabelledImage:
     """An unlabelled image; without an entry in the label file it has no keyword."""
     if item.label is None:
         return LabelledImage(item.file_name, None)
-    where = f"{folder.root}: labels of {item.file_name}"
-    entries = parse.a_list(parse.parse_json(item.label, where), where)
+    entries, where = own_entries(folder, item.label)
     texts = [
         parse.a_text(parse.an_object(e, f"{where}: entry {i}"), "transcription", f"{where}: entry {i}")
         for i, e in enumerate(entries, 1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from i3cl import geometry
 from i3cl.config import UserError
+from i3cl.data.checks import BadItem, checked_file_name
 from i3cl.data.images import image_size
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, degenerate
 from i3cl.data.records import IMAGE_SCHEMA, ImageRecord, Instance, Problem, record_from_row, to_table
@@ -37,12 +38,21 @@ def read_image(importer: Importer, folder: Folder, item: Item, image_id: int, so
     image_id: the record's; source: the data set's name, for ``ImageRecord.source``.
     """
     try:
+        # What no reader of the result would take: it has to be portable, and text.
+        checked_file_name(item.file_name)
         labelled = importer.read(folder, item)
         height, width = image_size(folder.path(item.file_name))
+    except BadItem as error:
+        return Outcome(None, (Problem("image", _printable(item.file_name), f"{_printable(folder.root)}: {error.message}"),))
     except UserError as error:
-        return Outcome(None, (Problem("image", item.file_name, str(error)),))
+        return Outcome(None, (Problem("image", item.file_name, _printable(str(error))),))
     record, problems = to_record(labelled, image_id, height, width, source)
     return Outcome(record, tuple(problems), labelled.keywords)
+
+
+def _printable(text: str) -> str:
+    """Names of files are bytes, and need not be text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_record(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
+    IMAGE_ENDINGS,
     Folder,
     Importer,
     Item,
     LabelledImage,
     LabelledInstance,
+    by_key,
     dont_care,
+    files,
     instance,
-    paired,
+    join_pairs,
     required_label,
     stem,
 )
@@ -20,8 +23,11 @@ _LAYOUT = "<image>.jpg and <image>.json, e.g. img/train_ReCTS_000001.jpg, gt/tra
 
 
 def items(folder: Folder, split: str) -> list[Item]:
-    """Images and label files matched by name."""
-    return paired(folder, split, (".json",), stem, _LAYOUT)
+    """Images and label files matched by name. Of the download's two label folders, gt and gt_unicode, the latter is read."""
+    images = by_key(files(folder, split, IMAGE_ENDINGS), stem, folder)
+    names = files(folder, split, (".json",))
+    preferred = [name for name in names if "gt_unicode" in name.split("/")[:-1]]
+    return join_pairs(folder, split, images, by_key(preferred or names, stem, folder), _LAYOUT)
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -154,7 +155,9 @@ def _unpacked(source: str, out: str) -> str:
     if not (is_archive(source) and storage.is_file(source)):
         return source
     target = storage.join(out, f"source-{stem(source)}")
-    if not storage.is_complete(target):
+    if storage.is_complete(target):
+        print(f"{source}: is unpacked in {target} already; remove that to unpack it again", flush=True)
+    else:
         print(f"unpacking {source}", flush=True)
         unpack(source, target)
     return target
@@ -201,8 +204,9 @@ def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) 
     table = pa.table(
         {
             "position": pa.array(range(first, first + len(items)), pa.int64()),
-            "file_name": pa.array([item.file_name for item in items], pa.string()),
-            "label": pa.array([item.label for item in items], pa.large_string()),
+            # As bytes: not every name of a file is text.
+            "file_name": pa.array([os.fsencode(item.file_name) for item in items], pa.binary()),
+            "label": pa.array([None if item.label is None else os.fsencode(item.label) for item in items], pa.large_binary()),
         }
     )
     blocks = [table.slice(i, _BLOCK).combine_chunks() for i in range(0, len(table), _BLOCK)]
@@ -218,8 +222,8 @@ def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) 
 
 def _read_rows(rows: pa.Table, name: str, root: str) -> pa.Table:
     folder = Folder(root)
-    outcomes = [
-        read_image(IMPORTERS[name], folder, Item(row["file_name"], row["label"]), row["position"], name)
-        for row in rows.to_pylist()
-    ]
+    outcomes = []
+    for row in rows.to_pylist():
+        item = Item(os.fsdecode(row["file_name"]), None if row["label"] is None else os.fsdecode(row["label"]))
+        outcomes.append(read_image(IMPORTERS[name], folder, item, row["position"], name))
     return outcomes_table(outcomes, rows["position"].to_pylist())

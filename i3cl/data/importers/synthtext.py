@@ -23,12 +23,18 @@ _LAYOUT = "gt.mat and <folder>/<image>.jpg beside it"
 
 
 def items(folder: Folder, split: str) -> Iterator[Item]:
-    """Every image in the order of gt.mat, which is read once from front to back; the folder is not listed."""
+    """Every image in the order of gt.mat, which is read once from front to back.
+
+    gt.mat lies in the source or, as in the official archive, in a folder there. Deeper ones are not listed.
+    """
     if split != "train":
         raise UserError("synthtext: has a train split only")
-    path = folder.path("gt.mat")
+    path, below = folder.path("gt.mat"), ""
     if not storage.is_file(path):
-        raise UserError(f"{path}: no such file; expected {_LAYOUT}")
+        inner = [name for name in storage.list_dir(folder.root) if storage.is_file(folder.path(f"{name}/gt.mat"))]
+        if len(inner) != 1:
+            raise UserError(f"{path}: no such file{' but several in its folders' if inner else ''}; expected {_LAYOUT}")
+        path, below = folder.path(f"{inner[0]}/gt.mat"), f"{inner[0]}/"
     file = MatFile(lambda: storage.open_read(path), path)
     counts = {name: file.count(name) for name in ("imnames", "wordBB", "txt")}
     if len(set(counts.values())) != 1:
@@ -36,12 +42,12 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
     names, boxes, texts = (file.cells(name) for name in counts)
     for number, (name, box, text) in enumerate(zip(names, boxes, texts), 1):
         where = f"{path}: image {number}"
-        yield Item(_file_name(name, where), _label(box, text))
+        yield Item(below + _file_name(name, where), _label(box, text))
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
     """Every word of an image; none is ignored unless its box is degenerate."""
-    where = f"{folder.path('gt.mat')}: {item.file_name}"
+    where = f"{folder.root}: gt.mat: {item.file_name}"
     content = parse.an_object(parse.parse_json(required_label(folder, item), where), where)
     boxes, words = content["boxes"], content["words"]
     if boxes is None:

@@ -27,7 +27,7 @@ def background(rng: np.random.Generator, height: int, width: int, photographs: f
     folder: the user's text-free photographs, local or s3://; they then are the only photographs used.
     """
     if rng.random() < photographs:
-        sources = _folder_files(folder) if folder is not None else _packaged_photographs()
+        sources = photograph_files(folder) if folder is not None else _packaged_photographs()
         if sources:
             choice = sources[rng.integers(len(sources))]
             return _crop(rng, _photograph(choice) if isinstance(choice, str) else choice, height, width)
@@ -275,7 +275,8 @@ def _packaged_textures() -> list[NDArray[np.uint8]]:
 
 
 @cache
-def _folder_files(folder: str) -> list[str]:
+def photograph_files(folder: str) -> list[str]:
+    """Sorted paths of the photographs in a folder. UserError when there is none."""
     names = sorted(n for n in storage.list_files(folder) if n.lower().endswith(_IMAGE_SUFFIXES))
     if not names:
         raise UserError(f"{folder}: holds no photograph ({', '.join(_IMAGE_SUFFIXES)}); correct scene_text.backgrounds")

@@ -12,6 +12,7 @@ from i3cl.config import SceneTextSettings, UserError
 from i3cl.data.coco import read_coco, write_coco
 from i3cl.data.parts import IN_PROCESS, run_parts
 from i3cl.data.records import ImageRecord
+from i3cl.data.scenes.backgrounds import photograph_files
 from i3cl.data.scenes.compose import make_scene
 from i3cl.data.scenes.fonts import find_faces
 from i3cl.data.table import write_parquet
@@ -31,6 +32,8 @@ def write_scene_text(
     # Tasks may run in another folder or on another machine.
     own = {"fonts": settings.fonts, "backgrounds": settings.backgrounds}
     settings = settings.model_copy(update={key: storage.absolute(path) for key, path in own.items() if path})
+    if settings.backgrounds:
+        photograph_files(settings.backgrounds)  # a wrong folder is told here, and not when its first photograph is wanted
     faces = find_faces(settings.fonts)
     if faces.missing:
         print(

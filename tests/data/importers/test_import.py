@@ -132,6 +132,20 @@ def test_a_broken_item_stops_or_is_listed(tmp_path):
     assert "/img_3.jpg: no such file" in reasons
 
 
+@pytest.mark.parametrize("name", ["c:d.jpg", "c\\d.jpg", "~d.jpg", "c\nd.jpg", "c\udcffd.jpg"])
+def test_a_name_that_no_reader_takes_is_left_out(name, tmp_path):
+    image(tmp_path / "in/a b.JPG")
+    image(tmp_path / "new.jpg")
+    (tmp_path / "new.jpg").rename(tmp_path / "in" / name)
+    with pytest.raises(UserError, match=r"file_name .*--skip-bad") as caught:
+        import_dataset("folder", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    summary = import_dataset("folder", str(tmp_path / "in"), str(tmp_path / "out"), skip_bad=True)
+    assert (summary.images, summary.kinds) == (1, {"image": 1})
+    (record,) = read_coco(summary.annotations, summary.images_root).records
+    assert record.file_name == "a b.JPG"
+
+
 def test_nothing_usable_is_an_error_and_not_an_empty_set(tmp_path):
     text(tmp_path / "in/gt_img_0.txt", "1,2,3\n")
     with pytest.raises(UserError, match="no image of it can be used"):
@@ -168,6 +182,9 @@ def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
         ring = QUAD if number % 5 else [(-9, 1), (20, 1), (20, 9), (-9, 9)]
         content = f"{flat(ring)},word {number}\n1,1,2,2,3,3,4,4,###\n" if number % 7 else "broken"
         text(tmp_path / f"in/gt_img_{number}.txt", content)
+    # Not every name is text.
+    (tmp_path / "in/img_29.jpg").rename(tmp_path / "in/img_29\udcff.jpg")
+    (tmp_path / "in/gt_img_29.txt").rename(tmp_path / "in/gt_img_29\udcff.txt")
     results = []
     for through_ray in (False, True):
         summary = import_dataset(
@@ -176,7 +193,7 @@ def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
         table = to_table(read_coco(summary.annotations, summary.images_root).records, "")
         results.append((replace(summary), table, Path(summary.problems).read_text()))
     assert results[0] == results[1]
-    assert results[0][0].images == 25
+    assert results[0][0].images == 24
     assert len(storage.list_dir(results[0][0].annotations)) == 2
 
 

@@ -85,6 +85,14 @@ def test_lsvt_reads_both_folders_and_treats_the_mark_as_ignore(tmp_path):
     assert facts(second) == [("###", True, None)]
 
 
+def test_lsvt_in_a_folder_of_another_name(tmp_path):
+    sample("lsvt", tmp_path)
+    (tmp_path / "train_full_images_0").rename(tmp_path / "train_images")
+    (tmp_path / "train_full_images_1/gt_4.jpg").rename(tmp_path / "train_images/gt_4.jpg")
+    found = [i.file_name for i in read_labels("lsvt", str(tmp_path))]
+    assert found == ["train_images/gt_3.jpg", "train_images/gt_4.jpg"]
+
+
 def test_lsvt_keeps_full_and_weak_images_of_one_name_apart(tmp_path):
     sample("lsvt", tmp_path)
     SAMPLES["lsvt_weak"][1](tmp_path)
@@ -129,6 +137,15 @@ def test_rects(tmp_path):
     assert rings(only)[0] == QUAD
 
 
+def test_rects_with_both_label_folders_of_the_download(tmp_path):
+    (before,) = sample("rects", tmp_path)
+    (path,) = (tmp_path / "gt").iterdir()
+    text(tmp_path / "gt_unicode" / path.name, path.read_text())
+    path.write_bytes(b"\xff")
+    (found,) = read_labels("rects", str(tmp_path))
+    assert facts(found) == facts(before)
+
+
 def test_ctw1500_xml_and_test_text(tmp_path):
     first, second = sample("ctw1500", tmp_path)
     assert facts(first) == [("HELLO & Co", False, None), ("###", True, None)]
@@ -138,6 +155,12 @@ def test_ctw1500_xml_and_test_text(tmp_path):
     assert test.file_name == "test_images/1001.jpg"
     assert facts(test) == [("SEA, SUN", False, None), ("###", True, None)]
     assert rings(test)[0] == RING
+
+
+def test_ctw1500_xml_with_blanks_around_numbers(tmp_path):
+    content = b"<image><box><label/><segs>\n 1, 2,\n30 ,2,30,20\n</segs></box></image>"
+    found = next(read_labels("ctw1500", write(tmp_path, "ctw1500", content)))
+    np.testing.assert_array_equal(found.instances[0].polygon, [[1, 2], [30, 2], [30, 20]])
 
 
 def test_ctw1500_offsets_give_the_ring_of_the_absolute_points(tmp_path):
@@ -203,6 +226,15 @@ def test_synthtext(tmp_path):
     for labelled in images:
         for i in labelled.instances or ():
             np.testing.assert_allclose(i.polygon - i.polygon[0], [[0, 0], [30, 0], [30, 12], [0, 12]], atol=1e-4)
+
+
+def test_synthtext_in_the_folder_of_its_archive(tmp_path):
+    before = sample("synthtext", tmp_path / "SynthText")
+    found = list(read_labels("synthtext", str(tmp_path)))
+    assert [i.file_name for i in found] == [f"SynthText/{i.file_name}" for i in before]
+    sample("synthtext", tmp_path / "other")
+    with pytest.raises(UserError, match="several"):
+        list(read_labels("synthtext", str(tmp_path)))
 
 
 def test_synthtext_boxes_are_those_that_scipy_reads(tmp_path):
@@ -285,9 +317,9 @@ def art_with(**changes) -> bytes:
         ("art", art_with(points=[[1, 2], [3, True], [5, 5]]), "True is not a number"),
         ("art", art_with(points=[[1, 2, 3], [3, 4, 5], [5, 5, 5]]), "a point has 3 numbers"),
         ("art", art_with(points=None), "points: is missing"),
-        ("art", art_with(transcription=7), "transcription is 7; expected text"),
+        ("art", art_with(transcription=7), "train_labels.json: key gt_7: entry 1: transcription is 7; expected text"),
         ("art", art_with(illegibility="no"), "illegibility is 'no'"),
-        ("lsvt_weak", b'{"gt_900": [7]}', "entry 1: is 7"),
+        ("lsvt_weak", b'{"gt_900": [7]}', "train_weak_labels.json: key gt_900: entry 1: is 7"),
         ("mlt19", b"1,2,3,4,5,6,7,8,Latin\n", "line 1: 9 fields"),
         ("mlt19", b"\n1,2,3,4,5,6,7,8,Klingon,x\n", "line 2: 'Klingon' is no script"),
         ("mlt19", b"1,2,3,4,5,6,7,1e999,Latin,x\n", "not finite"),
