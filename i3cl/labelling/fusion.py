@@ -7,12 +7,14 @@ is the mean of its polygons by the same weights. No result depends on the order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import cv2
 import numpy as np
+import pyclipper
 import shapely
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,10 +23,13 @@ from i3cl.geometry import as_polygon, intersection_areas, largest_ring, to_shape
 
 Ring = NDArray[np.float32]
 
-_CELLS = 72
+_CELLS = 56
 """Cells along the window that a cluster's shape is averaged in ..."""
-_CELLS_ACROSS = 24
+_CELLS_ACROSS = 20
 """... and at least so many across, however thin it is."""
+_SHIFT = 16
+_STEPS = 2**_SHIFT
+"""Steps of a cell that points are rounded to there."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def fuse_images(
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
     drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
-    outlines = iter(_inside([cluster for draft in drafts for cluster in draft]))
+    outlines = iter(_valid([_mean_outline(c.polygons, c.parts) for draft in drafts for c in draft]))
 
     fused = []
     for draft in drafts:
@@ -326,71 +331,66 @@ def _clusters(
     return clusters
 
 
-def _inside(clusters: Sequence[_Cluster]) -> list[Ring | None]:
-    """The mean outline of each cluster, valid and inside the union of its polygons; None when nothing is left."""
-    outlines = [_mean_outline(cluster.polygons, cluster.parts) for cluster in clusters]
-    result = _valid(outlines)
-    # An outline of cells may pass its polygons by a cell; one that is a member's own cannot.
-    drawn = [
-        k
-        for k, (cluster, outline) in enumerate(zip(clusters, outlines))
-        if result[k] is not None and not any(outline is polygon for polygon in cluster.polygons)
-    ]
-    if drawn:
-        rings = to_shapely([ring for k in drawn if (ring := result[k]) is not None])
-        members = to_shapely([polygon for k in drawn for polygon in clusters[k].polygons])
-        sizes = np.array([len(clusters[k].polygons) for k in drawn])
-        rows = np.full((len(drawn), sizes.max()), None)
-        rows[np.arange(sizes.max()) < sizes[:, None]] = members
-        unions = shapely.union_all(rows, axis=1)
-        shapely.prepare(unions)
-        outside = np.flatnonzero(~shapely.covers(unions, rings))
-        clipped = shapely.intersection(rings[outside], unions[outside])
-        for row, part in zip(outside.tolist(), clipped):
-            result[drawn[row]] = largest_ring(part)
-    return result
-
-
 def _mean_outline(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
-    """Where the mean of the signed distances to the outlines, weighted by `parts`, is zero.
+    """Where the mean of the signed distances to the outlines, weighted by `parts`, is zero, inside the union of all.
 
     Inside what all polygons have in common every distance is positive, outside of all every one is negative: the
-    outline runs between.
+    outline runs between. Where there is no such place, the polygon of the largest part.
     """
-    total, first = parts.sum(), polygons[0]
-    if all(np.array_equal(first, polygon) for polygon in polygons[1:]):
-        return first
-    if total <= 0:
-        return polygons[int(np.argmax(parts))]
+    best = polygons[int(np.argmax(parts))]
+    total = float(parts.sum())
+    if total <= 0 or len({polygon.tobytes() for polygon in polygons}) == 1:
+        return best
 
-    # The window is the smallest rotated rectangle around all: a slanted line is as fine across as along.
     points = np.concatenate(polygons).astype(np.float64)
-    origin = points.min(axis=0)
-    centre, size, angle = cv2.minAreaRect((points - origin).astype(np.float32))
-    middle = origin + centre
-    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    axes = np.array([[cosine, -sine], [sine, cosine]])
+    low = points.min(axis=0)
+    points -= low
+    # Of one size for float32, whatever the unit.
+    scale = points.max() / 1000
+    points /= scale
+    # The window is the smallest rotated rectangle around all: a slanted line is as fine across as along.
+    centre, size, angle = cv2.minAreaRect(points.astype(np.float32))
+    width, height = (max(round(_CELLS * side / max(size)), _CELLS_ACROSS) for side in size)
     # One free cell all around; a cell's number is its centre.
-    cell = np.maximum(np.array(size), 1e-6)
-    cells = np.maximum(np.round(_CELLS * cell / cell.max()), _CELLS_ACROSS).astype(int)
-    cell /= cells - 3
-    width, height = cells.tolist()
-    window = np.round(((points - middle) @ axes / cell + (cells - 1) / 2) * 16).astype(np.int32)
+    cell_x, cell_y = max(size[0], 1e-3) / (width - 3), max(size[1], 1e-3) / (height - 3)
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    middle = ((width - 1) / 2, (height - 1) / 2)
+    to_cells = np.array([[cosine / cell_x, -sine / cell_y], [sine / cell_x, cosine / cell_y]])
+    to_pixels = np.array([[cosine * cell_x, sine * cell_x], [-sine * cell_y, cosine * cell_y]])
+    steps = np.rint(((points - centre) @ to_cells + middle) * _STEPS).astype(np.int32)
+    rings = [steps[end - len(polygon) : end] for polygon, end in zip(polygons, accumulate(map(len, polygons)))]
 
+    outline = _clipped(_zero_line(rings, (parts / total).tolist(), width, height), rings)
+    if outline is None:
+        return best
+    return (((outline / _STEPS - middle) @ to_pixels + centre) * scale + low).astype(np.float32)
+
+
+def _zero_line(rings: Sequence[NDArray[np.int32]], shares: Sequence[float], width: int, height: int) -> NDArray[np.int32]:
+    """(P, 2) outline, in steps of cells like the rings, of where the mean distance is positive; (0, 2) when nowhere."""
     distance = np.zeros((height, width), np.float32)
-    start = 0
-    for polygon, share in zip(polygons, (parts / total).tolist()):
-        ring = window[start : start + len(polygon)]
-        inside = cv2.fillPoly(np.zeros((height, width), np.uint8), [ring], 1, shift=4)
-        # The cells under the edge are set too: they are at distance 0, the next ones inside at 1, outside at -1.
-        within = np.asarray(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
-        without = np.asarray(cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
-        distance += share * (within - without - inside)
-        start += len(polygon)
-    # findContours runs through the centres of the outermost cells. Half a cell of margin: neither grown nor shrunk.
-    region = (distance >= -0.5).astype(np.uint8)
-    contours, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 0.6, True).reshape(-1, 2)
-    if len(outline) < 3:
-        return polygons[int(np.argmax(parts))]
-    return (((outline - (cells - 1) / 2) * cell) @ axes.T + middle).astype(np.float32)
+    for ring, share in zip(rings, shares):
+        edge = cv2.polylines(np.ones((height, width), np.uint8), [ring], True, 0, shift=_SHIFT)
+        sign = cv2.fillPoly(np.full((height, width), -share, np.float32), [ring], share, shift=_SHIFT)
+        distance += sign * cv2.distanceTransform(edge, cv2.DIST_L2, cv2.DIST_MASK_3)
+    # Twice as fine, because distances can be interpolated. findContours runs through the centres of the outermost
+    # cells: with half a cell of margin the outline has neither grown nor shrunk.
+    region = cv2.resize(distance, None, fx=2, fy=2) >= -0.25
+    contours, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if not contours:
+        return np.zeros((0, 2), np.int32)
+    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 1.2, True).reshape(-1, 2)
+    # The centre of fine cell k lies at k / 2 - 1 / 4.
+    return (outline * (_STEPS // 2) - _STEPS // 4).astype(np.int32)
+
+
+def _clipped(outline: NDArray[np.int32], rings: Sequence[NDArray[np.int32]]) -> NDArray[np.int64] | None:
+    """(P, 2): the largest part of the outline inside the union of the rings, None when there is no area."""
+    if len(outline) < 3 or not cv2.contourArea(outline):
+        return None
+    clipper = pyclipper.Pyclipper()
+    clipper.AddPath(outline.tolist(), pyclipper.PT_SUBJECT)
+    # All in one sense of rotation: opposite ones would cancel where they overlap.
+    clipper.AddPaths([ring[:: 1 if cv2.contourArea(ring, True) > 0 else -1].tolist() for ring in rings], pyclipper.PT_CLIP)
+    pieces = clipper.Execute(pyclipper.CT_INTERSECTION, pyclipper.PFT_NONZERO, pyclipper.PFT_NONZERO)
+    return np.array(max(pieces, key=pyclipper.Area)) if pieces else None
