@@ -90,7 +90,7 @@ def fuse_images(
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
     drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
-    outlines = iter(_valid([_mean_outline(c.polygons, c.parts) for draft in drafts for c in draft]))
+    outlines = iter(_valid(_mean_outlines([cluster for draft in drafts for cluster in draft])))
 
     fused = []
     for draft in drafts:
@@ -222,10 +222,11 @@ def _overlapping(images: Sequence[Sequence[Ring]], limit: float) -> list[_Pairs]
         width = np.minimum(high_x[:, None], high_x) - np.maximum(low_x[:, None], low_x)
         height = np.minimum(high_y[:, None], high_y) - np.maximum(low_y[:, None], low_y)
         first, second = np.nonzero(np.triu((width > 0) & (height > 0), 1))
-        # |A n B| / |A u B| <= common part of the boxes / larger area, with a thousandth of slack, so that rounding
-        # does not rule out what measuring would find.
-        bound = 1.001 * width[first, second] * height[first, second]
-        possible = bound >= limit * np.maximum(area[first], area[second])
+        # A n B lies within the common part of the boxes and within the smaller of both, with a thousandth of slack, so
+        # that rounding does not rule out what measuring would find.
+        area_first, area_second = area[first], area[second]
+        bound = np.minimum(width[first, second] * height[first, second], np.minimum(area_first, area_second))
+        possible = 1.001 * bound * (1 + limit) >= limit * (area_first + area_second)
         firsts.append(first[possible] + start)
         seconds.append(second[possible] + start)
         owners.append(np.full(np.count_nonzero(possible), number))
@@ -331,48 +332,68 @@ def _clusters(
     return clusters
 
 
-def _mean_outline(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
-    """Where the mean of the signed distances to the outlines, weighted by `parts`, is zero, inside the union of all.
+def _mean_outlines(clusters: Sequence[_Cluster]) -> list[Ring]:
+    """Where the mean of the signed distances to each cluster's outlines is zero, inside the union of its polygons.
 
     Inside what all polygons have in common every distance is positive, outside of all every one is negative: the
     outline runs between. Where there is no such place, the polygon of the largest part.
     """
-    best = polygons[int(np.argmax(parts))]
-    total = float(parts.sum())
-    if total <= 0 or len({polygon.tobytes() for polygon in polygons}) == 1:
-        return best
+    result = [cluster.polygons[int(np.argmax(cluster.parts))] for cluster in clusters]
+    apart = [len({polygon.tobytes() for polygon in cluster.polygons}) > 1 for cluster in clusters]
+    drawn = [k for k, cluster in enumerate(clusters) if apart[k] and cluster.score > 0]
+    # Step by step over all: taking turns between the libraries costs a third more.
+    windows = [_window(clusters[k].polygons) for k in drawn]
+    lines = [_zero_line(window, clusters[k].parts) for k, window in zip(drawn, windows)]
+    clipped = [_clipped(line, window.rings) for line, window in zip(lines, windows)]
+    for k, window, line in zip(drawn, windows, clipped):
+        if line is not None:
+            result[k] = (line @ window.axes + window.origin).astype(np.float32)
+    return result
 
+
+@dataclass(frozen=True)
+class _Window:
+    """Cells over the smallest rotated rectangle around some polygons: a slanted line is as fine across as along."""
+
+    width: int
+    height: int
+    rings: list[NDArray[np.int32]]
+    """The polygons in steps of cells; the centre of the first cell is 0, 0."""
+    axes: NDArray[np.float64]
+    """(2, 2) pixels of a step to the right and of one down."""
+    origin: NDArray[np.float64]
+    """(2,) pixel of the centre of the first cell."""
+
+
+def _window(polygons: Sequence[Ring]) -> _Window:
     points = np.concatenate(polygons).astype(np.float64)
     low = points.min(axis=0)
     points -= low
     # Of one size for float32, whatever the unit.
-    scale = points.max() / 1000
-    points /= scale
-    # The window is the smallest rotated rectangle around all: a slanted line is as fine across as along.
-    centre, size, angle = cv2.minAreaRect(points.astype(np.float32))
-    width, height = (max(round(_CELLS * side / max(size)), _CELLS_ACROSS) for side in size)
-    # One free cell all around; a cell's number is its centre.
-    cell_x, cell_y = max(size[0], 1e-3) / (width - 3), max(size[1], 1e-3) / (height - 3)
+    scale = float(points.max()) / 1000
+    centre, size, angle = cv2.minAreaRect((points / scale).astype(np.float32))
+    longest = max(size)
+    width, height = (max(round(_CELLS * side / longest), _CELLS_ACROSS) for side in size)
+    # One free cell all around.
+    step_x, step_y = (max(side, 1e-3) * scale / (n - 3) / _STEPS for side, n in zip(size, (width, height)))
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    middle = ((width - 1) / 2, (height - 1) / 2)
-    to_cells = np.array([[cosine / cell_x, -sine / cell_y], [sine / cell_x, cosine / cell_y]])
-    to_pixels = np.array([[cosine * cell_x, sine * cell_x], [-sine * cell_y, cosine * cell_y]])
-    steps = np.rint(((points - centre) @ to_cells + middle) * _STEPS).astype(np.int32)
+    axes = np.array([[cosine * step_x, sine * step_x], [-sine * step_y, cosine * step_y]])
+    back = np.array([[cosine / step_x, -sine / step_y], [sine / step_x, cosine / step_y]])
+    origin = np.multiply(centre, scale) - np.multiply((width - 1, height - 1), _STEPS / 2) @ axes
+    steps = np.rint((points - origin) @ back).astype(np.int32)
     rings = [steps[end - len(polygon) : end] for polygon, end in zip(polygons, accumulate(map(len, polygons)))]
-
-    outline = _clipped(_zero_line(rings, (parts / total).tolist(), width, height), rings)
-    if outline is None:
-        return best
-    return (((outline / _STEPS - middle) @ to_pixels + centre) * scale + low).astype(np.float32)
+    return _Window(width, height, rings, axes, origin + low)
 
 
-def _zero_line(rings: Sequence[NDArray[np.int32]], shares: Sequence[float], width: int, height: int) -> NDArray[np.int32]:
-    """(P, 2) outline, in steps of cells like the rings, of where the mean distance is positive; (0, 2) when nowhere."""
-    distance = np.zeros((height, width), np.float32)
-    for ring, share in zip(rings, shares):
-        edge = cv2.polylines(np.ones((height, width), np.uint8), [ring], True, 0, shift=_SHIFT)
-        sign = cv2.fillPoly(np.full((height, width), -share, np.float32), [ring], share, shift=_SHIFT)
-        distance += sign * cv2.distanceTransform(edge, cv2.DIST_L2, cv2.DIST_MASK_3)
+def _zero_line(window: _Window, parts: NDArray[np.float64]) -> NDArray[np.int32]:
+    """(P, 2) outline, in steps, of where the mean distance by `parts` is positive; (0, 2) when nowhere."""
+    edge = np.empty((window.height, window.width), np.uint8)
+    sign, distance = np.zeros((2, window.height, window.width), np.float32)
+    for ring, share in zip(window.rings, (parts / parts.sum()).tolist()):
+        edge[:], sign[:] = 1, -share
+        cv2.polylines(edge, [ring], True, 0, shift=_SHIFT)
+        cv2.fillPoly(sign, [ring], share, shift=_SHIFT)
+        cv2.accumulateProduct(cv2.distanceTransform(edge, cv2.DIST_L2, cv2.DIST_MASK_3), sign, distance)
     # Twice as fine, because distances can be interpolated. findContours runs through the centres of the outermost
     # cells: with half a cell of margin the outline has neither grown nor shrunk.
     region = cv2.resize(distance, None, fx=2, fy=2) >= -0.25
