@@ -28,8 +28,9 @@ _CELLS = 56
 _CELLS_ACROSS = 20
 """... and at least so many across, however thin it is."""
 _SHIFT = 16
+"""Bits after the point of the whole numbers that drawing and clipping there take ..."""
 _STEPS = 2**_SHIFT
-"""Steps of a cell that points are rounded to there."""
+"""... that is, steps of a cell."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
     - Score: sum of view weight x score over the cluster / total weight of the members.
     - Shape: where the mean of the signed distances to the cluster's outlines, weighted by view weight x score,
       is zero: true to about a hundredth of the length, and inside the union of the cluster's polygons (to the
-      rounding of float32). Of a polygon that nobody joined it is the polygon itself.
+      rounding of float32). Of a polygon that nobody joined it is the polygon itself; where the mean is positive
+      nowhere, the polygon of the largest weight.
     - Of results that overlap by more than `settings.iou` the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
@@ -407,11 +409,13 @@ def _zero_line(window: _Window, parts: NDArray[np.float64]) -> NDArray[np.int32]
 
 def _clipped(outline: NDArray[np.int32], rings: Sequence[NDArray[np.int32]]) -> NDArray[np.int64] | None:
     """(P, 2): the largest part of the outline inside the union of the rings, None when there is no area."""
-    if len(outline) < 3 or not cv2.contourArea(outline):
+    areas = [cv2.contourArea(ring, True) for ring in rings]
+    # Polygons far thinner than a window's smallest step have no area left.
+    if len(outline) < 3 or not cv2.contourArea(outline) or not any(areas):
         return None
     clipper = pyclipper.Pyclipper()
     clipper.AddPath(outline.tolist(), pyclipper.PT_SUBJECT)
     # All in one sense of rotation: opposite ones would cancel where they overlap.
-    clipper.AddPaths([ring[:: 1 if cv2.contourArea(ring, True) > 0 else -1].tolist() for ring in rings], pyclipper.PT_CLIP)
+    clipper.AddPaths([ring[:: 1 if area > 0 else -1].tolist() for ring, area in zip(rings, areas)], pyclipper.PT_CLIP)
     pieces = clipper.Execute(pyclipper.CT_INTERSECTION, pyclipper.PFT_NONZERO, pyclipper.PFT_NONZERO)
     return np.array(max(pieces, key=pyclipper.Area)) if pieces else None

@@ -228,6 +228,14 @@ def test_coordinates_of_any_size(unit):
     assert area_iou(polygon.astype(np.float64) / unit, box(0, 0, 110, 20)) > 0.97
 
 
+@pytest.mark.parametrize("height", [1e-2, 1e-6, 1e-9, 1e-15])
+def test_polygons_of_almost_no_height(height):
+    parts = [MemberPrediction(n, [box(0, 0, right, height)], [0.8]) for n, right in (("a", 100), ("b", 120))]
+    (polygon,) = fuse(parts, SETTINGS).polygons
+    assert 99 < np.ptp(polygon[:, 0]) < 121
+    assert np.ptp(polygon[:, 1]) < 1.1 * height
+
+
 def test_a_cluster_without_a_common_place_takes_its_weightiest_polygon():
     """Both ends touch the line that they join but not each other: outside of every polygon on the mean."""
     line, left, right = box(0, 0, 1000, 10), box(0, 0, 300, 10), box(700, 0, 1000, 10)
