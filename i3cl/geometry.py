@@ -212,7 +212,7 @@ def intersection_areas(
         return areas
     lengths = np.array([len(polygon) for polygon in polygons])
     # Rings of like length are measured together; the shorter ones repeat their first point, an edge that has no strip.
-    longest = -(-np.maximum(lengths[first], lengths[second]) // 4) * 4
+    longest = -(-np.maximum(lengths[first], lengths[second]) // 2) * 2
     for size in np.unique(longest).tolist():
         group = np.flatnonzero(longest == size)
         used, places = np.unique(np.concatenate([first[group], second[group]]), return_inverse=True)

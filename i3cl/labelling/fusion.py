@@ -7,12 +7,14 @@ is the mean of its polygons by the same weights. No result depends on the order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import cv2
 import numpy as np
+import pyclipper
 import shapely
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,10 +23,14 @@ from i3cl.geometry import as_polygon, intersection_areas, largest_ring, to_shape
 
 Ring = NDArray[np.float32]
 
-_CELLS = 72
+_CELLS = 56
 """Cells along the window that a cluster's shape is averaged in ..."""
-_CELLS_ACROSS = 24
+_CELLS_ACROSS = 20
 """... and at least so many across, however thin it is."""
+_SHIFT = 16
+"""Bits after the point of the whole numbers that drawing and clipping there take ..."""
+_STEPS = 2**_SHIFT
+"""... that is, steps of a cell."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
     - Score: sum of view weight x score over the cluster / total weight of the members.
     - Shape: where the mean of the signed distances to the cluster's outlines, weighted by view weight x score,
       is zero: true to about a hundredth of the length, and inside the union of the cluster's polygons (to the
-      rounding of float32). Of a polygon that nobody joined it is the polygon itself.
+      rounding of float32). Of a polygon that nobody joined it is the polygon itself; where the mean is positive
+      nowhere, the polygon of the largest weight.
     - Of results that overlap by more than `settings.iou` the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
@@ -85,7 +92,7 @@ def fuse_images(
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
     drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
-    outlines = iter(_inside([cluster for draft in drafts for cluster in draft]))
+    outlines = iter(_valid(_mean_outlines([cluster for draft in drafts for cluster in draft])))
 
     fused = []
     for draft in drafts:
@@ -217,10 +224,11 @@ def _overlapping(images: Sequence[Sequence[Ring]], limit: float) -> list[_Pairs]
         width = np.minimum(high_x[:, None], high_x) - np.maximum(low_x[:, None], low_x)
         height = np.minimum(high_y[:, None], high_y) - np.maximum(low_y[:, None], low_y)
         first, second = np.nonzero(np.triu((width > 0) & (height > 0), 1))
-        # |A n B| / |A u B| <= common part of the boxes / larger area, with a thousandth of slack, so that rounding
-        # does not rule out what measuring would find.
-        bound = 1.001 * width[first, second] * height[first, second]
-        possible = bound >= limit * np.maximum(area[first], area[second])
+        # A n B lies within the common part of the boxes and within the smaller of both, with a thousandth of slack, so
+        # that rounding does not rule out what measuring would find.
+        area_first, area_second = area[first], area[second]
+        bound = np.minimum(width[first, second] * height[first, second], np.minimum(area_first, area_second))
+        possible = 1.001 * bound * (1 + limit) >= limit * (area_first + area_second)
         firsts.append(first[possible] + start)
         seconds.append(second[possible] + start)
         owners.append(np.full(np.count_nonzero(possible), number))
@@ -326,71 +334,88 @@ def _clusters(
     return clusters
 
 
-def _inside(clusters: Sequence[_Cluster]) -> list[Ring | None]:
-    """The mean outline of each cluster, valid and inside the union of its polygons; None when nothing is left."""
-    outlines = [_mean_outline(cluster.polygons, cluster.parts) for cluster in clusters]
-    result = _valid(outlines)
-    # An outline of cells may pass its polygons by a cell; one that is a member's own cannot.
-    drawn = [
-        k
-        for k, (cluster, outline) in enumerate(zip(clusters, outlines))
-        if result[k] is not None and not any(outline is polygon for polygon in cluster.polygons)
-    ]
-    if drawn:
-        rings = to_shapely([ring for k in drawn if (ring := result[k]) is not None])
-        members = to_shapely([polygon for k in drawn for polygon in clusters[k].polygons])
-        sizes = np.array([len(clusters[k].polygons) for k in drawn])
-        rows = np.full((len(drawn), sizes.max()), None)
-        rows[np.arange(sizes.max()) < sizes[:, None]] = members
-        unions = shapely.union_all(rows, axis=1)
-        shapely.prepare(unions)
-        outside = np.flatnonzero(~shapely.covers(unions, rings))
-        clipped = shapely.intersection(rings[outside], unions[outside])
-        for row, part in zip(outside.tolist(), clipped):
-            result[drawn[row]] = largest_ring(part)
+def _mean_outlines(clusters: Sequence[_Cluster]) -> list[Ring]:
+    """Where the mean of the signed distances to each cluster's outlines is zero, inside the union of its polygons.
+
+    Inside what all polygons have in common every distance is positive, outside of all every one is negative: the
+    outline runs between. Where there is no such place, the polygon of the largest part.
+    """
+    result = [cluster.polygons[int(np.argmax(cluster.parts))] for cluster in clusters]
+    apart = [len({polygon.tobytes() for polygon in cluster.polygons}) > 1 for cluster in clusters]
+    drawn = [k for k, cluster in enumerate(clusters) if apart[k] and cluster.score > 0]
+    # Step by step over all: taking turns between the libraries costs a third more.
+    windows = [_window(clusters[k].polygons) for k in drawn]
+    lines = [_zero_line(window, clusters[k].parts) for k, window in zip(drawn, windows)]
+    clipped = [_clipped(line, window.rings) for line, window in zip(lines, windows)]
+    for k, window, line in zip(drawn, windows, clipped):
+        if line is not None:
+            result[k] = (line @ window.axes + window.origin).astype(np.float32)
     return result
 
 
-def _mean_outline(polygons: Sequence[Ring], parts: NDArray[np.float64]) -> Ring:
-    """Where the mean of the signed distances to the outlines, weighted by `parts`, is zero.
+@dataclass(frozen=True)
+class _Window:
+    """Cells over the smallest rotated rectangle around some polygons: a slanted line is as fine across as along."""
 
-    Inside what all polygons have in common every distance is positive, outside of all every one is negative: the
-    outline runs between.
-    """
-    total, first = parts.sum(), polygons[0]
-    if all(np.array_equal(first, polygon) for polygon in polygons[1:]):
-        return first
-    if total <= 0:
-        return polygons[int(np.argmax(parts))]
+    width: int
+    height: int
+    rings: list[NDArray[np.int32]]
+    """The polygons in steps of cells; the centre of the first cell is 0, 0."""
+    axes: NDArray[np.float64]
+    """(2, 2) pixels of a step to the right and of one down."""
+    origin: NDArray[np.float64]
+    """(2,) pixel of the centre of the first cell."""
 
-    # The window is the smallest rotated rectangle around all: a slanted line is as fine across as along.
+
+def _window(polygons: Sequence[Ring]) -> _Window:
     points = np.concatenate(polygons).astype(np.float64)
-    origin = points.min(axis=0)
-    centre, size, angle = cv2.minAreaRect((points - origin).astype(np.float32))
-    middle = origin + centre
-    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    axes = np.array([[cosine, -sine], [sine, cosine]])
-    # One free cell all around; a cell's number is its centre.
-    cell = np.maximum(np.array(size), 1e-6)
-    cells = np.maximum(np.round(_CELLS * cell / cell.max()), _CELLS_ACROSS).astype(int)
-    cell /= cells - 3
-    width, height = cells.tolist()
-    window = np.round(((points - middle) @ axes / cell + (cells - 1) / 2) * 16).astype(np.int32)
+    low = points.min(axis=0)
+    points -= low
+    # Of one size for float32, whatever the unit.
+    scale = float(points.max()) / 1000
+    centre, size, angle = cv2.minAreaRect((points / scale).astype(np.float32))
+    longest = max(size)
+    width, height = (max(round(_CELLS * side / longest), _CELLS_ACROSS) for side in size)
+    # One free cell all around.
+    step_x, step_y = (max(side, 1e-3) * scale / (n - 3) / _STEPS for side, n in zip(size, (width, height)))
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    axes = np.array([[cosine * step_x, sine * step_x], [-sine * step_y, cosine * step_y]])
+    back = np.array([[cosine / step_x, -sine / step_y], [sine / step_x, cosine / step_y]])
+    origin = np.multiply(centre, scale) - np.multiply((width - 1, height - 1), _STEPS / 2) @ axes
+    steps = np.rint((points - origin) @ back).astype(np.int32)
+    rings = [steps[end - len(polygon) : end] for polygon, end in zip(polygons, accumulate(map(len, polygons)))]
+    return _Window(width, height, rings, axes, origin + low)
 
-    distance = np.zeros((height, width), np.float32)
-    start = 0
-    for polygon, share in zip(polygons, (parts / total).tolist()):
-        ring = window[start : start + len(polygon)]
-        inside = cv2.fillPoly(np.zeros((height, width), np.uint8), [ring], 1, shift=4)
-        # The cells under the edge are set too: they are at distance 0, the next ones inside at 1, outside at -1.
-        within = np.asarray(cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
-        without = np.asarray(cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_3), np.float32)
-        distance += share * (within - without - inside)
-        start += len(polygon)
-    # findContours runs through the centres of the outermost cells. Half a cell of margin: neither grown nor shrunk.
-    region = (distance >= -0.5).astype(np.uint8)
-    contours, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 0.6, True).reshape(-1, 2)
-    if len(outline) < 3:
-        return polygons[int(np.argmax(parts))]
-    return (((outline - (cells - 1) / 2) * cell) @ axes.T + middle).astype(np.float32)
+
+def _zero_line(window: _Window, parts: NDArray[np.float64]) -> NDArray[np.int32]:
+    """(P, 2) outline, in steps, of where the mean distance by `parts` is positive; (0, 2) when nowhere."""
+    edge = np.empty((window.height, window.width), np.uint8)
+    sign, distance = np.zeros((2, window.height, window.width), np.float32)
+    for ring, share in zip(window.rings, (parts / parts.sum()).tolist()):
+        edge[:], sign[:] = 1, -share
+        cv2.polylines(edge, [ring], True, 0, shift=_SHIFT)
+        cv2.fillPoly(sign, [ring], share, shift=_SHIFT)
+        cv2.accumulateProduct(cv2.distanceTransform(edge, cv2.DIST_L2, cv2.DIST_MASK_3), sign, distance)
+    # Twice as fine, because distances can be interpolated. findContours runs through the centres of the outermost
+    # cells: with half a cell of margin the outline has neither grown nor shrunk.
+    region = cv2.resize(distance, None, fx=2, fy=2) >= -0.25
+    contours, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if not contours:
+        return np.zeros((0, 2), np.int32)
+    outline = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 1.2, True).reshape(-1, 2)
+    # The centre of fine cell k lies at k / 2 - 1 / 4.
+    return (outline * (_STEPS // 2) - _STEPS // 4).astype(np.int32)
+
+
+def _clipped(outline: NDArray[np.int32], rings: Sequence[NDArray[np.int32]]) -> NDArray[np.int64] | None:
+    """(P, 2): the largest part of the outline inside the union of the rings, None when there is no area."""
+    areas = [cv2.contourArea(ring, True) for ring in rings]
+    # Polygons far thinner than a window's smallest step have no area left.
+    if len(outline) < 3 or not cv2.contourArea(outline) or not any(areas):
+        return None
+    clipper = pyclipper.Pyclipper()
+    clipper.AddPath(outline.tolist(), pyclipper.PT_SUBJECT)
+    # All in one sense of rotation: opposite ones would cancel where they overlap.
+    clipper.AddPaths([ring[:: 1 if area > 0 else -1].tolist() for ring, area in zip(rings, areas)], pyclipper.PT_CLIP)
+    pieces = clipper.Execute(pyclipper.CT_INTERSECTION, pyclipper.PFT_NONZERO, pyclipper.PFT_NONZERO)
+    return np.array(max(pieces, key=pyclipper.Area)) if pieces else None

@@ -221,6 +221,39 @@ def test_degenerate_polygons():
     assert shapely.Polygon(result.polygons[0]).is_valid
 
 
+@pytest.mark.parametrize("unit", [1e-15, 1e-3, 1e6, 1e15])
+def test_coordinates_of_any_size(unit):
+    parts = [MemberPrediction(n, [box(0, 0, right, 20) * np.float32(unit)], [0.8]) for n, right in (("a", 100), ("b", 120))]
+    (polygon,) = fuse(parts, SETTINGS).polygons
+    assert area_iou(polygon.astype(np.float64) / unit, box(0, 0, 110, 20)) > 0.97
+
+
+@pytest.mark.parametrize("height", [1e-2, 1e-6, 1e-9, 1e-15])
+def test_polygons_of_almost_no_height(height):
+    parts = [MemberPrediction(n, [box(0, 0, right, height)], [0.8]) for n, right in (("a", 100), ("b", 120))]
+    (polygon,) = fuse(parts, SETTINGS).polygons
+    assert 99 < np.ptp(polygon[:, 0]) < 121
+    assert np.ptp(polygon[:, 1]) < 1.1 * height
+
+
+def test_a_cluster_without_a_common_place_takes_its_weightiest_polygon():
+    """Both ends touch the line that they join but not each other: outside of every polygon on the mean."""
+    line, left, right = box(0, 0, 1000, 10), box(0, 0, 300, 10), box(700, 0, 1000, 10)
+    parts = [MemberPrediction(n, [ring], [score]) for n, ring, score in (("a", line, 0.9), ("b", left, 0.8), ("c", right, 0.7))]
+    result = fuse(parts, FusionSettings(iou=0.05, member_weights={"a": 0.01}))
+    assert result.votes.tolist() == [3]
+    assert result.polygons[0].tolist() == left.tolist()
+
+
+def test_turned_round_polygons_do_not_cancel():
+    ring, other = box(0, 0, 100, 20), box(0, 0, 110, 20)
+    one, turned = (
+        fuse([MemberPrediction("a", [ring], [0.8]), MemberPrediction("b", [second], [0.8])], SETTINGS)
+        for second in (other, other[::-1])
+    )
+    assert area_iou(one.polygons[0], turned.polygons[0]) > 0.999
+
+
 def test_limits_of_the_iou():
     parts = scene(3)
     strict = fuse(parts, FusionSettings(iou=1))
