@@ -42,7 +42,11 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
         return [Advice("empty", f"the results hold no detection: all {len(samples)} images are empty", 0.0)]
     advice: list[Advice] = []
     if not any((~np.asarray(s.ignore, bool)).any() for s in samples):
-        advice.append(Advice("all don't-care", "every truth is don't-care: there is nothing to find", 0.0))
+        words = "every truth is don't-care" if any(len(s.ignore) for s in samples) else "no image of the truth has any text"
+        advice.append(Advice("all don't-care", f"{words}: there is nothing to find", 0.0))
+    elif not all(s.height and s.width for s in samples) and all((np.abs(p) <= 1.5).all() for s in samples for p in s.detections):
+        text = "coordinates look relative to the image (0-1); multiply by width and height (the truth has no sizes to try it with)"
+        advice.append(Advice("scale", text, 0.0))
     alike = [s for s in samples if len(s.detections) and len(s.truths)]
     chosen = (
         [alike[k] for k in np.unique(np.linspace(0, len(alike) - 1, min(len(alike), _IMAGES)).round().astype(int))]
@@ -100,10 +104,17 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
         yield "boxes", "boxes look like x, y, width, height that were written as two corners", _boxes(lambda a, b: (a, a + b))
         yield "boxes", "boxes look like two corners that were written as x, y, width, height", _boxes(lambda a, b: (a, b - a))
     if all(s.height and s.width for s in samples):
+        for whole in (1, 100, 1000):
+            share = "" if whole == 1 else f" / {whole}"
+            yield (
+                "scale",
+                f"coordinates look relative to the image (0-{whole}); multiply by width{share} and height{share}",
+                lambda s, whole=whole: [p * (s.width / whole, s.height / whole) for p in s.detections],  # type: ignore[misc]
+            )
         yield (
-            "scale",
-            "coordinates look relative to the image (0-1); multiply by width and height",
-            lambda s: [p * np.array([s.width, s.height]) for p in s.detections],
+            "flipped",
+            "y looks counted from the bottom of the image; write height - y",
+            lambda s: [p * (1, -1) + (0, s.height) for p in s.detections],
         )
     for scale in _scales(samples):
         text = f"the results look scaled by {1 / scale[0]:.3g}"
@@ -207,8 +218,8 @@ def _other_images(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]
         by_number = list(range(len(samples)))
     by_text = sorted(range(len(samples)), key=lambda k: str(samples[k].name))
     for one, other, text in (
-        (by_number, by_text, "results look numbered by file names sorted as text (1, 10, 2, ...)"),
-        (by_text, by_number, "results look numbered by number where the truth counts names sorted as text"),
+        (by_text, by_number, "results look numbered by file names sorted as text (1, 10, 2, ...)"),
+        (by_number, by_text, "results look numbered by number where the truth counts names sorted as text"),
     ):
         if one != other:
             yield text, _sampled([(samples[a], samples[b]) for a, b in zip(one, other)])
