@@ -145,8 +145,7 @@ def _at_a_limit(
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = 1000 * intersection / np.stack([union, union + 1, truth, detection, detection + 1])
         near = (np.abs(shares - np.round(shares)) < 1e-6) & (shares > 0.5) & (shares < 999.5)
-    near_any: NDArray[np.bool_] = near.any(axis=0)
-    return near_any
+    return np.logical_or.reduce(near, axis=0)
 
 
 def shapes(polygons: Sequence[Polygon], repair: Repair = "make_valid") -> tuple[NDArray[np.object_], NDArray[np.bool_]]:

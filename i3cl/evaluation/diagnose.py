@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl.evaluation.batch import Sample, measure
-from i3cl.evaluation.protocols import Counts, Rules
+from i3cl.evaluation.protocols import Counts, Rules, Summary
 from i3cl.evaluation.read import image_number
 
 _IMAGES = 200
 """Images that a trial looks at."""
 _GAIN = 0.1
 """F that a remedy must add before it is named."""
+_WORDS = 3
+"""Words more that it must find, unless F becomes 0.5: one or two hits of a small set are chance."""
 _SIDES = (512, 640, 736, 800, 1024, 1280, 1333, 1600, 1920, 2048)
 """Pixels; sides to which detectors usually scale images."""
 
@@ -45,7 +47,7 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
         words = "every truth is don't-care" if any(len(s.ignore) for s in samples) else "no image of the truth has any text"
         advice.append(Advice("all don't-care", f"{words}: there is nothing to find", 0.0))
     elif not all(s.height and s.width for s in samples) and all((np.abs(p) <= 1.5).all() for s in samples for p in s.detections):
-        text = "coordinates look relative to the image (0-1); multiply by width and height (the truth has no sizes to try it with)"
+        text = "coordinates look relative to the image (0-1); multiply by width and height (the truth has no sizes to try)"
         advice.append(Advice("scale", text, 0.0))
     alike = [s for s in samples if len(s.detections) and len(s.truths)]
     chosen = (
@@ -53,10 +55,11 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
         if alike
         else []
     )
-    now = _hmean(chosen, rules, threshold)
+    as_it_is = _summary(chosen, rules, threshold)
+    now, found_now = as_it_is.hmean, as_it_is.recall_hits
     if threshold is not None:
         kept = sum(int(np.count_nonzero(s.scores > threshold)) for s in samples)
-        open_f = _hmean(chosen, rules, None)
+        open_f = _summary(chosen, rules, None).hmean
         if kept == 0:
             highest = max(float(s.scores.max()) for s in samples if len(s.scores))
             text = f"no detection has a score above {threshold:g}; the highest is {highest:.3g}; "
@@ -77,8 +80,10 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     best: dict[str, Advice] = {}
 
     def consider(kind: str, text: str, trial: Sequence[Sample]) -> None:
-        f = _hmean(trial, rules, threshold)
-        if f >= now + _GAIN and (kind not in best or f > best[kind].hmean):
+        tried = _summary(trial, rules, threshold)
+        f = tried.hmean
+        sure = f >= 0.5 or tried.recall_hits >= found_now + _WORDS
+        if f >= now + _GAIN and sure and (kind not in best or f > best[kind].hmean):
             best[kind] = Advice(kind, f"{text}: F would be {f:.3f} instead of {now:.3f}", f)
 
     for kind, text, move in _moves(chosen):
@@ -89,10 +94,10 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     return advice + sorted(best.values(), key=lambda a: -a.hmean)
 
 
-def _hmean(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> float:
+def _summary(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> Summary:
     counts = Counts(rules, threshold)
     counts.update(measure(samples, rules.repair))
-    return counts.summary().hmean
+    return counts.summary()
 
 
 def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
@@ -114,7 +119,7 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
         yield (
             "flipped",
             "y looks counted from the bottom of the image; write height - y",
-            lambda s: [p * (1, -1) + (0, s.height) for p in s.detections],
+            lambda s: [p * (1, -1) + np.array([0, s.height]) for p in s.detections],
         )
     for scale in _scales(samples):
         text = f"the results look scaled by {1 / scale[0]:.3g}"
