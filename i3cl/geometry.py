@@ -215,14 +215,15 @@ def intersection_areas(
         for k, ring in zip(members.tolist(), rings):
             ring[: lengths[k]] = polygons[k]
             ring[lengths[k] :] = polygons[k][0]
-    for size_a, rings_a in stacks.items():
-        for size_b, rings_b in stacks.items():
-            group = np.flatnonzero((sizes[first] == size_a) & (sizes[second] == size_b))
-            one, other = place[first[group]], place[second[group]]
-            step = max(1, 16384 // (size_a * size_b))  # small enough for the processor's cache
-            for start in range(0, len(group), step):
-                part = slice(start, start + step)
-                areas[group[part]] = _common_areas(rings_a[one[part]], rings_b[other[part]])
+    shape = sizes[first] * (sizes.max() + 1) + sizes[second]
+    order = np.argsort(shape, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(shape[order])) + 1):
+        one, other = first[group], second[group]
+        size_a, size_b = int(sizes[one[0]]), int(sizes[other[0]])
+        step = max(1, 16384 // (size_a * size_b))  # small enough for the processor's cache
+        for start in range(0, len(group), step):
+            part = slice(start, start + step)
+            areas[group[part]] = _common_areas(stacks[size_a][place[one[part]]], stacks[size_b][place[other[part]]])
     return areas
 
 
