@@ -212,24 +212,31 @@ def intersection_areas(
         return areas
     lengths = np.array([len(polygon) for polygon in polygons])
     # Rings of like length are measured together; the shorter ones repeat their first point, an edge that has no strip.
-    longest = -(-np.maximum(lengths[first], lengths[second]) // 2) * 2
-    for size in np.unique(longest).tolist():
-        group = np.flatnonzero(longest == size)
-        used, places = np.unique(np.concatenate([first[group], second[group]]), return_inverse=True)
-        rings = np.empty((len(used), size + 1, 2))
-        for place, k in enumerate(used.tolist()):
-            rings[place, : lengths[k]] = polygons[k]
-            rings[place, lengths[k] :] = polygons[k][0]
-        one, other = places[: len(group)], places[len(group) :]
-        step = max(1, 16384 // size**2)  # small enough for the processor's cache
+    sizes = -(-lengths // 4) * 4
+    stacks: dict[int, NDArray[np.float64]] = {}
+    place = np.zeros(len(polygons), np.int64)
+    used = np.unique(np.concatenate([first, second]))
+    for size in np.unique(sizes[used]).tolist():
+        members = used[sizes[used] == size]
+        place[members] = np.arange(len(members))
+        stacks[size] = rings = np.empty((len(members), size + 1, 2))
+        for k, ring in zip(members.tolist(), rings):
+            ring[: lengths[k]] = polygons[k]
+            ring[lengths[k] :] = polygons[k][0]
+    shape = sizes[first] * (sizes.max() + 1) + sizes[second]
+    order = np.argsort(shape, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(shape[order])) + 1):
+        one, other = first[group], second[group]
+        size_a, size_b = int(sizes[one[0]]), int(sizes[other[0]])
+        step = max(1, 16384 // (size_a * size_b))  # small enough for the processor's cache
         for start in range(0, len(group), step):
             part = slice(start, start + step)
-            areas[group[part]] = _common_areas(rings[one[part]], rings[other[part]])
+            areas[group[part]] = _common_areas(stacks[size_a][place[one[part]]], stacks[size_b][place[other[part]]])
     return areas
 
 
 def _common_areas(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(K,) common areas of two (K, S + 1, 2) stacks of closed rings."""
+    """(K,) common areas of closed rings, (K, S + 1, 2) and (K, T + 1, 2)."""
     # Relative to a point of the pair: far from the origin the products would cancel.
     origin = one[:, :1]
     low_a, high_a, slope_a, rise_a, sign_a = _edges(one - origin)

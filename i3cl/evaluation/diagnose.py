@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl.evaluation.batch import Sample, measure
-from i3cl.evaluation.protocols import Counts, Rules
+from i3cl.evaluation.protocols import Counts, Rules, Summary
 from i3cl.evaluation.read import image_number
 
 _IMAGES = 200
 """Images that a trial looks at."""
 _GAIN = 0.1
 """F that a remedy must add before it is named."""
+_WORDS = 3
+"""Words more that it must find, unless F becomes 0.5: one or two hits of a small set are chance."""
 _SIDES = (512, 640, 736, 800, 1024, 1280, 1333, 1600, 1920, 2048)
 """Pixels; sides to which detectors usually scale images."""
 
@@ -42,17 +44,22 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
         return [Advice("empty", f"the results hold no detection: all {len(samples)} images are empty", 0.0)]
     advice: list[Advice] = []
     if not any((~np.asarray(s.ignore, bool)).any() for s in samples):
-        advice.append(Advice("all don't-care", "every truth is don't-care: there is nothing to find", 0.0))
+        words = "every truth is don't-care" if any(len(s.ignore) for s in samples) else "no image of the truth has any text"
+        advice.append(Advice("all don't-care", f"{words}: there is nothing to find", 0.0))
+    elif not all(s.height and s.width for s in samples) and all((np.abs(p) <= 1.5).all() for s in samples for p in s.detections):
+        text = "coordinates look relative to the image (0-1); multiply by width and height (the truth has no sizes to try)"
+        advice.append(Advice("scale", text, 0.0))
     alike = [s for s in samples if len(s.detections) and len(s.truths)]
     chosen = (
         [alike[k] for k in np.unique(np.linspace(0, len(alike) - 1, min(len(alike), _IMAGES)).round().astype(int))]
         if alike
         else []
     )
-    now = _hmean(chosen, rules, threshold)
+    as_it_is = _summary(chosen, rules, threshold)
+    now, found_now = as_it_is.hmean, as_it_is.recall_hits
     if threshold is not None:
         kept = sum(int(np.count_nonzero(s.scores > threshold)) for s in samples)
-        open_f = _hmean(chosen, rules, None)
+        open_f = _summary(chosen, rules, None).hmean
         if kept == 0:
             highest = max(float(s.scores.max()) for s in samples if len(s.scores))
             text = f"no detection has a score above {threshold:g}; the highest is {highest:.3g}; "
@@ -73,8 +80,10 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     best: dict[str, Advice] = {}
 
     def consider(kind: str, text: str, trial: Sequence[Sample]) -> None:
-        f = _hmean(trial, rules, threshold)
-        if f >= now + _GAIN and (kind not in best or f > best[kind].hmean):
+        tried = _summary(trial, rules, threshold)
+        f = tried.hmean
+        sure = f >= 0.5 or tried.recall_hits >= found_now + _WORDS
+        if f >= now + _GAIN and sure and (kind not in best or f > best[kind].hmean):
             best[kind] = Advice(kind, f"{text}: F would be {f:.3f} instead of {now:.3f}", f)
 
     for kind, text, move in _moves(chosen):
@@ -85,10 +94,10 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     return advice + sorted(best.values(), key=lambda a: -a.hmean)
 
 
-def _hmean(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> float:
+def _summary(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> Summary:
     counts = Counts(rules, threshold)
     counts.update(measure(samples, rules.repair))
-    return counts.summary().hmean
+    return counts.summary()
 
 
 def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
@@ -100,10 +109,17 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
         yield "boxes", "boxes look like x, y, width, height that were written as two corners", _boxes(lambda a, b: (a, a + b))
         yield "boxes", "boxes look like two corners that were written as x, y, width, height", _boxes(lambda a, b: (a, b - a))
     if all(s.height and s.width for s in samples):
+        for whole in (1, 100, 1000):
+            share = "" if whole == 1 else f" / {whole}"
+            yield (
+                "scale",
+                f"coordinates look relative to the image (0-{whole}); multiply by width{share} and height{share}",
+                lambda s, whole=whole: [p * (s.width / whole, s.height / whole) for p in s.detections],  # type: ignore[misc]
+            )
         yield (
-            "scale",
-            "coordinates look relative to the image (0-1); multiply by width and height",
-            lambda s: [p * np.array([s.width, s.height]) for p in s.detections],
+            "flipped",
+            "y looks counted from the bottom of the image; write height - y",
+            lambda s: [p * (1, -1) + np.array([0, s.height]) for p in s.detections],
         )
     for scale in _scales(samples):
         text = f"the results look scaled by {1 / scale[0]:.3g}"
@@ -207,8 +223,8 @@ def _other_images(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]
         by_number = list(range(len(samples)))
     by_text = sorted(range(len(samples)), key=lambda k: str(samples[k].name))
     for one, other, text in (
-        (by_number, by_text, "results look numbered by file names sorted as text (1, 10, 2, ...)"),
-        (by_text, by_number, "results look numbered by number where the truth counts names sorted as text"),
+        (by_text, by_number, "results look numbered by file names sorted as text (1, 10, 2, ...)"),
+        (by_number, by_text, "results look numbered by number where the truth counts names sorted as text"),
     ):
         if one != other:
             yield text, _sampled([(samples[a], samples[b]) for a, b in zip(one, other)])

@@ -321,7 +321,8 @@ class Counts:
             "dropped": of_detections(verdicts.dropped),
             "skipped": of_detections(verdicts.skipped),
             "invalid_truths": of_truths(batch.truth_area == 0),
-            "repaired": of_truths(batch.truth_repaired) + of_detections(batch.detection_repaired & above),
+            "repaired": of_truths(batch.truth_repaired & (batch.truth_area > 0))
+            + of_detections(batch.detection_repaired & above & (batch.detection_area > 0)),
         }
         self.names += batch.names
         self.parts.append(np.stack([columns[name] for name in _COLUMNS], axis=1))

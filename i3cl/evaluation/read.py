@@ -421,6 +421,8 @@ def _text_results(path: str, files: Mapping[str, bytes], faults: _Faults) -> Sou
                 if len(values) % 2 == 0:
                     raise ValueError(f"{len(values)} numbers; the other lines end in a confidence, this one does not")
                 score = values.pop()
+            elif len(values) % 2:
+                raise ValueError(f"{len(values)} numbers, an odd count; a confidence at the end must lie in 0-1")
             polygon = ring(_from_offsets(values) if offsets else values)
         except ValueError as error:
             faults.add(f"{path}: {name} line {number}", str(error))

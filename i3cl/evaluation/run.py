@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ class Scored:
     @property
     def summary(self) -> Summary:
         return self.counts[0].summary()
+
+    @cached_property
+    def interval(self) -> stats.Interval:
+        """95 % of F over images."""
+        return stats.hmean_interval(self.counts[0].ratios)
 
 
 def load(
@@ -171,15 +177,14 @@ def adelaidet_steps(samples: Sequence[Sample]) -> tuple[list[Sample], int]:
 # ------------------------------------------------------------------------------------------------------------- outcome
 
 
-def as_json(scored: Scored, resamples: int = stats.RESAMPLES) -> dict[str, Any]:
+def as_json(scored: Scored) -> dict[str, Any]:
     """Everything about a score as JSON-able values: recall, precision, hmean, counts, rules, interval, variants."""
     first = scored.counts[0]
     result: dict[str, Any] = {"protocol": scored.protocol, **summary_json(first)}
     result["threshold_choice"] = scored.choice
     if scored.threshold is not None:
         result["rules"] += f"; score threshold {scored.threshold:.4g} ({scored.choice})"
-    interval = stats.hmean_interval(first.ratios, resamples)
-    result["hmean_interval_95"] = [interval.low, interval.high]
+    result["hmean_interval_95"] = [scored.interval.low, scored.interval.high]
     result["missing_images"] = len(scored.missing)
     result["variants"] = [{"name": variant_name(c), **summary_json(c)} for c in scored.counts[1:]]
     result["warnings"] = scored.warnings
@@ -209,12 +214,11 @@ def lines(scored: Scored) -> list[str]:
         s = counts.summary()
         numbers = f"R {s.recall:.4f}  P {s.precision:.4f}  F {s.hmean:.4f}"
         if k == 0:
-            interval = stats.hmean_interval(counts.ratios)
             hits = f"{s.recall_hits:g} true positives, " if counts.rules.method == "iou" else ""
             limit = "none" if scored.threshold is None else f"{scored.threshold:.4g}"
             result += [
                 f"{scored.protocol}, {counts.rules.label}: {numbers}  "
-                f"(95 % interval of F over images {interval.low:.4f}-{interval.high:.4f})",
+                f"(95 % interval of F over images {scored.interval.low:.4f}-{scored.interval.high:.4f})",
                 f"  rules: {counts.rules.text}",
                 f"  score threshold: {limit} ({scored.choice})",
                 f"  {s.images} images, {hits}{s.truths} truths, {s.dont_cares} don't-care, "

@@ -127,7 +127,10 @@ def corners_as_sizes(polygon, _):
         ("swapped", "--point-order yx", lambda p, k: p[:, ::-1]),
         ("scale", "multiply them by", lambda p, k: p * 0.73),
         ("scale", "multiply them by", lambda p, k: p * (0.5, 0.8)),
-        ("scale", "relative", lambda p, k: p / (1280, 800)),
+        ("scale", "relative to the image (0-1);", lambda p, k: p / (1280, 800)),
+        ("scale", "relative to the image (0-100);", lambda p, k: p / (12.8, 8)),
+        ("scale", "relative to the image (0-1000);", lambda p, k: p / (1.28, 0.8)),
+        ("flipped", "from the bottom", lambda p, k: p * (1, -1) + (0, 800)),
         ("scale", "long side of 640", lambda p, k: p * 0.5 + 0.0),
         ("offset", "add (-120, 40)", lambda p, k: p + np.array([120, -40])),
         ("boxes", "x, y, width, height", corners_as_sizes),
@@ -159,14 +162,33 @@ def test_shifted_images(shift):
     assert advice[0].hmean > 0.75
 
 
-def test_images_counted_in_text_order():
+@pytest.mark.parametrize("numbered_as_text", [True, False])
+def test_images_counted_in_text_order(numbered_as_text):
     right = photographs()
     by_text = sorted(range(30), key=lambda k: right[k].name)
     wrong: list = [None] * 30
     for place, k in enumerate(by_text):
-        image = right[place]
-        wrong[place] = Sample(image.name, image.truths, image.ignore, right[k].detections, right[k].scores)
-    assert "sorted as text" in diagnose(wrong, ICDAR)[0].text or "names sorted" in diagnose(wrong, ICDAR)[0].text
+        image, found = (right[place], right[k]) if numbered_as_text else (right[k], right[place])
+        wrong[place if numbered_as_text else k] = Sample(image.name, image.truths, image.ignore, found.detections, found.scores)
+    best = diagnose(wrong, ICDAR)[0]
+    assert ("numbered by file names sorted as text" in best.text) == numbered_as_text
+    assert ("where the truth counts names sorted as text" in best.text) != numbered_as_text
+    assert best.hmean > 0.75
+
+
+def test_shares_without_image_sizes():
+    words = [box(100, 50, 200, 80)]
+    advice = diagnose([sample(words, [words[0] / 1000])], ICDAR)
+    assert "no sizes to try" in advice[0].text
+
+
+def test_one_chance_hit_is_no_advice():
+    rows = [(0, 0), (0, 40), (0, 80), (110, 80), (0, 120), (0, 160), (300, 0)]
+    words = [box(x, y, x + 100, y + 20) for x, y in rows]
+    parts = [box(0, 40, 45, 60), box(50, 40, 100, 60), box(0, 80, 210, 100), box(0, 130, 100, 150)]
+    found = [box(2, 0, 100, 20), *parts, box(500, 500, 560, 530), box(2, 0, 98, 20)]
+    advice = diagnose([sample(words, found, height=2000, width=2000)], ICDAR)
+    assert advice == []
 
 
 def test_thresholds_and_empty_results():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 
 from i3cl.config import UserError
 from i3cl.evaluation import run
@@ -101,6 +102,33 @@ def test_a_detection_without_area_is_a_false_positive():
 def test_a_truth_without_area_is_listed_and_does_not_count():
     s = by("icdar", image([FLAT, box(0, 0, 9, 9), np.array([[3.0, 3.0]])], [box(0, 0, 9, 9)]))
     assert (s.truths, s.dont_cares, s.invalid_truths, s.recall) == (1, 2, 2, 1)
+    # Nothing was left to repair.
+    assert by("icdar", image([FLAT], [FLAT, BOW_TIE])).repaired == 1
+
+
+def test_half_is_a_miss_at_any_angle():
+    """Half of a slanted word is exactly half of it, wherever it lies: the last bits of an area must not decide."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b, c = 2.0 * rng.integers(-400, 400, (3, 2))
+        if abs(np.linalg.det(np.array([b, c]))) < 100:
+            continue
+        whole, half = (np.array([a, a + b, a + b + c * part, a + c * part]) for part in (1, 0.5))
+        assert by("icdar", image([whole], [half])).recall_hits == 0
+        assert by("icdar", image([half], [whole], [True])).dropped == 0
+
+
+def test_fast_areas_are_the_exact_ones():
+    rng = np.random.default_rng(1)
+    turn = np.sort(rng.uniform(0, 2 * np.pi, (60, 12)), axis=1)
+    stars = 100 + rng.uniform(20, 90, (60, 12, 1)) * np.stack([np.cos(turn), np.sin(turn)], axis=2)
+    polygons = [star[: 3 + k % 10] for k, star in enumerate(stars)]
+    batch = measure([image(polygons[:30], polygons[30:])])
+    exact = shapely.area(shapely.intersection(batch.truths[:, None], batch.detections[None]))
+    found = np.zeros(exact.shape)
+    found[batch.truth, batch.detection] = batch.intersection
+    np.testing.assert_allclose(found, exact, atol=1e-8)
+    assert (exact > 0).sum() > 500
 
 
 @pytest.mark.parametrize(("repair", "area"), [("make_valid", 50), ("buffer0", 25)])
