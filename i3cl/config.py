@@ -586,6 +586,7 @@ class Settings(_Settings):
     label: LabelSettings = LabelSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     search: SearchSettings = SearchSettings()
+    """A sweep with Ray Tune; jobs/search.py."""
     synthetic: SyntheticSettings | None = None
     """When set, selftrain makes this data set first and uses it."""
     selftrain: SelfTrainSettings = SelfTrainSettings()

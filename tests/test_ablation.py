@@ -42,6 +42,7 @@ def variants(tiny_settings, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_grid_is_done_once(variants, tmp_path, ray_cluster):
     summary = ablation(variants, [3])
     assert list(summary["variants"]) == ["plain", "both", "ssl"]

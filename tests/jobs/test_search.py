@@ -106,6 +106,7 @@ def test_a_sweep_over_thresholds_is_killed_and_continues(tiny_settings, predicti
     assert "held-out F" in text and trials(run) == after, "a finished sweep only answers"
 
 
+@pytest.mark.slow
 def test_a_sweep_over_students_trains_them(tiny_settings, predictions, tmp_path):
     config = tmp_path / "students.yaml"
     changes = {
