@@ -489,8 +489,8 @@ class SelfTrainSettings(_Settings):
     """Share of the pseudo-labelled images in the student's mixture."""
     rounds: PositiveInt = 1
     """Times that the circle is run: each student joins the members that label for the next one."""
-    min_gain: NonNegative = 0.0
-    """No further round when a student's F on the validation set is not above the best so far by more than this."""
+    min_gain: float = 0.0
+    """No further round when a student's F on the validation set is not above the best by more than this; -1: never."""
     control: bool = False
     """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
     unlabelled_truth: SourceSettings | None = None

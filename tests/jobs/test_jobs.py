@@ -169,6 +169,23 @@ def test_select_again_needs_no_prediction(circle):
     assert "mean_weight 1.000" in done.stdout
 
 
+@pytest.mark.slow
+def test_rounds_and_a_control_join_a_finished_circle(circle):
+    folder, config, _ = circle
+    run = folder / "runs" / "circle"
+    first = (run / "student" / "best" / "weights.safetensors").stat().st_mtime_ns
+    more = ["selftrain.rounds=2", "selftrain.control=true", "selftrain.min_gain=-1"]
+    done = job("selftrain", "--config", config, *more, timeout=500)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert [row["round"] for row in summary["rounds"]] == [1, 2] and "hmean" in summary["control"]
+    job_file = json.loads((run / "round-2" / "predictions" / "unlabelled" / "job.json").read_text())
+    assert "student" in str(job_file) and (run / "round-2" / "student" / "best" / "weights.safetensors").is_file()
+    assert (run / "student" / "best" / "weights.safetensors").stat().st_mtime_ns == first, "round 1 is not done again"
+    again = job("selftrain", "--config", config, *more, timeout=200)
+    assert again.returncode == 0 and "starting" not in again.stdout
+
+
 def test_predict_and_evaluate_with_the_students_checkpoint(circle, tiny_set, tmp_path):
     folder, config, _ = circle
     checkpoint = str(folder / "runs" / "circle" / "student" / "best")
