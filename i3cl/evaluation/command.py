@@ -180,6 +180,9 @@ def _over_ray(options: argparse.Namespace, rules: tuple[Rules, ...]) -> None:
     from i3cl.evaluation.shards import count_all, truth_shards
     from i3cl.job import connect, duration, quiet
 
+    for option in ("report", "against", "choose_threshold_on", "sweep", "details", "diagnose"):
+        if getattr(options, option):
+            raise UserError(f"--ray: has counts only, no --{option.replace('_', '-')}; leave one of the two out")
     if rules[0].name == "mmocr" and options.threshold is None:
         raise UserError("--ray with mmocr: give --threshold; its sweep over the test images is not spread")
     truth_shards(options.truth)

@@ -170,6 +170,12 @@ def test_shards_add_up_to_the_whole(tmp_path):
     assert len(from_table(predictions.pq.read_table(tmp_path / "truth" / "0.parquet"))) == 60
 
 
+@pytest.mark.parametrize("option", [["--details"], ["--sweep"], ["--report", "r.html"], ["--choose-threshold-on", "0.2"]])
+def test_what_ray_cannot_do_is_said(option, tmp_path):
+    done = job("--truth", tmp_path, "--results", tmp_path, "--ray", *option)
+    assert done.returncode == 2 and option[0] in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_over_ray(tmp_path):
     truth, found = write_corpus(tmp_path)
     files = job("--truth", truth, "--results", found, "--json", tmp_path / "one.json")
