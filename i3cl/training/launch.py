@@ -268,6 +268,9 @@ class Progress:
             if "loss" in row:
                 self._print(row)
             self._seen = max(self._seen, row["step"])
+        # After the first rows, which may all be of an earlier session and would make the pace look endless.
+        if fresh and self._started is None:
+            self._started = (time.monotonic(), self._seen)
 
     def _print(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -275,7 +278,6 @@ class Progress:
         if self._started and row["step"] > self._started[1]:
             pace = (now - self._started[0]) / (row["step"] - self._started[1])
             left = f"  {duration(pace * (row['steps'] - row['step']))} left"
-        self._started = self._started or (now, row["step"])
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
         print(
