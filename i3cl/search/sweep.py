@@ -335,8 +335,14 @@ def _judge(
         "bootstrap": verdict(found_counts, default_counts, settings.search.seed),
         "hours": round(ledger.hours, 3),
         "front": sorted(ledger.front()) if settings.search.label_count else [],
-        "next": f"python jobs/{job} --config {path} name={settings.name}-best",
+        "next": _next(job, path, settings.name),
     }
+
+
+def _next(job: str, path: str, name: str) -> str:
+    """The command that goes on with the winner. Recipes are read from disk only."""
+    fetch = f"fetch {path}, then " if storage.is_remote(path) else ""
+    return f"{fetch}python jobs/{job} --config {path.rsplit('/', 1)[-1] if fetch else path} name={name}-best"
 
 
 def _students(
