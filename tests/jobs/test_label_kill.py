@@ -91,7 +91,7 @@ class Victim:
     def begun(self) -> int:
         return len({p.stem for p in (self.out / "_work" / "tries").glob("part-*")} - self.parts())
 
-    def wait_for_parts(self, count: int, seconds: float = 200) -> bool:
+    def wait_for_parts(self, count: int, seconds: float = 400) -> bool:
         """Wait until so many parts are there; False when the job ended before."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
