@@ -367,7 +367,7 @@ class LabelSettings(_Settings):
     actors: NonNegativeInt = 0
     """Processes that label; 0: one a GPU, without GPUs one a `threads` cores."""
     threads: NonNegativeInt = 0
-    """Torch threads of an actor; 0: without GPUs all cores up to 4, with a GPU 1."""
+    """Torch threads of an actor; 0: without GPUs as few as make at most 8 actors a machine, with a GPU 1."""
     decode_threads: NonNegativeInt = 0
     """Threads of an actor that read and decode images while the network works; 0: 1 without GPUs, 4 with one."""
     prefetch: PositiveInt = 2

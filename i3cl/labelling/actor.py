@@ -262,7 +262,8 @@ def automatic_threads(threads: int, actors: int, on_gpu: bool, cores: int) -> in
         return threads
     if on_gpu:
         return 1
-    return max(1, cores // actors) if actors else min(4, cores)
+    # Actors of one thread each use cores better than one actor of many threads, but each holds all members in memory.
+    return max(1, cores // actors) if actors else -(-cores // 8)
 
 
 def machine_cores() -> int:
