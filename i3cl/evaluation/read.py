@@ -7,6 +7,7 @@ a COCO data set with scores (pseudo labels); text files of ``x1,y1,...[,confiden
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -314,15 +315,14 @@ def _text_files(path: str) -> dict[str, bytes] | None:
             if path.lower().endswith(".zip"):
                 raise UserError(f"{path}: not a zip file, or an empty one; zip it again")
             return None
-        file.seek(0)
-        return _unzipped(path, file)
+    return _unzipped(path, storage.read_bytes(path))
 
 
-def _unzipped(path: str, file: Any) -> dict[str, bytes]:
+def _unzipped(path: str, packed: bytes) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     left = MAX_ZIP_BYTES
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_FILES:
                 raise UserError(f"{path}: {len(entries)} files, more than {MAX_FILES}; is it the right zip?")
@@ -350,8 +350,9 @@ def _unzipped(path: str, file: Any) -> dict[str, bytes]:
                     raise UserError(f"{path}: {name!r:.80} unpacks to more than {limit} bytes; is it the right zip?")
                 left -= len(data)
                 files[name] = data
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{path}: the zip cannot be unpacked ({str(error)[:120]}); zip it again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        # What zipfile raises for damage, for a compression it does not know, and for offsets before the start.
+        raise UserError(f"{path}: the zip cannot be unpacked ({str(error)[:120]}); zip it again") from error
     if not files:
         raise UserError(f"{path}: the zip holds no .txt or .json file")
     return files

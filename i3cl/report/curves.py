@@ -20,7 +20,7 @@ PALETTE = ("#2f7fe0", "#e07b1a", "#9a5fd0", "#d64f84", "#8a8f2a", "#2a9d8f", "#7
 
 Point = tuple[float, float]
 # Stands for the page's text colour until the SVG is done; no curve has it.
-_INK = "#010203"
+INK = "#010203"
 _MOST_POINTS = 500
 
 
@@ -33,7 +33,7 @@ def precision_recall_figure(
     order of the thresholds. colours: name -> hex colour; the palette in order when absent. ValueError when
     the two arrays of a curve differ in length.
     """
-    figure, axes = _axes(4.7, 4.4)
+    figure, axes = new_axes(4.7, 4.4)
     _iso_f(axes)
     colours = colours or _default_colours(list(curves))
     labels: list[str] = []
@@ -54,7 +54,7 @@ def precision_recall_figure(
     axes.set_xticks(np.arange(0, 1.01, 0.2))
     axes.set_yticks(np.arange(0, 1.01, 0.2))
     _legend(axes, lines, labels, "lower left", title="F at the best threshold, %")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def loss_figure(
@@ -70,7 +70,7 @@ def loss_figure(
     running mean, other keys (0-1) as points on a line.
     """
     is_loss = key.startswith("loss")
-    figure, axes = _axes(3.6, 2.5) if is_loss else _axes(4.7, 3.6)
+    figure, axes = new_axes(3.6, 2.5) if is_loss else new_axes(4.7, 3.6)
     colours = colours or _default_colours(list(metrics))
     labels: list[str] = []
     lines: list[Artist] = []
@@ -95,7 +95,7 @@ def loss_figure(
     axes.locator_params(nbins=5)
     if legend:
         _legend(axes, lines, labels, "best")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -133,16 +133,16 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array(means)
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Inches at 72 pixels each."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.tick_params(colors=_INK, labelsize=8, length=3)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8, length=3)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=_INK, fontsize=9)
-    axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
+        axis.label.set(color=INK, fontsize=9)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -150,8 +150,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 def _iso_f(axes: Axes) -> None:
     for f in (0.4, 0.6, 0.8):
         x = np.linspace(f / (2 - f), 1, 60)
-        axes.plot(x, f * x / (2 * x - f), color=_INK, alpha=0.3, linewidth=0.7, linestyle=(0, (4, 3)))
-        axes.text(0.99, f / (2 - f) + 0.02, f"F {100 * f:.0f}", color=_INK, alpha=0.6, fontsize=7, ha="right")
+        axes.plot(x, f * x / (2 * x - f), color=INK, alpha=0.3, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.text(0.99, f / (2 - f) + 0.02, f"F {100 * f:.0f}", color=INK, alpha=0.6, fontsize=7, ha="right")
 
 
 def _legend(
@@ -165,14 +165,14 @@ def _legend(
         return
     numbers = [str(place) for place in range(len(lines))]
     legend = axes.legend(lines, numbers, loc=where, fontsize=8, frameon=False, title=title)
-    legend.get_title().set(color=_INK, fontsize=8)
+    legend.get_title().set(color=INK, fontsize=8)
     # Set afterwards and verbatim: matplotlib drops names that start with "_" and reads "$" as mathematics.
     for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set(parse_math=False, color=_INK)
+        text.set(parse_math=False, color=INK)
         text.set_text(label)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure's <svg> element, without the ids that would clash with another figure's in one page."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "i3cl"}):
@@ -182,4 +182,4 @@ def _svg(figure: Figure) -> str:
     text = stream.getvalue()
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
     text = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", text)
-    return text.replace(_INK, "currentColor")
+    return text.replace(INK, "currentColor")

@@ -109,7 +109,7 @@ def _truths(scored: Scored, k: int) -> list[dict[str, str]]:
     sample, rows = scored.samples[k], np.flatnonzero(scored.batch.truth_image == k)
     care, found = scored.verdicts.care[rows], scored.verdicts.truth_credit[rows] > 0
     return [
-        {"points": _points(p), "state": "ignored" if not c else "found" if hit else "missed"}
+        {"points": svg_points(p), "state": "ignored" if not c else "found" if hit else "missed"}
         for p, c, hit in zip(sample.truths, care, found)
         if len(p)
     ]
@@ -123,7 +123,7 @@ def _layer(scored: Scored, k: int, name: str) -> dict[str, Any]:
         "name": name,
         "rings": [polygon for polygon, _, _ in shown],
         "polygons": [
-            {"points": _points(polygon), "right": kind == "right", "text": f"{name}: {kind}, score {score:.2f}"}
+            {"points": svg_points(polygon), "right": kind == "right", "text": f"{name}: {kind}, score {score:.2f}"}
             for polygon, kind, score in shown
         ],
     }
@@ -147,5 +147,5 @@ def _ground(sample: Sample, images: str | None, detections: Sequence[NDArray[np.
     return {"url": None, "height": float(height), "width": float(width)}
 
 
-def _points(polygon: NDArray[np.floating]) -> str:
+def svg_points(polygon: NDArray[np.floating]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in polygon)

@@ -214,8 +214,8 @@ def _layers(pictures: Sequence[OutlinedPicture]) -> list[str]:
 
 
 def _outlined(picture: OutlinedPicture) -> dict[str, Any]:
-    outlines = {name: [_points(polygon) for polygon in found] for name, found in picture.outlines.items()}
-    return _embedded(picture.caption, picture.image) | {"outlines": outlines}
+    outlines = {name: [svg_points(polygon) for polygon in found] for name, found in picture.outlines.items()}
+    return embedded(picture.caption, picture.image) | {"outlines": outlines}
 
 
 def _weighted(picture: WeightedPicture) -> dict[str, Any]:
@@ -225,16 +225,16 @@ def _weighted(picture: WeightedPicture) -> dict[str, Any]:
         )
     labels = [
         {
-            "points": _points(polygon),
+            "points": svg_points(polygon),
             "colour": _hex(weight_colour(weight)),
             "text": "ignored" if weight is None else f"weight {weight:.2f}",
         }
         for polygon, weight in zip(picture.polygons, picture.weights, strict=True)
     ]
-    return _embedded(picture.caption, picture.image) | {"labels": labels}
+    return embedded(picture.caption, picture.image) | {"labels": labels}
 
 
-def _embedded(caption: str, image: NDArray[np.uint8]) -> dict[str, Any]:
+def embedded(caption: str, image: NDArray[np.uint8]) -> dict[str, Any]:
     """The picture as a data URL, with the size whose pixels the outlines use."""
     stream = io.BytesIO()
     Image.fromarray(fit(image, _LONG_SIDE)).save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True)
@@ -242,7 +242,7 @@ def _embedded(caption: str, image: NDArray[np.uint8]) -> dict[str, Any]:
     return {"caption": caption, "url": url, "height": image.shape[0], "width": image.shape[1]}
 
 
-def _points(polygon: Polygon) -> str:
+def svg_points(polygon: Polygon) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in as_polygon(polygon))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from i3cl.report.curves import _INK, PALETTE, _axes, _svg
+from i3cl.report.curves import INK, PALETTE, new_axes, to_svg
 
 _COLOURS = matplotlib.colormaps["viridis"]
 _RELOAD = 5
@@ -80,33 +80,33 @@ def _progress(rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: row["number"])
     x = np.array([row["number"] for row in ordered])
     y = np.array([row["metrics"]["hmean"] for row in ordered])
-    figure, axes = _axes(4.7, 3.2)
+    figure, axes = new_axes(4.7, 3.2)
     axes.scatter(x, y, s=12, color=PALETTE[0], alpha=0.45, linewidths=0)
     axes.step(x, np.maximum.accumulate(y), where="post", color=PALETTE[1], linewidth=1.8)
     for row in ordered:
         if not row["present"]:
             continue
         level = row["metrics"]["hmean"]
-        axes.axhline(level, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(x[-1], level, "present settings", color=_INK, fontsize=7, ha="right", va="bottom")
+        axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.text(x[-1], level, "present settings", color=INK, fontsize=7, ha="right", va="bottom")
     axes.set(xlabel="Trial", ylabel="F")
     # The worst trials are of no interest and would flatten the rest.
     low = float(np.percentile(y, 25))
     axes.set_ylim(max(0.0, low - 0.5 * (float(y.max()) - low) - 0.01), float(y.max()) + 0.01)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _importance(shares: Mapping[str, float]) -> str:
     names = sorted(shares, key=lambda name: shares[name])
-    figure, axes = _axes(4.7, 0.6 + 0.3 * len(names))
+    figure, axes = new_axes(4.7, 0.6 + 0.3 * len(names))
     axes.barh(range(len(names)), [shares[name] for name in names], color=PALETTE[0], height=0.6)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_xlabel("Share")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _parallel(keys: Sequence[str], rows: Sequence[Row]) -> str:
-    figure, axes = _axes(9.6, 3.4)
+    figure, axes = new_axes(9.6, 3.4)
     axes.grid(False)
     best_last = sorted(rows, key=lambda row: row["metrics"]["hmean"])[-_LINES:]
     scores = np.array([row["metrics"]["hmean"] for row in best_last])
@@ -124,15 +124,15 @@ def _parallel(keys: Sequence[str], rows: Sequence[Row]) -> str:
             line, color=PALETTE[1] if last else _COLOURS(float(shade)), linewidth=2.4 if last else 0.9, alpha=1 if last else 0.5
         )
     for x, (low, high) in enumerate(labels):
-        axes.axvline(x, color=_INK, linewidth=0.8, alpha=0.5)
-        axes.text(x, -0.05, low, color=_INK, fontsize=7, ha="center", va="top")
-        axes.text(x, 1.03, high, color=_INK, fontsize=7, ha="center", va="bottom")
+        axes.axvline(x, color=INK, linewidth=0.8, alpha=0.5)
+        axes.text(x, -0.05, low, color=INK, fontsize=7, ha="center", va="top")
+        axes.text(x, 1.03, high, color=INK, fontsize=7, ha="center", va="bottom")
     axes.set_xticks(range(len(labels)), [*map(_short, keys), "F"])
     axes.tick_params(axis="x", pad=18)
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_ylim(-0.02, 1.02)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _heat(x_key: str, y_key: str, rows: Sequence[Row]) -> str:
@@ -145,7 +145,7 @@ def _heat(x_key: str, y_key: str, rows: Sequence[Row]) -> str:
     np.add.at(sums, tuple(cells), scores)
     np.add.at(counts, tuple(cells), 1)
     mean = np.ma.masked_where(counts == 0, sums / np.maximum(counts, 1))
-    figure, axes = _axes(4.7, 3.6)
+    figure, axes = new_axes(4.7, 3.6)
     axes.grid(False)
     edges = np.linspace(0, 1, _BINS + 1)
     # The worst quarter shares one colour: the question is where the good ones lie.
@@ -157,20 +157,20 @@ def _heat(x_key: str, y_key: str, rows: Sequence[Row]) -> str:
     axes.set_xticks([0, 1], [x_low, x_high])
     axes.set_yticks([0, 1], [y_low, y_high])
     bar = figure.colorbar(mesh, ax=axes)
-    bar.ax.tick_params(colors=_INK, labelsize=7)
+    bar.ax.tick_params(colors=INK, labelsize=7)
     bar.outline.set_visible(False)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _learning(rows: Sequence[Row]) -> str:
-    figure, axes = _axes(4.7, 3.2)
+    figure, axes = new_axes(4.7, 3.2)
     best_last = sorted(rows, key=lambda row: row["metrics"]["hmean"])[-_LINES:]
     shades = _unit(np.array([row["metrics"]["hmean"] for row in best_last]))
     for row, shade in zip(best_last, shades):
         steps, scores = zip(*row["curve"])
         axes.plot(steps, scores, "o-", color=_COLOURS(float(shade)), linewidth=1.2, markersize=3)
     axes.set(xlabel="Step", ylabel="F")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _places(column: Sequence[Any]) -> tuple[NDArray[np.float64], str, str]:

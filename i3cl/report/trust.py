@@ -14,22 +14,22 @@ from i3cl.data.images import decode_image
 from i3cl.geometry import as_polygon
 from i3cl.labelling.calibration import ReliabilityBin, expected_calibration_error
 from i3cl.labelling.trust import Trust, dispute
-from i3cl.report.curves import PALETTE, _axes, _svg
-from i3cl.report.html import _embedded, _points
+from i3cl.report.curves import PALETTE, new_axes, to_svg
+from i3cl.report.html import embedded, svg_points
 
 _PICTURES = 16
 
 
 def reliability_figure(raw: Sequence[ReliabilityBin], calibrated: Sequence[ReliabilityBin]) -> str:
     """Observed over expected precision, before and after calibration, as SVG; the diagonal is perfect."""
-    figure, axes = _axes(4.4, 4.0)
+    figure, axes = new_axes(4.4, 4.0)
     axes.plot([0, 1], [0, 1], color="#7a7f87", linewidth=1, linestyle=(0, (4, 3)))
     for name, bins, colour in (("fused score", raw, PALETTE[1]), ("calibrated", calibrated, PALETTE[0])):
         x, y = [b.expected for b in bins], [b.observed for b in bins]
         axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="Expected precision", ylabel="Observed precision", aspect="equal")
     axes.legend(loc="upper left", fontsize=8, frameon=False, labelcolor="linecolor")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def write_trust_report(path: str, trust: Trust, images_root: str, title: str) -> None:
@@ -44,9 +44,9 @@ def write_trust_report(path: str, trust: Trust, images_root: str, title: str) ->
         for part in item.members:
             if part.member in colours:
                 sure = np.flatnonzero(np.asarray(part.scores) >= 0.3).tolist()
-                outlines.append((part.member, [_points(as_polygon(part.polygons[k])) for k in sure]))
+                outlines.append((part.member, [svg_points(as_polygon(part.polygons[k])) for k in sure]))
         value = dispute(item.fused, len(names))
-        pictures.append(_embedded(f"{item.file_name}: dispute {value:.2f}", image) | {"outlines": outlines})
+        pictures.append(embedded(f"{item.file_name}: dispute {value:.2f}", image) | {"outlines": outlines})
     template = resources.files("i3cl.report").joinpath("trust.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

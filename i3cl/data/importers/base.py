@@ -238,6 +238,13 @@ def clean(text: str | None) -> str | None:
     return text.encode("utf-8", "replace").decode() if text else text
 
 
+def line_by_line(folder: Folder, item: Item, read: Callable[[str, str], LabelledInstance]) -> LabelledImage:
+    """An image whose label file has an instance a line; read(line, place) makes the instance."""
+    name = required_label(folder, item)
+    rows = parse.lines(folder.read(name), folder.path(name))
+    return LabelledImage(item.file_name, tuple(read(line, where) for where, line in rows))
+
+
 def required_label(folder: Folder, item: Item) -> str:
     """The item's label. UserError when a labelled set has none for this image."""
     if item.label is None:

@@ -14,8 +14,8 @@ from i3cl.data.importers.base import (
     LabelledInstance,
     dont_care,
     instance,
+    line_by_line,
     paired,
-    required_label,
     stem,
 )
 
@@ -30,16 +30,12 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 def read_2013(folder: Folder, item: Item) -> LabelledImage:
     """Lines `x1 y1 x2 y2 "text"` or `x1, y1, x2, y2, "text"`: corners of an upright box. Ignored is `###`."""
-    name = required_label(folder, item)
-    rows = parse.lines(folder.read(name), folder.path(name))
-    return LabelledImage(item.file_name, tuple(_box_line(line, where) for where, line in rows))
+    return line_by_line(folder, item, _box_line)
 
 
 def read_2015(folder: Folder, item: Item) -> LabelledImage:
     """Lines `x1,y1,...,x4,y4,text`, the text unescaped to the end. Ignored is `###`."""
-    name = required_label(folder, item)
-    rows = parse.lines(folder.read(name), folder.path(name))
-    return LabelledImage(item.file_name, tuple(_quad_line(line, where) for where, line in rows))
+    return line_by_line(folder, item, _quad_line)
 
 
 def _box_line(line: str, where: str) -> LabelledInstance:
@@ -47,17 +43,13 @@ def _box_line(line: str, where: str) -> LabelledInstance:
     if not found:
         raise UserError(f'{where}: not x1 y1 x2 y2 "text", with blanks or commas between')
     (x1, y1), (x2, y2) = parse.points(found.groups()[:4], where, minimum=2).tolist()
-    text = found[5].strip()
-    if len(text) >= 2 and text.startswith('"') and text.endswith('"'):
-        text = text[1:-1]
+    text = parse.unquoted(found[5])
     return instance(parse.points([x1, y1, x2, y1, x2, y2, x1, y2], where), dont_care(text), text)
 
 
 def _quad_line(line: str, where: str) -> LabelledInstance:
-    fields = line.split(",", 8)
-    if len(fields) != 9:
-        raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,text")
-    return instance(parse.points(fields[:8], where), dont_care(fields[8]), fields[8])
+    polygon, text = parse.quadrilateral(line, where, "text")
+    return instance(polygon, dont_care(text), text)
 
 
 ICDAR2013 = Importer(items, read_2013)

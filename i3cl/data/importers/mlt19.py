@@ -12,8 +12,8 @@ from i3cl.data.importers.base import (
     LabelledInstance,
     dont_care,
     instance,
+    line_by_line,
     paired,
-    required_label,
     stem,
 )
 
@@ -28,17 +28,12 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 def read(folder: Folder, item: Item) -> LabelledImage:
     """Ignored are instances transcribed `###`."""
-    name = required_label(folder, item)
-    rows = parse.lines(folder.read(name), folder.path(name))
-    return LabelledImage(item.file_name, tuple(_read_line(line, where) for where, line in rows))
+    return line_by_line(folder, item, _read_line)
 
 
 def _read_line(line: str, where: str) -> LabelledInstance:
-    fields = line.split(",", 9)
-    if len(fields) != 10:
-        raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,script,transcription")
-    polygon = parse.points(fields[:8], where)
-    script, text = fields[8].strip(), fields[9]
+    polygon, script, text = parse.quadrilateral(line, where, "script", "transcription")
+    script = script.strip()
     if script not in _SCRIPTS:
         raise UserError(f"{where}: {parse.shown(script)} is no script; expected one of {', '.join(_SCRIPTS)}")
     return instance(polygon, dont_care(text), text, None if script == "None" else script)

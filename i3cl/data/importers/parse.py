@@ -66,6 +66,20 @@ def points(numbers: Sequence[Any], where: str, minimum: int = 3) -> NDArray[np.f
     return np.array(values, np.float32).reshape(-1, 2)
 
 
+def quadrilateral(line: str, where: str, *names: str) -> tuple[Any, ...]:
+    """(4, 2) float32 and a string for each of `names`, from `x1,y1,...,x4,y4` and as many fields; the last keeps its commas."""
+    fields = line.split(",", 7 + len(names))
+    if len(fields) != 8 + len(names):
+        raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,{','.join(names)}")
+    return points(fields[:8], where), *fields[8:]
+
+
+def unquoted(text: str) -> str:
+    """Without blanks around and without one pair of double quotes."""
+    text = text.strip()
+    return text[1:-1] if len(text) >= 2 and text.startswith('"') and text.endswith('"') else text
+
+
 def parse_json(data: bytes | str, where: str) -> Any:
     """A json value. UserError for broken text, a key that occurs twice, and nesting that no label file has."""
     text = decode(data, where) if isinstance(data, bytes) else data

@@ -12,8 +12,8 @@ from i3cl.data.importers.base import (
     LabelledInstance,
     dont_care,
     instance,
+    line_by_line,
     paired,
-    required_label,
     stem,
 )
 
@@ -27,22 +27,15 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 def read(folder: Folder, item: Item) -> LabelledImage:
     """Ignored are instances that are difficult or transcribed `###`."""
-    name = required_label(folder, item)
-    rows = parse.lines(folder.read(name), folder.path(name))
-    return LabelledImage(item.file_name, tuple(_read_line(line, where) for where, line in rows))
+    return line_by_line(folder, item, _read_line)
 
 
 def _read_line(line: str, where: str) -> LabelledInstance:
-    fields = line.split(",", 9)
-    if len(fields) != 10:
-        raise UserError(f'{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,difficult,"text"')
-    polygon = parse.points(fields[:8], where)
-    if fields[8].strip() not in ("0", "1"):
-        raise UserError(f"{where}: difficult is {parse.shown(fields[8])}; expected 0 or 1")
-    text = fields[9].strip()
-    if len(text) >= 2 and text.startswith('"') and text.endswith('"'):
-        text = text[1:-1]
-    return instance(polygon, fields[8].strip() == "1" or dont_care(text), text)
+    polygon, difficult, quoted = parse.quadrilateral(line, where, "difficult", '"text"')
+    if difficult.strip() not in ("0", "1"):
+        raise UserError(f"{where}: difficult is {parse.shown(difficult)}; expected 0 or 1")
+    text = parse.unquoted(quoted)
+    return instance(polygon, difficult.strip() == "1" or dont_care(text), text)
 
 
 RCTW = Importer(items, read)
