@@ -19,7 +19,7 @@ from i3cl.data.ingest import read_source
 from i3cl.data.predictions import member_predictions
 from i3cl.evaluation.score import measure
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels
+from i3cl.labelling.pseudo import make_pseudo_labels, with_pseudo_labels
 from i3cl.training.launch import claim, train_all
 
 COLUMNS = ("recall", "precision", "hmean", "hmean_large")
@@ -109,9 +109,7 @@ def _with_pseudo_labels(student: Settings, run: str, teacher: str, checkpoint: s
     counts = make_pseudo_labels(found, student.label, pseudo)
     if not counts["instances"]:
         raise UserError(f"label.select: no prediction of {teacher} passed the thresholds; lower label.select.low or train longer")
-    own = [source.model_dump() for source in student.data.train]
-    weight = student.selftrain.pseudo_weight
-    return [*own, {"annotations": pseudo, "images": unlabelled.images_root, "weight": weight}]
+    return with_pseudo_labels(student, pseudo, unlabelled.images_root)
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -20,7 +20,7 @@ from i3cl.data.records import Dataset
 from i3cl.evaluation.score import Measured, Score, measure
 from i3cl.job import duration
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
+from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, with_pseudo_labels
 from i3cl.training.launch import TrainResult, claim, train_all
 
 
@@ -245,9 +245,7 @@ def _variant(settings: Settings, model: TeacherSettings, index: int, changes: di
 
 def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, images_root: str) -> Settings:
     circle = settings.selftrain
-    sources = [s.model_dump() for s in settings.data.train]
-    sources.append({"annotations": pseudo, "images": images_root, "weight": circle.pseudo_weight})
-    changes: dict[str, Any] = {"data.train": sources}
+    changes: dict[str, Any] = {"data.train": with_pseudo_labels(settings, pseudo, images_root)}
     if circle.student_starts_from_best_teacher:
         best = max(teachers.values(), key=lambda t: t.metrics.get("hmean", 0.0))
         changes["train.start_from"] = best.checkpoint

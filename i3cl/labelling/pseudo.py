@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import LabelSettings
+from i3cl.config import LabelSettings, Settings
 from i3cl.data.coco import write_coco
 from i3cl.data.predictions import polygons_of, read_batches, read_predictions
 from i3cl.data.records import ImageRecord, Instance, from_table, to_table
@@ -150,6 +150,12 @@ def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:
         ids.append(np.unique(batch["image_id"].to_numpy(zero_copy_only=False)))
         members |= set(batch["member"].unique().to_pylist())
     return np.unique(np.concatenate(ids)), members
+
+
+def with_pseudo_labels(settings: Settings, pseudo: str, images_root: str) -> list[dict[str, Any]]:
+    """data.train of a student: the labelled sources, and the pseudo-labelled one by its share selftrain.pseudo_weight."""
+    labelled = [source.model_dump() for source in settings.data.train]
+    return [*labelled, {"annotations": pseudo, "images": images_root, "weight": settings.selftrain.pseudo_weight}]
 
 
 def pseudo_path(run: str, predictions: str, settings: LabelSettings) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,8 @@ from i3cl.evaluation.protocols import Counts, rules_of
 from i3cl.evaluation.stats import compare, hmean_interval
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
-from i3cl.labelling.pseudo import make_pseudo_labels, members_of
+from i3cl.labelling.pseudo import make_pseudo_labels, members_of, with_pseudo_labels
 from i3cl.labelling.select import select
-
-
-def held_out(image_id: int, share: float, seed: int) -> bool:
-    """Whether an image belongs to the part that no trial sees. Depends on the id and the seed alone."""
-    digest = hashlib.blake2b(f"{seed}/{image_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def count(truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings) -> Counts:
@@ -130,13 +123,8 @@ def train_student(values: Mapping[str, Any], settings: Settings, run: str, callb
         counts = make_pseudo_labels(settings.search.unlabelled, chosen.label, pseudo)
         if not counts["instances"]:
             raise UserError("label.select: no prediction passed the thresholds")
-    source = {
-        "annotations": pseudo,
-        "images": storage.join(settings.data_root, settings.label.source.images),
-        "weight": chosen.selftrain.pseudo_weight,
-    }
-    sources = [s.model_dump() for s in chosen.data.train]
-    student = with_overrides(chosen, {"data.train": [*sources, source], "storage": run, "name": "student"}, "search")
+    sources = with_pseudo_labels(chosen, pseudo, storage.join(settings.data_root, settings.label.source.images))
+    student = with_overrides(chosen, {"data.train": sources, "storage": run, "name": "student"}, "search")
     stopped = fit(student, callbacks)
     if stopped:
         raise UserError(stopped)

@@ -16,13 +16,13 @@ from i3cl import storage
 from i3cl.config import Settings, UserError, load_settings, with_overrides
 from i3cl.data.coco import write_coco
 from i3cl.data.ingest import read_source
-from i3cl.data.records import Dataset
+from i3cl.data.records import Dataset, ImageRecord
+from i3cl.data.splits import split_of
 from i3cl.evaluation.protocols import Counts
 from i3cl.job import connect
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.objectives import (
     StoredLabels,
-    held_out,
     measure_student,
     scores,
     student_metrics,
@@ -30,7 +30,7 @@ from i3cl.search.objectives import (
     verdict,
 )
 from i3cl.search.space import SHARE, Space, Suggest, named
-from i3cl.training.launch import claim, located
+from i3cl.training.launch import claim, located, use_gpu
 
 _IDENTITY = ("model", "data", "train", "label", "evaluate", "selftrain", "search")
 _PAGE_EVERY = 10.0
@@ -138,8 +138,11 @@ class _Parts:
         if given.objective == "student" and (given.unlabelled is None or settings.label.source is None):
             raise UserError("search.unlabelled, label.source: a student needs the stored predictions and the images they are of")
         truth = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
-        apart = [r for r in truth.records if held_out(r.id, given.holdout, given.seed)]
-        rest = [r for r in truth.records if not held_out(r.id, given.holdout, given.seed)]
+        shares = {"apart": given.holdout, "rest": 1 - given.holdout}
+        parts: dict[str, list[ImageRecord]] = {"apart": [], "rest": []}
+        for record in truth.records:
+            parts[split_of(record.file_name, shares, given.seed)].append(record)
+        apart, rest = parts["apart"], parts["rest"]
         if not apart or not rest:
             raise UserError(f"{truth.name}: {len(truth)} images are too few for two parts; change search.holdout")
         return cls(Dataset(truth.name, truth.images_root, rest), Dataset(truth.name, truth.images_root, apart))
@@ -225,7 +228,7 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
         together = given.parallel or max(1, _cores())
     else:
         trainable = tune.with_resources(tune.with_parameters(trials.student_trial, job=job), {"CPU": 0.1})
-        gpus = float(settings.cluster.workers) if trials.on_gpu(settings) else 0.0
+        gpus = float(settings.cluster.workers) if use_gpu(settings) else 0.0
         room = ray.cluster_resources()["GPU"] if gpus else _cores()
         together = given.parallel or max(1, int(room // settings.cluster.workers))
         validations = -(-settings.train.steps // settings.train.checkpoint_every)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray import tune
 
 from i3cl.config import Settings, with_overrides
@@ -80,12 +79,6 @@ def for_student(settings: Settings, search_part: str) -> Settings:
     assert settings.data.validation is not None
     source = {**settings.data.validation.model_dump(), "annotations": search_part}
     return with_overrides(settings, {"data.validation": source, "train.validate_images": 0}, "search")
-
-
-def on_gpu(settings: Settings) -> bool:
-    """Whether students train on GPUs."""
-    gpu = settings.cluster.gpu
-    return ray.cluster_resources().get("GPU", 0) > 0 if gpu == "auto" else bool(gpu)
 
 
 class GpuHours(tune.Stopper):

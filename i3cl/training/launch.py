@@ -128,7 +128,8 @@ def _check_start(settings: Settings) -> None:
     raise UserError(f"train.start_from: the run {name} {state} ({start} is not there); first train it: {command}")
 
 
-def _use_gpu(settings: Settings) -> bool:
+def use_gpu(settings: Settings) -> bool:
+    """Whether training workers take GPUs, on the cluster that this process has joined."""
     import ray
 
     gpu = settings.cluster.gpu
@@ -142,13 +143,13 @@ def _together(runs: list[Settings]) -> int:
     cluster = runs[0].cluster
     if cluster.parallel_runs:
         return cluster.parallel_runs
-    room = ray.cluster_resources().get("GPU", 0) if _use_gpu(runs[0]) else os.cpu_count() or 1
+    room = ray.cluster_resources().get("GPU", 0) if use_gpu(runs[0]) else os.cpu_count() or 1
     return int(min(len(runs), max(1, room // cluster.workers)))
 
 
 def _with_threads(settings: Settings, together: int) -> Settings:
     """Runs that share a machine's cores must not each take all of them."""
-    if settings.cluster.threads or _use_gpu(settings):
+    if settings.cluster.threads or use_gpu(settings):
         return settings
     threads = max(1, (os.cpu_count() or 1) // (settings.cluster.workers * together))
     return settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"threads": threads})})
@@ -165,14 +166,14 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
     from i3cl.training.loop import train_worker
 
     run = _run(settings)
-    use_gpu = _use_gpu(settings)
+    on_gpu = use_gpu(settings)
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # its return value is read below
         train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.cluster.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": settings.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": settings.cluster.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name="ray",

@@ -4,7 +4,7 @@ import pytest
 from i3cl.config import EvaluateSettings
 from i3cl.data.records import ImageRecord, Instance
 from i3cl.search.ledger import Ledger
-from i3cl.search.objectives import count, held_out, scores, verdict
+from i3cl.search.objectives import count, scores, verdict
 
 
 def test_a_ledger_comes_back_as_it_was_written(tmp_path):
@@ -36,13 +36,6 @@ def test_best_and_front(tmp_path):
 
 def test_no_trial_is_best_of_none(tmp_path):
     assert Ledger(str(tmp_path)).best() is None
-
-
-def test_held_out_parts_by_id_alone():
-    parts = [held_out(i, 0.3, seed=1) for i in range(4000)]
-    assert 0.27 < np.mean(parts) < 0.33
-    assert parts == [held_out(i, 0.3, seed=1) for i in range(4000)]
-    assert parts != [held_out(i, 0.3, seed=2) for i in range(4000)]
 
 
 def test_the_verdict_sees_a_difference_and_its_absence():
