@@ -6,10 +6,8 @@ import base64
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
@@ -23,6 +21,7 @@ from i3cl.evaluation.batch import Sample
 from i3cl.evaluation.run import Scored, details, sweep
 from i3cl.report.curves import PALETTE, precision_recall_figure
 from i3cl.report.draw import fit
+from i3cl.report.html import render_page
 
 WORST = 12
 """Images shown: those that cost the most, or that differ the most between two results."""
@@ -45,10 +44,9 @@ def render_evaluation_report(
     scored: Scored, outcome: Mapping[str, Any], rival: Scored | None = None, images: str | None = None
 ) -> str:
     """The page as text."""
-    template = resources.files("i3cl.report").joinpath("evaluation.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
-    return environment.from_string(template).render(
+    return render_page(
+        "evaluation.html.j2",
+        {"percent": lambda value: "-" if value is None else f"{100 * value:.1f}"},
         outcome=outcome,
         rival=None if rival is None else outcome["against"] | {"details": details(rival)},
         curve=_curve(scored, rival),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -120,12 +120,9 @@ def render_report(data: ReportData) -> str:
     polygons and weights that differ.
     """
     colours = _colours(data)
-    template = resources.files("i3cl.report").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["duration"] = _duration
-    return environment.from_string(template).render(
+    return render_page(
+        "report.html.j2",
+        {"duration": _duration},
         data=data,
         colours=colours,
         summary=_summary(data.results),
@@ -142,6 +139,14 @@ def render_report(data: ReportData) -> str:
         longest=max(data.seconds.values(), default=0.0),
         total=sum(data.seconds.values()),
     )
+
+
+def render_page(template_name: str, filters: Mapping[str, Callable[[Any], str]], **values: Any) -> str:
+    """The template of that name in this folder with `values` in it, escaped; one that it wants and lacks is an error."""
+    template = resources.files("i3cl.report").joinpath(template_name).read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(filters)
+    return environment.from_string(template).render(**values)
 
 
 def write_report(path: str | Path, data: ReportData) -> None:

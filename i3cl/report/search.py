@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import combinations
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from i3cl.report.curves import INK, PALETTE, new_axes, to_svg
+from i3cl.report.html import render_page
 
 _COLOURS = matplotlib.colormaps["viridis"]
 _RELOAD = 5
@@ -57,10 +56,9 @@ def render_search(
             ]
         if any(len(row["curve"]) > 1 for row in measured):
             charts.append(("F while students train", Markup(_learning(measured)), False))
-    template = resources.files("i3cl.report").joinpath("search.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["value"] = _value
-    return environment.from_string(template).render(
+    return render_page(
+        "search.html.j2",
+        {"value": _value},
         name=name,
         objective=objective,
         keys=keys,

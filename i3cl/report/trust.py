@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -15,7 +13,7 @@ from i3cl.geometry import as_polygon
 from i3cl.labelling.calibration import ReliabilityBin, expected_calibration_error
 from i3cl.labelling.trust import Trust, dispute
 from i3cl.report.curves import PALETTE, new_axes, to_svg
-from i3cl.report.html import embedded, svg_points
+from i3cl.report.html import embedded, render_page, svg_points
 
 _PICTURES = 16
 
@@ -47,12 +45,9 @@ def write_trust_report(path: str, trust: Trust, images_root: str, title: str) ->
                 outlines.append((part.member, [svg_points(as_polygon(part.polygons[k])) for k in sure]))
         value = dispute(item.fused, len(names))
         pictures.append(embedded(f"{item.file_name}: dispute {value:.2f}", image) | {"outlines": outlines})
-    template = resources.files("i3cl.report").joinpath("trust.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda value: "-" if value != value else f"{100 * value:.1f}"
-    page = environment.from_string(template).render(
+    page = render_page(
+        "trust.html.j2",
+        {"percent": lambda value: "-" if value != value else f"{100 * value:.1f}"},
         title=title,
         trust=trust,
         colours=colours,
