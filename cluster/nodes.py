@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,10 +64,8 @@ class Node:
         """Let it end in order; kill what is left after 20 s."""
         family = descendants(self.process.pid)
         _signal(self.process.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
         for pid in [self.process.pid, *family]:
             _signal(pid, signal.SIGKILL)
         self.process.wait(30)
@@ -173,8 +172,8 @@ class LocalCluster:
     def _start(self, name: str, cpus: int, arguments: list[str]) -> Node:
         namespace, address = (self._namespace(name) if self.network else (None, "127.0.0.1"))
         command = [
-            RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0",
-            f"--object-store-memory={200 << 20}", f"--dashboard-agent-listen-port={free_port()}", *arguments,
+            RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--num-cpus={cpus}",
+            "--num-gpus=0", f"--object-store-memory={200 << 20}", f"--dashboard-agent-listen-port={free_port()}", *arguments,
         ]  # fmt: skip
         log = self.folder / f"{name}-{len(self.nodes)}.log"
         with open(log, "wb") as file:
