@@ -74,7 +74,9 @@ class Node:
 _ALIVE = """
 import logging, ray
 ray.init(logging_level=logging.ERROR, log_to_driver=False)
-print(*[node["NodeID"] for node in ray.nodes() if node["Alive"]])
+for node in ray.nodes():
+    if node["Alive"]:
+        print(node["NodeName"], node["NodeID"])
 """
 
 
@@ -134,7 +136,7 @@ class LocalCluster:
     def add_node(self, cpus: int = 1, labels: str = "") -> Node:
         """Start another node and wait until the head knows it."""
         arguments = [f"--address={self.address}"] + ([f"--labels={labels}"] if labels else [])
-        return self._start(f"node{len(self.namespaces) or len(self.nodes)}", cpus, arguments)
+        return self._start(f"node{len(self.nodes)}", cpus, arguments)
 
     def run(self, command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
         """Start a process that lives beside the head, as a driver or a laptop would; its output goes to `log`."""
@@ -152,11 +154,13 @@ class LocalCluster:
         assert node.namespace
         _ip("-n", node.namespace, "link", "set", "eth0", "down")
 
-    def alive(self) -> list[str]:
-        """Ids of the nodes that the head believes in."""
+    def alive(self) -> dict[str, str]:
+        """The nodes that the head believes in: name -> Ray's id."""
         command = self._inside(self.namespaces[0] if self.network else None, [sys.executable, "-c", _ALIVE])
         answer = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
-        return answer.stdout.split()
+        if answer.returncode:
+            raise RuntimeError(f"the head does not tell its nodes: {answer.stderr[-2000:]}")
+        return dict(line.split() for line in answer.stdout.splitlines())
 
     def close(self) -> None:
         """End every node, remove the namespaces and the temporary folder."""
@@ -172,10 +176,11 @@ class LocalCluster:
     def _start(self, name: str, cpus: int, arguments: list[str]) -> Node:
         namespace, address = (self._namespace(name) if self.network else (None, "127.0.0.1"))
         command = [
-            RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--num-cpus={cpus}",
-            "--num-gpus=0", f"--object-store-memory={200 << 20}", f"--dashboard-agent-listen-port={free_port()}", *arguments,
+            RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--node-name={name}",
+            f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={200 << 20}",
+            f"--dashboard-agent-listen-port={free_port()}", *arguments,
         ]  # fmt: skip
-        log = self.folder / f"{name}-{len(self.nodes)}.log"
+        log = self.folder / f"{name}.log"
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 self._inside(namespace, command),

@@ -67,7 +67,7 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
         together = _together(todo)
         # Beside the driver, on the head of a cluster: a machine with GPUs may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit)
+        remote = ray.remote(num_cpus=0, max_retries=0)(fit).options(scheduling_strategy=here)
         for start in range(0, len(todo), together):
             group = todo[start : start + together]
             with ExitStack() as progress:
@@ -226,7 +226,7 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
         train_worker,  # type: ignore[arg-type]  # its return value is read below
         train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
+            num_workers=workers,  # type: ignore[arg-type]  # a pair is documented
             use_gpu=on_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
         ),
