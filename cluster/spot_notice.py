@@ -234,7 +234,7 @@ def only_watcher(address: str | None) -> socket.socket | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=("aws", "gcp", "now"))
-    parser.add_argument("--address", metavar="HOST:PORT", help="only nodes of the cluster at this head; default: all of this user")
+    parser.add_argument("--address", metavar="HOST:PORT", help="only nodes of the cluster at this head; default: all")
     parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between looks; default %(default)s")
     parser.add_argument("--seconds", type=float, default=100.0, help="now: until the machine goes; default %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")

@@ -423,7 +423,8 @@ def test_spot_workers_say_goodbye():
 
 
 def test_only_the_cluster_and_the_operator_reach_ray():
-    policies = {doc["metadata"]["name"]: doc["spec"] for doc in documents("kuberay", "base.yaml") if doc["kind"] == "NetworkPolicy"}
+    base = documents("kuberay", "base.yaml")
+    policies = {document["metadata"]["name"]: document["spec"] for document in base if document["kind"] == "NetworkPolicy"}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     own = policies["ray"]["podSelector"]["matchLabels"]
     for name in KUBERAY:
@@ -474,8 +475,8 @@ def test_versions_agree_with_the_lock():
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_nothing_is_open_and_nothing_is_secret(path):
     text = path.read_text()
-    for word in (r":latest\b", "LoadBalancer", "NodePort", "hostNetwork", "hostPath", "privileged:", r"0\.0\.0\.0/0", "RAY_AUTH_TOKEN="):
-        assert not re.search(word, text), word
+    for word in (":latest", "LoadBalancer", "NodePort", "hostNetwork", "hostPath", "privileged:", "0.0.0.0/0", "RAY_AUTH_TOKEN="):
+        assert word not in text, word
     for secret in (
         r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
         r"-----BEGIN",
@@ -503,7 +504,7 @@ def test_the_image_is_small_and_not_root():
     stages = [index for index, line in enumerate(lines) if line.startswith("FROM ")]
     assert len(stages) == 2 and all(re.match(r"FROM python:3\.\d+\.\d+-slim-\w+( AS build)?$", lines[index]) for index in stages)
     final = lines[stages[1] :]
-    assert "USER 10001:10001" in final and not any("pip install" in line or "build-essential" in line for line in lines[stages[1] :])
+    assert "USER 10001:10001" in final and not any("pip install" in line or "build-essential" in line for line in final)
     assert any("--constraint requirements.lock" in line for line in lines[: stages[1]])
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in ignore if line and not line.startswith("#")]
