@@ -266,6 +266,14 @@ def test_ray_up_opens_nothing(name):
         assert "ssh_proxy_command" in config["auth"]
 
 
+def test_own_machines_are_started_as_was_tried():
+    """Ray 2.60's second autoscaler starts no worker of a local provider, and the head must not guess its address."""
+    (head,) = [command for command in ray_up("onprem")["head_start_ray_commands"] if "ray start" in command]
+    assert f"--node-ip-address={ray_up('onprem')['provider']['head_ip']} " in head
+    guide = (ROOT / "docs" / "clusters" / "onprem.md").read_text()
+    assert guide.index("export RAY_UP_enable_autoscaler_v2=0") < guide.index("ray up cluster/onprem.yaml ")
+
+
 def test_aws_machines_are_closed():
     for name, node_type in ray_up("aws")["available_node_types"].items():
         node = node_type["node_config"]
