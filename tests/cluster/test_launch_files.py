@@ -188,6 +188,86 @@ def test_aws_mistakes_are_refused(path, value):
         check_aws(config)
 
 
+class FakeAws:
+    """An account in moto with what docs/clusters/aws.md asks for, and aws.yaml filled in with it."""
+
+    def __init__(self) -> None:
+        import boto3
+
+        self.ec2 = boto3.resource("ec2", region_name="eu-west-1")
+        self.iam = boto3.client("iam", region_name="eu-west-1")
+        network = self.ec2.create_vpc(CidrBlock="10.0.0.0/16")
+        self.subnet = network.create_subnet(CidrBlock="10.0.0.0/24").id
+        self.group = network.create_security_group(GroupName="own", Description="own").id
+        for profile in ("Head", "Workers"):
+            self.iam.create_instance_profile(InstanceProfileName=profile)
+        image = next(iter(self.ec2.images.all())).id
+        text = (CLUSTER / "aws.yaml").read_text()
+        for name, value in {
+            "REPLACE_REGION": "eu-west-1",
+            "subnet-REPLACE_PRIVATE": self.subnet,
+            "sg-REPLACE": self.group,
+            "REPLACE_HEAD_PROFILE": "Head",
+            "REPLACE_WORKER_PROFILE": "Workers",
+            "ami-REPLACE_UBUNTU_2404": image,
+            "ami-REPLACE_GPU_2404": image,
+        }.items():
+            text = text.replace(name, value)
+        assert "REPLACE" not in re.sub(r"#.*", "", text)
+        self.config = yaml.safe_load(text)
+
+    def launch(self) -> dict[str, Any]:
+        """One machine of every type, by Ray's own code: type -> instance."""
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+        from ray.autoscaler._private.util import prepare_config
+
+        config = bootstrap_aws(prepare_config(self.config))
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, node_type in config["available_node_types"].items():
+            node = copy.deepcopy(node_type["node_config"])
+            provider.create_node(node, {"ray-node-kind": "worker", "ray-user-node-type": name}, 1)
+        made = list(self.ec2.instances.all())
+        return {next(tag["Value"] for tag in one.tags if tag["Key"] == "ray-user-node-type"): one for one in made}
+
+
+@pytest.fixture
+def aws_account(tmp_path, monkeypatch):
+    moto = pytest.importorskip("moto", reason="moto is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the SSH key there
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    for name in ("AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    with moto.mock_aws():
+        yield FakeAws()
+
+
+def test_ray_launches_the_machines_of_aws(aws_account, tmp_path):
+    groups = {group.id for group in aws_account.ec2.security_groups.all()}
+    machines = aws_account.launch()
+    assert machines.keys() == aws_account.config["available_node_types"].keys()
+    for name, machine in machines.items():
+        assert machine.public_ip_address is None and machine.subnet_id == aws_account.subnet, name
+        assert [group["GroupId"] for group in machine.security_groups] == [aws_account.group], name
+        assert machine.metadata_options["HttpTokens"] == "required", name
+        assert machine.iam_instance_profile["Arn"].endswith("/Head" if name == "head" else "/Workers"), name
+        assert (machine.instance_lifecycle == "spot") == name.endswith("_spot"), name
+    # Ray has made nothing in the account but the key, whose file nobody else reads.
+    assert {group.id for group in aws_account.ec2.security_groups.all()} == groups
+    assert aws_account.iam.list_roles()["Roles"] == []
+    (key,) = (tmp_path / ".ssh").iterdir()
+    assert key.stat().st_mode & 0o077 == 0
+
+
+def test_without_the_security_group_ray_would_open_ssh_to_everyone(aws_account):
+    for node_type in aws_account.config["available_node_types"].values():
+        del node_type["node_config"]["SecurityGroupIds"]
+    aws_account.launch()
+    rules = [rule for group in aws_account.ec2.security_groups.all() for rule in group.ip_permissions]
+    assert any(source["CidrIp"] == "0.0.0.0/0" for rule in rules for source in rule.get("IpRanges", []))
+
+
 def gcp_problems(value: Any, name: str, schemas: dict) -> Iterator[str]:
     """Keys and types of a Compute Engine message that its discovery document does not have."""
     for key, item in value.items():
