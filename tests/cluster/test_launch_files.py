@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import importlib.util
 import json
 import os
@@ -341,6 +342,11 @@ def test_ray_up_opens_nothing(name):
     for source in config["file_mounts"].values():
         assert source.startswith("~/") or (ROOT / source).exists(), source
         assert source not in (".", "~/", "./")
+        # What rsync leaves out is no part of the project (i3cl/data is code).
+        for path in (ROOT / source).rglob("*.*") if (ROOT / source).is_dir() else []:
+            names = [part for part in path.relative_to(ROOT).parts if part != "__pycache__"]
+            patterns = [pattern.rsplit("/", 1)[-1] for pattern in config["rsync_exclude"]]
+            assert not any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns), path
     if name != "onprem":
         assert config["provider"]["use_internal_ips"] is True and config["provider"]["cache_stopped_nodes"] is False
         assert "ssh_proxy_command" in config["auth"]
