@@ -14,6 +14,7 @@ Exit status 0: Ray was told, or this is no spot machine, or another watcher runs
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -34,6 +35,8 @@ GCP_SECONDS = 25
 """Google stops a machine 30 s after the notice; a margin for noticing it is off."""
 PATIENCE = 120
 """Seconds that the metadata service may be silent at the start before this counts as no machine of that cloud."""
+HEAD_PATIENCE = 10
+"""Seconds that a head may be silent when a pod ends before it counts as gone too."""
 
 # No proxy: a metadata service is reached directly or not at all.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -156,7 +159,8 @@ def watch(cloud: Aws | Gcp, interval: float, patience: float = PATIENCE) -> floa
             if left is not None:
                 return left
             failing = ""
-        except (OSError, ValueError, KeyError, TypeError) as error:  # unreachable, or an answer of another shape
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            # Unreachable, or an answer of another shape.
             if not spot and time.monotonic() - began > patience:
                 raise OSError(f"the metadata service does not answer: {error}") from error
             if str(error) != failing:
@@ -178,17 +182,34 @@ def drain_command(raylet: Raylet, seconds: float) -> list[str]:
     ]
 
 
-def drain(find: Callable[[], list[Raylet]], seconds: float) -> bool:
+def reachable(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def drain(find: Callable[[], list[Raylet]], seconds: float, patience: float) -> bool:
     """Tell Ray for every raylet that `find` gives, again and again until Ray has accepted or `seconds` are over.
 
-    Whether every one was accepted (False also when there was none).
+    Whether every one was accepted (False also when there was none). patience: seconds after which a head that does not answer
+    is taken for gone: a cluster that ends takes its head away together with the workers.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+    deadline = began + seconds
     accepted: set[str] = set()
     while True:
         todo = [raylet for raylet in find() if raylet.node_id not in accepted]
         for raylet in todo:
             left = max(1.0, deadline - time.monotonic())
+            if not reachable(raylet.address):
+                say(f"node {raylet.node_id}: nothing answers at {raylet.address}")
+                if time.monotonic() - began >= patience:
+                    return False
+                continue
             try:
                 done = subprocess.run(drain_command(raylet, left), capture_output=True, text=True, timeout=min(20.0, left))
             except subprocess.TimeoutExpired:
@@ -266,7 +287,7 @@ def main() -> int:
         say("no Ray node runs here")
         return 0 if options.source == "now" else 1
     began = time.monotonic()
-    told = drain(lambda: raylets(options.address), left)
+    told = drain(lambda: raylets(options.address), left, HEAD_PATIENCE if options.source == "now" else left)
     if options.source == "now" and told:
         gone = wait_for_end(nodes, left - (time.monotonic() - began))
         say("its work here has ended" if gone else "its work here goes on, out of time")

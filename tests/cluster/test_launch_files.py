@@ -505,6 +505,10 @@ def test_clusters_are_alike(name):
     assert list(spec["gcsFaultToleranceOptions"]["redisPassword"]) == ["valueFrom"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    # The operator refuses anything else beside the autoscaler's version 2.
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert all(group["template"]["spec"]["restartPolicy"] == "Never" for group in groups)
 
 
 def test_spot_workers_say_goodbye():

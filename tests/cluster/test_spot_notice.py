@@ -194,10 +194,18 @@ def test_wait_for_end(raylet):
     assert spot_notice.wait_for_end(nodes, 10)
 
 
-def test_a_refusal_of_ray_is_tried_again_until_the_end(capsys):
-    nodes = [spot_notice.Raylet(1, "0" * 56, "127.0.0.1:1")]
-    assert not spot_notice.drain(lambda: nodes, 0.5)
-    assert "0" * 56 in capsys.readouterr().out
+def test_a_head_that_is_gone_is_not_waited_for(capsys):
+    nodes = [spot_notice.Raylet(1, NODE, "127.0.0.1:1")]
+    began = time.monotonic()
+    assert not spot_notice.drain(lambda: nodes, 60, patience=0.5)
+    assert time.monotonic() - began < 10
+    assert f"{NODE}: nothing answers at 127.0.0.1:1" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_not_rays_is_tried_again_until_the_end(metadata, capsys):
+    nodes = [spot_notice.Raylet(1, NODE, metadata.address)]
+    assert not spot_notice.drain(lambda: nodes, 2, patience=2)
+    assert NODE in capsys.readouterr().out
 
 
 def test_one_watcher_a_machine(metadata):
