@@ -278,7 +278,7 @@ def _brief(score: Score) -> dict[str, Any]:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The circle's result as a table: teachers, pseudo labels, student."""
+    """The circle's result as a table: teachers, pseudo labels, student; with I3CL_LOG=json a line each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -288,12 +288,15 @@ def print_table(summary: dict[str, Any]) -> None:
     rows += summary.get("rounds", [])[1:]
     best = max((row["hmean"] for row in rows if row["name"] != "pseudo labels"), default=0.0)
     for row in rows:
+        if observe.wants_json():
+            observe.say(f"result: {row['name']}", **row)
         if "hmean" not in row:
             table.add_row(row["name"], *["no truth"] * 4)
             continue
         numbers = [f"{row[key]:.3f}" for key in ("recall", "precision", "hmean", "hmean_large")]
         mark = "bold" if row["hmean"] == best and row["name"] != "pseudo labels" else None
         table.add_row(row["name"], *numbers, style=mark)
-    Console().print(table)
+    if not observe.wants_json():
+        Console().print(table)
     labels = summary["pseudo_labels"]
     print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")

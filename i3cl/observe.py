@@ -289,7 +289,7 @@ def note(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) 
         return
     if wants_json():
         fields = _fields(stage=stage, level=level, **numbers)
-        logging.getLogger("i3cl").log(logging.getLevelName(level), message.strip(), extra=fields)
+        logging.getLogger("i3cl").log(logging.getLevelName(level), message.strip(), extra=fields, stacklevel=2)
     else:
         print(message, flush=True)
 
