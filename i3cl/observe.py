@@ -263,7 +263,7 @@ def begin(run: str, stage: str) -> None:
 
 def wants_json() -> bool:
     """Whether lines are to be JSON."""
-    return os.environ.get(FORMAT) == "json"
+    return os.environ.get(FORMAT, "").lower() == "json"
 
 
 def say(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
