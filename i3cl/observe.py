@@ -55,6 +55,7 @@ METRICS = {
         Metric("i3cl_train_hmean_ratio", "gauge", "F of the last validation, 0-1"),
         Metric("i3cl_train_recall_ratio", "gauge", "Recall of the last validation, 0-1"),
         Metric("i3cl_train_precision_ratio", "gauge", "Precision of the last validation, 0-1"),
+        Metric("i3cl_train_workers", "gauge", "Workers that train together"),
         Metric("i3cl_train_starts_total", "counter", "Times that the workers began or went on; all but the first are restarts"),
         Metric(
             "i3cl_train_checkpoint_seconds",
@@ -111,9 +112,10 @@ def training(run: str, rank: int, row: Mapping[str, Any]) -> None:
             _put("i3cl_train_loss", value, part=name.removeprefix("loss_"), **where)
 
 
-def training_started(run: str) -> None:
+def training_started(run: str, workers: int) -> None:
     """The workers of a training began, or went on after an interruption. run: its directory."""
     _put("i3cl_train_starts_total", 1, **place(run, "train"))
+    _put("i3cl_train_workers", workers, **place(run, "train"))
 
 
 def checkpoint(run: str, seconds: float) -> None:

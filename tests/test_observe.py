@@ -43,7 +43,7 @@ def test_without_ray_nothing_happens_and_ray_is_not_imported():
 import sys
 from i3cl import observe
 observe.training("/runs/a", 0, {ROW!r})
-observe.training_started("/runs/a")
+observe.training_started("/runs/a", 2)
 observe.checkpoint("/runs/a", 1.0)
 observe.labelling("labels", 4, 1, {{"images_per_second": 0.0, "remaining": 4, "actors": 2, "busy_share": 0.5}})
 observe.labelling_ended("labels")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +13,8 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+
+from cluster.nodes import LocalCluster
 
 ROOT = Path(__file__).parents[2]
 NEEDS_GPU = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
@@ -36,7 +34,7 @@ class Worker:
         observe.REFRESH = 0.5
         row = {"step": step, "steps": 4, "loss": 1.5, "loss_mask": 0.5, "learning_rate": 1e-3, "images_per_second": 3.0}
         row |= {"data_wait": 0.1, "hmean": 0.5, "recall": 0.4, "precision": 0.6}
-        observe.training_started("/runs/toy/teacher-a")
+        observe.training_started("/runs/toy/teacher-a", 1)
         observe.training("/runs/toy/teacher-a", 0, row)
         observe.checkpoint("/runs/toy/teacher-a", 2.0)
         observe.say("said in a worker", stage="teacher-a")
@@ -59,43 +57,11 @@ sys.stdin.readline()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    others = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "I3CL_"))}
-    quick = {"RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**others, **quick, "PYTHONPATH": str(ROOT), "I3CL_LOG": "json"}
-
-
-@pytest.fixture(scope="module")
-def head(environment) -> Iterator[tuple[Path, str]]:
-    """A head as `ray start` makes one: its folder and its address."""
-    # A socket's path must be short.
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
-    port = free_port()
-    ray = Path(sys.executable).with_name("ray")
-    places = [f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={folder}"]
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(ray), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *places],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    try:
-        targets = folder / "prom_metrics_service_discovery.json"
-        until(lambda: (targets.is_file() and targets.read_text().strip()) or process.poll() is not None, 60, "the head")
-        assert process.poll() is None, (folder / "head.log").read_text()
-        yield folder, f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+def cluster(tmp_path_factory) -> Iterator[LocalCluster]:
+    quick = {"RAY_metrics_report_interval_ms": "1000", "PYTHONPATH": str(ROOT), "I3CL_LOG": "json"}
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), environment=quick) as started:
+        yield started
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -116,8 +82,8 @@ def names(text: str) -> set[str]:
     return set(re.findall(r"^(ray_\w+)", text, re.M))
 
 
-def test_metrics_and_logs_on_a_cluster(head, environment):
-    folder, address = head
+def test_metrics_and_logs_on_a_cluster(cluster):
+    folder = cluster.temporary
     dashboard = json.loads((ROOT / "cluster" / "grafana" / "i3cl.json").read_text())
     shown = set(re.findall(r"\bray_\w+", json.dumps([panel.get("targets") for panel in dashboard["panels"]])))
     driver = subprocess.Popen(
@@ -126,7 +92,7 @@ def test_metrics_and_logs_on_a_cluster(head, environment):
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**environment, "RAY_ADDRESS": address},
+        env=cluster.environment,
     )
     assert driver.stdin and driver.stdout
     try:
