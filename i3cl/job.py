@@ -128,6 +128,7 @@ def connect() -> None:
         # In this process the logging_config would have put Ray's own lines between the job's.
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger().setLevel(logging.WARNING)
+    observe.joined()
     where = "started here" if local else ray.get_runtime_context().gcs_address
     observe.say(
         f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "

@@ -169,13 +169,25 @@ def stage(name: str) -> Iterator[None]:
     where = {"run": os.environ.get(RUN, ""), "stage": name}
     before, _context["stage"] = _context["stage"], name
     started = time.monotonic()
-    _put("i3cl_circle_stage", 1, **where)
+    _inside.append(where)
+    joined()
     try:
         yield
     finally:
         _context["stage"] = before
+        _inside.remove(where)
         _put("i3cl_circle_stage", 0, **where)
         _put("i3cl_circle_stage_seconds", time.monotonic() - started, **where)
+
+
+def joined() -> None:
+    """This process may have joined a cluster just now: the stage that it is in is shown from here on."""
+    for where in _inside:
+        _put("i3cl_circle_stage", 1, **where)
+
+
+_inside: list[dict[str, str]] = []
+"""Stages of a circle that have begun and not ended."""
 
 
 def _joined() -> Any:

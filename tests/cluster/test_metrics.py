@@ -24,6 +24,8 @@ import os, sys, time
 from i3cl import job, observe
 observe.REFRESH = 0.5
 observe.begin("toy", "selftrain")
+circle = observe.stage("teachers")
+circle.__enter__()
 job.connect()
 import ray
 
@@ -108,6 +110,9 @@ def test_metrics_and_logs_on_a_cluster(cluster):
         loss = next(line for line in text.splitlines() if line.startswith("ray_i3cl_train_loss{") and 'part="mask"' in line)
         assert 'run="toy"' in loss and 'stage="teacher-a"' in loss and loss.endswith(" 0.5")
         assert re.search(r'^ray_i3cl_search_trials{.*run="toy".*state="finished".*} 2.0$', text, re.M)
+        # Ray was joined inside the first, and the second is over.
+        assert re.search(r'^ray_i3cl_circle_stage{.*stage="teachers".*} 1.0$', text, re.M)
+        assert re.search(r'^ray_i3cl_circle_stage{.*stage="evaluation".*} 0.0$', text, re.M)
         assert re.search(r'^ray_i3cl_pseudo_labels_total{.*kind="ignored".*} 2.0$', text, re.M)
 
         driver.stdin.write("\n")
