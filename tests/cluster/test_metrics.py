@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NEEDS_GPU = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
 
 DRIVER = """
-import os, sys, time
+import sys
 from i3cl import job, observe
 observe.REFRESH = 0.5
 observe.begin("toy", "selftrain")
