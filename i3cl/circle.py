@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import Settings, TeacherSettings, UserError, with_overrides
 from i3cl.data.coco import read_coco
 from i3cl.data.ingest import read_source
@@ -33,14 +33,15 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        print(f"\n== {name}", flush=True)
+        observe.say(f"\n== {name}", stage=name)
         started = time.monotonic()
-        yield
+        with observe.stage(name):
+            yield
         spent = time.monotonic() - started
         # A stage that was done before returns at once: keep the time that it really took.
         self.seconds[name] = round(max(spent, self.seconds.get(name, 0.0)), 1)
         storage.write_text_atomic(self.path, json.dumps(self.seconds, indent=1))
-        print(f"== {name}: {duration(spent)}", flush=True)
+        observe.say(f"== {name}: {duration(spent)}", stage=name, seconds=spent)
 
 
 def selftrain(settings: Settings) -> dict[str, Any]:
@@ -80,10 +81,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         )
         pseudo = pseudo_path(run, predictions, settings.label)
         counts = make_pseudo_labels(predictions, settings.label, pseudo, unlabelled.images_root)
-        print(
+        observe.say(
             f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
             f"mean weight {counts['mean_weight']:.2f}",
-            flush=True,
+            **counts,
         )
         if not counts["instances"]:
             raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
@@ -99,6 +100,8 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         measured = {
             name: measure(name, validation.records, member_predictions(found, name), settings.evaluate) for name in models
         }
+        for name, each in measured.items():
+            _show(name, each.score)
         pseudo_measured = None
         if settings.selftrain.unlabelled_truth is not None:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
@@ -111,6 +114,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             folder = storage.join(run, "predictions", "control")
             own = predict(validation, {name: control.checkpoint}, settings, folder, "control")
             control_measured = measure(name, validation.records, member_predictions(own, name), settings.evaluate)
+            _show(name, control_measured.score)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
         "student": _brief(measured[settings.selftrain.student.name].score),
@@ -169,7 +173,8 @@ def _more_rounds(
     best = max(measured[name].score.hmean for name in teachers)
     while len(rows) < circle.rounds:
         if not rises(rows[-1]["hmean"], best, circle.min_gain):
-            print(f"rounds: F {rows[-1]['hmean']:.3f} is no gain over {best:.3f}; no further round", flush=True)
+            reached = rows[-1]["hmean"]
+            observe.say(f"rounds: F {reached:.3f} is no gain over {best:.3f}; no further round", hmean=reached, best=best)
             break
         best = rows[-1]["hmean"]
         number = len(rows) + 1
@@ -192,12 +197,17 @@ def _more_rounds(
             out = storage.join(folder, "predictions", "validation")
             found = predict(validation, {name: student.checkpoint}, own, out, f"evaluation of round {number}")
             score = measure(name, validation.records, member_predictions(found, name), own.evaluate).score
+            _show(f"{name}-{number}", score)
         rows.append(
             _brief(score)
             | {"name": f"{name}, round {number}", "round": number}
             | {f"pseudo_{key}": counts[key] for key in ("instances", "mean_weight")}
         )
     return rows
+
+
+def _show(name: str, score: Score) -> None:
+    observe.evaluation(name, hmean=score.hmean, recall=score.recall, precision=score.precision)
 
 
 def rises(hmean: float, best: float, min_gain: float) -> bool:
@@ -268,7 +278,7 @@ def _brief(score: Score) -> dict[str, Any]:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The circle's result as a table: teachers, pseudo labels, student."""
+    """The circle's result as a table: teachers, pseudo labels, student; with I3CL_LOG=json a line each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -278,12 +288,15 @@ def print_table(summary: dict[str, Any]) -> None:
     rows += summary.get("rounds", [])[1:]
     best = max((row["hmean"] for row in rows if row["name"] != "pseudo labels"), default=0.0)
     for row in rows:
+        if observe.wants_json():
+            observe.say(f"result: {row['name']}", **row)
         if "hmean" not in row:
             table.add_row(row["name"], *["no truth"] * 4)
             continue
         numbers = [f"{row[key]:.3f}" for key in ("recall", "precision", "hmean", "hmean_large")]
         mark = "bold" if row["hmean"] == best and row["name"] != "pseudo labels" else None
         table.add_row(row["name"], *numbers, style=mark)
-    Console().print(table)
+    if not observe.wants_json():
+        Console().print(table)
     labels = summary["pseudo_labels"]
     print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from i3cl import observe
 from i3cl.config import Settings, UserError, load_settings, to_yaml
 
 Work = Callable[[Settings, argparse.Namespace], None]
@@ -71,12 +72,14 @@ def run(
         if options.dry_run:
             print(to_yaml(settings), end="")
             return
-        work(settings, options)
+        observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
+        with observe.only_json():
+            work(settings, options)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        observe.complain(f"{parser.prog}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        observe.complain(f"{parser.prog}: interrupted; the same command continues where it stopped")
         sys.exit(130)
 
 
@@ -84,7 +87,7 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
 
     Sets the environment that Ray reads on the driver: no chatter between a job's own lines. What workers print is shown with
-    I3CL_WORKER_LOGS=1.
+    I3CL_WORKER_LOGS=1; with I3CL_LOG=json what they log is JSON (docs/observe.md).
     """
     defaults = {
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -102,10 +105,11 @@ def connect() -> None:
     if ray.is_initialized():
         return
     started = time.perf_counter()
-    workers_env = {
-        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))
-    }
+    forwarded = ("AWS_", "RAY_DATA_", "GLOO_", "NCCL_", observe.RUN, observe.FORMAT)
+    workers_env = {key: value for key, value in os.environ.items() if key.startswith(forwarded)}
     silent: dict[str, Any] = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
+    if observe.wants_json():
+        silent["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="INFO")
     environment = {"env_vars": workers_env}
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
@@ -120,11 +124,17 @@ def connect() -> None:
             raise
         ray.init(runtime_env=environment, **silent)
         local = {}
+    if observe.wants_json():
+        # In this process the logging_config would have put Ray's own lines between the job's.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger().setLevel(logging.WARNING)
+    observe.joined()
     where = "started here" if local else ray.get_runtime_context().gcs_address
-    print(
+    observe.say(
         f"Ray: {where}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs, "
         f"{ray.cluster_resources().get('GPU', 0):.0f} GPUs ({time.perf_counter() - started:.0f} s)",
-        flush=True,
+        cpus=ray.cluster_resources().get("CPU", 0),
+        gpus=ray.cluster_resources().get("GPU", 0),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import ViewSettings
 from i3cl.data.images import ImageError, decode_image
 from i3cl.data.predictions import to_table
@@ -48,6 +48,8 @@ class Plan:
     decode_threads: int
     attempts: int
     """Times a shard is begun as a whole."""
+    title: str = ""
+    """Of the job, in log lines."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,10 @@ class Labeller:
         for shard in shards:
             if shard not in todo:
                 shard.failures = list(self.ledger.part_failures(shard.part))
+        labelled, errors = sum(len(shard.entries) for shard in todo), sum(len(shard.failures) for shard in todo)
+        seconds = self.busy - busy
+        text = f"{self.plan.title}: {labelled} images, {errors} errors, the network worked {seconds:.1f} s"
+        observe.note(text, stage=self.plan.title, images=labelled, errors=errors, busy_seconds=seconds)
         return pa.table(
             {
                 "part": [shard.part for shard in shards],

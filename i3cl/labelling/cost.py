@@ -76,6 +76,12 @@ class Meter:
                 text += f"  money {spent:.2f} spent, {self._money(left):.2f} to come"
         return text + (f"  {self.errors} errors" if self.errors else "")
 
+    def numbers(self) -> dict[str, float]:
+        """How the job stands: total, done, remaining, errors: images; images_per_second, busy_share (0-1), actors."""
+        done = self.done + self.worked
+        counts = {"total": self.total, "done": done, "remaining": self.total - done, "errors": self.errors}
+        return {**counts, "images_per_second": self.rate, "busy_share": self.busy_share, "actors": self.actors}
+
     def entry(self) -> dict[str, Any]:
         """This run as cost.json keeps it."""
         seconds = time.time() - self.started

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings, UserError
 from i3cl.data.records import Dataset
 from i3cl.job import connect, quiet
@@ -154,13 +154,16 @@ class _Job:
         failures = self.ledger.failures()
         self._check_share(len(failures), len(self.manifest), len(self.manifest))
         for failure in failures[:_SHOWN]:
-            print(f"{self.title}: skipped {failure.reason}", flush=True)
+            self._say(f"skipped {failure.reason}", level="WARNING")
         errors = storage.join(self.ledger.out, "errors.csv")
         self.ledger.finish({"images": len(self.manifest), "failed": len(failures)})
-        text = f"{self.title}: {len(self.manifest)} images labelled" if not failures else (
-            f"{self.title}: {len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}"
+        text = f"{len(self.manifest)} images labelled" if not failures else (
+            f"{len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}"
         )
-        print(text, flush=True)
+        self._say(text, images=len(self.manifest), errors=len(failures))
+
+    def _say(self, text: str, **numbers: Any) -> None:
+        observe.say(f"{self.title}: {text}", stage=self.title, **numbers)
 
     def _label(self, missing: list[str]) -> None:
         connect()
@@ -180,13 +183,15 @@ class _Job:
         meter = Meter(
             total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour
         )
-        print(
-            f"{self.title}: {len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
+        self._say(
+            f"{len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
             + (f" in {len(self.groups)} passes" if len(self.groups) > 1 else "")
             + (f", {meter.done} of {total} done before" if meter.done else "")
             + f"; starting {spread.actors} actors of {spread.threads} threads"
             + (f", {spread.gpus_per_actor:g} GPUs each" if spread.gpus_per_actor else ""),
-            flush=True,
+            images=total,
+            done=meter.done,
+            actors=spread.actors,
         )
         try:
             self._drain(missing, spread, meter)
@@ -197,16 +202,19 @@ class _Job:
             raise mistake from None
         finally:
             cost = self.cost.write(meter)
-        print(f"{self.title}: {line(cost, self.label.price_per_hour > 0)}", flush=True)
+            observe.labelling_ended(self.title)
+        numbers = {key: value for key, value in cost.items() if key != "runs"}
+        self._say(line(cost, self.label.price_per_hour > 0), **numbers)
 
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
         shown = saved = time.monotonic()
         for report in _reports(self._plan(spread), self._blocks(missing, spread), spread):
             meter.add(report)
+            observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
             self._check_share(meter.errors, meter.done + meter.worked, meter.total)
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
-                print(f"{self.title}: {meter.line()}", flush=True)
+                self._say(meter.line(), **meter.numbers())
             if time.monotonic() - saved > _COST_EVERY:
                 saved = time.monotonic()
                 self.cost.write(meter)
@@ -223,6 +231,7 @@ class _Job:
             spread.threads,
             spread.decode_threads,
             label.attempts,
+            self.title,
         )
 
     def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.coco import write_coco
 from i3cl.data.predictions import polygons_of, read_batches, read_predictions
@@ -180,8 +180,11 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, imag
         calibration = read_calibration(settings.select.calibration)
         calibration.check(found.members, settings.fusion, settings.select.calibration)
     if out.endswith(".json"):
-        return _one_json(found, settings, calibration, out)
-    return _shards(found, settings, calibration, out, images_root)
+        counts = _one_json(found, settings, calibration, out)
+    else:
+        counts = _shards(found, settings, calibration, out, images_root)
+    observe.pseudo_labels(out, counts["instances"], counts["ignored"])
+    return counts
 
 
 def _one_json(found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str) -> dict[str, Any]:
@@ -273,4 +276,5 @@ def _on_ray(task: Any, calls: Sequence[tuple[Any, ...]], images: int) -> Iterato
         yield ray.get(ready[0])
         done += 1
         left = (time.monotonic() - started) / done * (len(calls) - done)
-        print(f"select: {done}/{len(calls)} bundles of {images} images  {duration(left)} left", flush=True)
+        text = f"select: {done}/{len(calls)} bundles of {images} images  {duration(left)} left"
+        observe.say(text, stage="select", done=done, total=len(calls), images=images)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import Settings, UserError, load_settings, with_overrides
 from i3cl.data.coco import write_coco
 from i3cl.data.ingest import read_source
@@ -262,10 +262,11 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
     )
     hours_left = None if given.max_hours is None else max(0.0, given.max_hours - ledger.hours)
     spent = sum(trial.seconds for trial in ledger.done()) * gpus / 3600
-    print(
+    observe.say(
         f"{settings.name}: {left} trials, {together} at a time; live page: {storage.join(run, 'dashboard.html')}; "
         f"tensorboard --logdir {storage.join(run, 'tune')}",
-        flush=True,
+        trials=left,
+        parallel=together,
     )
     tune.Tuner(
         trainable,
@@ -363,7 +364,7 @@ def _students(
     for name, values, copy in (("best", best.values, best.copy), ("default", present, 0)):
         folder = student_folder(run, values, copy)
         if not storage.exists(storage.join(folder, "student", "best", "metrics.json")):
-            print(f"{settings.name}: training the student of the {name} settings to its end", flush=True)
+            observe.say(f"{settings.name}: training the student of the {name} settings to its end")
             train_student(values, trials.for_student(settings, search_part), folder, ())
         thresholds[name] = student_metrics(folder)["threshold"]
         checkpoints[name] = storage.join(folder, "student", "best")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 
+from i3cl import observe
 from i3cl.config import Settings, with_overrides
 from i3cl.job import duration
 from i3cl.search.ledger import Ledger, Trial
@@ -172,10 +173,17 @@ class Watch(tune.Callback):
             values = {key: found[key] for key in self.present}
             self.trials[trial.trial_id] = self.ledger.begin(values, values == self.present, trial.config[COPY])
             self.ledger.write()
+            self._count()
         return self.trials[trial.trial_id]
+
+    def _count(self) -> None:
+        best = self.ledger.best()
+        states = [trial.state for trial in self.ledger.trials]
+        observe.search(states, best.metrics["hmean"] if best else None)
 
     def _over(self, row: Trial) -> None:
         self.ledger.write()
+        self._count()
         done = len(self.ledger.done())
         pace = (time.monotonic() - self._started) / max(1, done - self._before)
         left = max(0, self.wanted - done)
@@ -183,10 +191,12 @@ class Watch(tune.Callback):
         result = f"F {row.metrics['hmean']:.4f}" if row.metrics else row.reason
         values = " ".join(f"{_last(k)}={v:.3g}" if isinstance(v, float) else f"{_last(k)}={v}" for k, v in row.values.items())
         shown = f"best F {best.metrics['hmean']:.4f} (trial {best.number})" if best else "none finished"
-        print(
+        numbers: dict[str, Any] = {"trial": row.number, "state": row.state, "done": done, "total": self.wanted, **row.metrics}
+        observe.say(
             f"{self.settings.name}: trial {row.number} {row.state}: {result}  {values}  "
             f"[{done}/{self.wanted}, {shown}, {duration(pace * left)} left]",
-            flush=True,
+            stage="search",
+            **numbers,
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import Settings, UserError, to_yaml, with_overrides
 from i3cl.data.ingest import mix, read_source
 from i3cl.job import connect, duration
@@ -274,13 +274,14 @@ class Progress:
 
     def __init__(self, name: str, path: str, every: float = 2.0) -> None:
         self.name, self.path, self.every = name, path, every
+        self.where = observe.place(os.path.dirname(path), "train")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._seen = 0
         self._started: tuple[float, int] | None = None
 
     def __enter__(self) -> Progress:
-        print(f"{self.name}: starting training workers", flush=True)
+        observe.say(f"{self.name}: starting training workers", **self.where)
         self._thread.start()
         return self
 
@@ -300,7 +301,7 @@ class Progress:
         fresh = [row for row in rows if row["step"] > self._seen or (row["step"] == 0 and self._seen == 0)]
         for row in fresh:
             for note in row.get("notes", ()):
-                print(f"{self.name}: {note}", flush=True)
+                observe.say(f"{self.name}: {note}", **self.where)
             if "loss" in row:
                 self._print(row)
             self._seen = max(self._seen, row["step"])
@@ -316,8 +317,9 @@ class Progress:
             left = f"  {duration(pace * (row['steps'] - row['step']))} left"
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
-        print(
+        observe.say(
             f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "
             f"{row['images_per_second']:.1f} images/s{score}{left}",
-            flush=True,
+            **self.where,
+            **row,
         )

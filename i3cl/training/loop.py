@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import Settings, UserError, to_yaml
 from i3cl.data.ingest import mix, read_source, training_batches
 from i3cl.data.transforms import Sample, to_target
@@ -79,20 +79,29 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.restore(Path(folder))
+    if rank == 0:
+        observe.training_started(config["run"], workers)
+    where = observe.place(config["run"], "train")
+    observe.note(f"rank {rank} of {workers} on {device}: from step {trainer.step}", **where, rank=rank, step=trainer.step)
     trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs={"find_unused_parameters": True})
 
     def report(metrics: dict[str, Any], step: int) -> None:
         if rank:
             ray.train.report(metrics)
             return
+        started = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
         trainer.save(folder)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}")
         shutil.rmtree(folder, ignore_errors=True)
+        seconds = time.perf_counter() - started
+        observe.checkpoint(config["run"], seconds)
+        observe.note(f"checkpoint of step {step} in {seconds:.1f} s", **where, rank=rank, step=step, seconds=seconds)
 
     try:
         trainer.run(report, lambda: ray.train.get_preemption_info() is not None)
     except MachineLeaves as notice:
+        observe.note(str(notice), **where, level="WARNING", rank=rank, step=trainer.step)
         # Ray must have the checkpoint on record before the workers end. An end of this kind is no failure to it: it starts the
         # workers again at once, on the machines that stay.
         ray.train.get_all_reported_checkpoints(timeout_s=30)
@@ -270,6 +279,7 @@ class Trainer:
                     row |= self.validate()
                 self.log.add(row)
                 self.log.flush()
+                observe.training(self.log.run, self.rank, row)
                 if checkpoint or warned:
                     report({key: value for key, value in row.items() if isinstance(value, int | float)}, self.step)
                 since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0

@@ -1,0 +1,379 @@
+"""What a run tells the outside while it works: numbers for Prometheus through Ray, and lines for people or for log collectors.
+
+Every caller writes one line. A number goes to the metrics endpoint of the Ray node that the caller runs on, under the name that
+stands here with `ray_` before it; where the process has not joined Ray nothing happens and Ray is not imported. A line is printed
+as it is; with I3CL_LOG=json in the environment it is one JSON object. docs/observe.md lists both.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import TextIOBase
+from typing import Any, Literal, TextIO
+
+RUN = "I3CL_RUN"
+"""Environment variable: name of the run that the job was started for. It reaches every worker of the job."""
+FORMAT = "I3CL_LOG"
+"""Environment variable: 'json' for JSON lines; anything else for lines as people read them."""
+REFRESH = 5.0
+"""Seconds. Ray forgets a gauge that was not set for two of its report intervals (20 s), so they are set again until then."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric; its labels are `run`, `stage` and what `label` names."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    description: str
+    label: str = ""
+    bounds: tuple[float, ...] = ()
+    """Upper ends of a histogram's buckets."""
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("i3cl_train_images_per_second", "gauge", "Images trained a second, all workers, since the last line of the log"),
+        Metric("i3cl_train_loss", "gauge", "Mean loss since the last line of the log; part=loss is the sum", "part"),
+        Metric("i3cl_train_learning_rate", "gauge", "Learning rate of the last step"),
+        Metric("i3cl_train_step", "gauge", "Steps done"),
+        Metric("i3cl_train_steps", "gauge", "Steps of the whole training"),
+        Metric("i3cl_train_data_wait_ratio", "gauge", "Share of the time in which worker 0 waited for a batch, 0-1"),
+        Metric("i3cl_train_hmean_ratio", "gauge", "F of the last validation, 0-1"),
+        Metric("i3cl_train_recall_ratio", "gauge", "Recall of the last validation, 0-1"),
+        Metric("i3cl_train_precision_ratio", "gauge", "Precision of the last validation, 0-1"),
+        Metric("i3cl_train_workers", "gauge", "Workers that train together"),
+        Metric("i3cl_train_starts_total", "counter", "Times that the workers began or went on; all but the first are restarts"),
+        Metric(
+            "i3cl_train_checkpoint_seconds",
+            "histogram",
+            "Time that a checkpoint held up training; its count is that of the checkpoints written",
+            bounds=(0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600),
+        ),
+        Metric("i3cl_label_images_total", "counter", "Images through the ensemble; in several passes an image counts in each"),
+        Metric("i3cl_label_errors_total", "counter", "Images that could not be labelled"),
+        Metric("i3cl_label_images_per_second", "gauge", "Images a second since the first actor was ready"),
+        Metric("i3cl_label_remaining_images", "gauge", "Images still to label"),
+        Metric("i3cl_label_remaining_seconds", "gauge", "Forecast of the time left"),
+        Metric("i3cl_label_actors", "gauge", "Actors that the job was started with"),
+        Metric("i3cl_label_busy_ratio", "gauge", "Share of the actors' time in which a network worked, 0-1"),
+        Metric("i3cl_pseudo_labels_total", "counter", "Pseudo labels written: kind=kept, or ignored as don't-care", "kind"),
+        Metric("i3cl_search_trials", "gauge", "Trials of the sweep by state: running, finished, stopped, broken", "state"),
+        Metric("i3cl_search_best_hmean_ratio", "gauge", "Best F of a finished trial, 0-1"),
+        Metric("i3cl_evaluation_hmean_ratio", "gauge", "F of a model, whose name is the stage, on the validation set, 0-1"),
+        Metric("i3cl_evaluation_recall_ratio", "gauge", "Recall of that, 0-1"),
+        Metric("i3cl_evaluation_precision_ratio", "gauge", "Precision of that, 0-1"),
+        Metric("i3cl_circle_stage", "gauge", "1 while the circle is in this stage, 0 after it"),
+        Metric("i3cl_circle_stage_seconds", "gauge", "Time that a stage took, once it is over"),
+    )
+}
+"""All there are, by name."""
+
+
+def place(directory: str, stage: str) -> dict[str, str]:
+    """run and stage of what is made in a directory: the job's run, and the path below its directory; in that itself `stage`."""
+    path = f"/{directory.strip('/')}/"
+    run = os.environ.get(RUN) or path.rsplit("/", 2)[-2]
+    _, inside, below = path.rpartition(f"/{run}/")
+    return {"run": run, "stage": (below if inside else path.rsplit("/", 2)[-2]).rstrip("/") or stage}
+
+
+def training(run: str, rank: int, row: Mapping[str, Any]) -> None:
+    """A row of a training's metrics file, as each worker has it: rank 0's are the metrics, all go to the workers' logs.
+
+    run: its directory.
+    """
+    where = place(run, "train")
+    text = f"rank {rank}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f}  {row['images_per_second']:.1f} images/s"
+    note(f"{text}  {row['data_wait']:.0%} of the time without data", **where, rank=rank, **row)
+    if rank:
+        return
+    for name in ("images_per_second", "learning_rate", "step", "steps"):
+        _put(f"i3cl_train_{name}", row[name], **where)
+    _put("i3cl_train_data_wait_ratio", row["data_wait"], **where)
+    for name in ("hmean", "recall", "precision"):
+        if name in row:
+            _put(f"i3cl_train_{name}_ratio", row[name], **where)
+    for name, value in row.items():
+        if name.startswith("loss"):
+            _put("i3cl_train_loss", value, part=name.removeprefix("loss_"), **where)
+
+
+def training_started(run: str, workers: int) -> None:
+    """The workers of a training began, or went on after an interruption. run: its directory."""
+    _put("i3cl_train_starts_total", 1, **place(run, "train"))
+    _put("i3cl_train_workers", workers, **place(run, "train"))
+
+
+def checkpoint(run: str, seconds: float) -> None:
+    """A training wrote a checkpoint. run: its directory."""
+    _put("i3cl_train_checkpoint_seconds", seconds, **place(run, "train"))
+
+
+def labelling(stage: str, images: int, errors: int, job: Mapping[str, float]) -> None:
+    """`images` more were labelled, `errors` of them in vain. job: how the whole stands, as `Meter.numbers` gives it."""
+    where = {"run": os.environ.get(RUN, ""), "stage": stage}
+    _put("i3cl_label_images_total", images, **where)
+    _put("i3cl_label_errors_total", errors, **where)
+    _put("i3cl_label_images_per_second", job["images_per_second"], **where)
+    _put("i3cl_label_remaining_images", job["remaining"], **where)
+    if job["images_per_second"]:
+        _put("i3cl_label_remaining_seconds", job["remaining"] / job["images_per_second"], **where)
+    _put("i3cl_label_actors", job["actors"], **where)
+    _put("i3cl_label_busy_ratio", job["busy_share"], **where)
+
+
+def labelling_ended(stage: str) -> None:
+    """The job of that stage is over: what stood for its present state goes, its totals stay."""
+    _refreshed.drop("i3cl_label_", os.environ.get(RUN, ""), stage)
+
+
+def pseudo_labels(out: str, kept: int, ignored: int) -> None:
+    """A set of pseudo labels was written to `out`."""
+    where = {**place(out, ""), "stage": "select"}
+    _put("i3cl_pseudo_labels_total", kept, kind="kept", **where)
+    _put("i3cl_pseudo_labels_total", ignored, kind="ignored", **where)
+
+
+def search(trials: Sequence[str], best: float | None) -> None:
+    """How a sweep stands. trials: the state of each; best: the highest hmean, 0-1, None before a trial has finished."""
+    where = {"run": os.environ.get(RUN, ""), "stage": "search"}
+    for state in ("running", "finished", "stopped", "broken"):
+        _put("i3cl_search_trials", trials.count(state), state=state, **where)
+    if best is not None:
+        _put("i3cl_search_best_hmean_ratio", best, **where)
+
+
+def evaluation(model: str, *, hmean: float, recall: float, precision: float) -> None:
+    """How good a model is on the validation set, 0-1."""
+    for name, value in (("hmean", hmean), ("recall", recall), ("precision", precision)):
+        _put(f"i3cl_evaluation_{name}_ratio", value, run=os.environ.get(RUN, ""), stage=model)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A stage of a circle: a gauge is 1 inside, and lines that name no stage carry this one."""
+    where = {"run": os.environ.get(RUN, ""), "stage": name}
+    before, _context["stage"] = _context["stage"], name
+    started = time.monotonic()
+    _inside.append(where)
+    joined()
+    try:
+        yield
+    finally:
+        _context["stage"] = before
+        _inside.remove(where)
+        _put("i3cl_circle_stage", 0, **where)
+        _put("i3cl_circle_stage_seconds", time.monotonic() - started, **where)
+
+
+def joined() -> None:
+    """This process may have joined a cluster just now: the stage that it is in is shown from here on."""
+    for where in _inside:
+        _put("i3cl_circle_stage", 1, **where)
+
+
+_inside: list[dict[str, str]] = []
+"""Stages of a circle that have begun and not ended."""
+
+
+def _joined() -> Any:
+    """The ray module where this process has joined a cluster, else None."""
+    ray = sys.modules.get("ray")
+    return ray if ray is not None and ray.is_initialized() else None
+
+
+_made: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def _put(name: str, value: float, **labels: str) -> None:
+    """Set a gauge, add to a counter, or take into a histogram."""
+    if _joined() is None:
+        return
+    metric = METRICS[name]
+    with _lock:
+        if name not in _made:
+            _made[name] = _make(metric)
+    if metric.kind == "gauge":
+        _made[name].set(float(value), labels)
+        _refreshed.keep(name, float(value), labels)
+    elif metric.kind == "histogram":
+        _made[name].observe(float(value), labels)
+    elif value > 0:
+        _made[name].inc(value, labels)
+
+
+def _make(metric: Metric) -> Any:
+    from ray.util import metrics
+
+    labels = ("run", "stage", *([metric.label] if metric.label else []))
+    if metric.kind == "gauge":
+        return metrics.Gauge(metric.name, metric.description, labels)
+    if metric.kind == "counter":
+        return metrics.Counter(metric.name, metric.description, labels)
+    return metrics.Histogram(metric.name, metric.description, list(metric.bounds), labels)
+
+
+class _Refreshed:
+    """The last value of every gauge, set again by a thread for as long as this process is part of a cluster."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def keep(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        with self._lock:
+            self._values[name, frozenset(labels.items())] = value
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="i3cl-metrics")
+                self._thread.start()
+
+    def drop(self, prefix: str, run: str, stage: str) -> None:
+        of_it = {("run", run), ("stage", stage)}
+        with self._lock:
+            self._values = {k: v for k, v in self._values.items() if not (k[0].startswith(prefix) and of_it <= k[1])}
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(REFRESH)
+            with self._lock:
+                if _joined() is None:
+                    self._values.clear()
+                    self._thread = None
+                    return
+                for (name, labels), value in self._values.items():
+                    _made[name].set(value, dict(labels))
+
+
+_refreshed = _Refreshed()
+
+
+# ------------------------------------------------------------------------------------------------------------------- lines
+
+
+_context = {"stage": ""}
+
+
+def begin(run: str, stage: str) -> None:
+    """From here on this process, and the workers that it will have, work for `run`; lines that name no stage carry `stage`."""
+    os.environ[RUN] = run
+    _context["stage"] = stage
+
+
+def wants_json() -> bool:
+    """Whether lines are to be JSON."""
+    return os.environ.get(FORMAT, "").lower() == "json"
+
+
+def say(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
+    """A line of progress on stdout: the message; with I3CL_LOG=json an object of time, level, run, stage, message and numbers.
+
+    A `run` among the numbers stands before the job's own. In a worker process as `note`.
+    """
+    if _in_worker():
+        note(message, stage=stage, level=level, **numbers)
+    elif wants_json():
+        stream = sys.stdout.target if isinstance(sys.stdout, _JsonLines) else sys.stdout
+        _write(stream, message, stage=stage, level=level, **numbers)
+    else:
+        print(message, flush=True)
+
+
+def note(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
+    """A line in the log file of this Ray worker process; elsewhere nothing.
+
+    As JSON it goes through logging, where Ray adds job_id, worker_id, node_id, actor_id and task_id.
+    """
+    if not _in_worker():
+        return
+    if wants_json():
+        fields = _fields(stage=stage, level=level, **numbers)
+        logging.getLogger("i3cl").log(logging.getLevelName(level), message.strip(), extra=fields, stacklevel=2)
+    else:
+        print(message, flush=True)
+
+
+def complain(message: str) -> None:
+    """The error that ends a job, on stderr; as JSON where that is wanted."""
+    if wants_json():
+        _write(sys.stderr, message, level="ERROR")
+    else:
+        print(message, file=sys.stderr)
+
+
+@contextmanager
+def only_json() -> Iterator[None]:
+    """With I3CL_LOG=json everything that is printed on stdout inside becomes JSON, an object a line; else nothing changes."""
+    if not wants_json():
+        yield
+        return
+    lines = _JsonLines(sys.stdout)
+    with redirect_stdout(lines):
+        try:
+            yield
+        finally:
+            lines.finish()
+
+
+class _JsonLines(TextIOBase):
+    """A text stream that makes every line an object on `target`."""
+
+    def __init__(self, target: TextIO) -> None:
+        self.target = target
+        # print writes a text and its line end apart, and several threads print.
+        self._begun = threading.local()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._begun.text = (getattr(self._begun, "text", "") + text).split("\n")
+        for line in lines:
+            if line.strip():
+                _write(self.target, line)
+        return len(text)
+
+    def finish(self) -> None:
+        if getattr(self._begun, "text", "").strip():
+            self.write("\n")
+
+
+def _write(stream: TextIO, message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
+    fields = _fields(stage=stage, level=level, message=message.strip(), **numbers)
+    stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    stream.flush()
+
+
+def _fields(*, stage: str, level: str, **more: Any) -> dict[str, Any]:
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    run = more.pop("run", "") or os.environ.get(RUN, "")
+    plain = {key: _plain(value) for key, value in more.items()}
+    return {"time": stamp, "level": level, "run": run, "stage": stage or _context["stage"], **plain}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinity are no numbers there."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if isinstance(value, bool | int | str | None) else str(value)
+
+
+def _in_worker() -> bool:
+    ray = _joined()
+    return ray is not None and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
