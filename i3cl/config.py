@@ -288,7 +288,10 @@ class TrainSettings(_Settings):
 
 class ClusterSettings(_Settings):
     workers: PositiveInt = 1
-    """Training workers (one GPU each when gpu is true)."""
+    """Training workers (one GPU each when gpu is true). A step takes workers x train.batch images."""
+    min_workers: PositiveInt | None = None
+    """Start or go on with as few when the cluster has not more, and grow again when it has; null: wait for all. The images of a
+    step, and with them the run, stay the same: fewer workers take more of them each."""
     gpu: bool | Literal["auto"] = "auto"
     """auto: use GPUs when the cluster has any."""
     cpus_per_worker: Positive = 1.0
@@ -298,7 +301,14 @@ class ClusterSettings(_Settings):
     parallel_runs: NonNegativeInt = 0
     """Teachers trained at the same time; 0: as many as the cluster's GPUs (or this machine's cores) hold."""
     max_failures: int = Field(default=3, ge=-1)
-    """Times a broken worker group is restarted from its last checkpoint; -1 = always."""
+    """Times a broken worker group is restarted without a new checkpoint in between; -1 = always. Announced ends of spot machines
+    do not count."""
+
+    @model_validator(mode="after")
+    def _minimum_is_smaller(self) -> ClusterSettings:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------------- labelling

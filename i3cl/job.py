@@ -92,12 +92,10 @@ def run(
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
 
-    Sets the environment that Ray reads on the driver: quicker health checks, and no chatter between a job's own lines. What
-    workers print is shown with I3CL_WORKER_LOGS=1.
+    Sets the environment that Ray reads on the driver: no chatter between a job's own lines. What workers print is shown with
+    I3CL_WORKER_LOGS=1.
     """
     defaults = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

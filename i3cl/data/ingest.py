@@ -111,18 +111,20 @@ def training_batches(
     *,
     steps: range,
     batch: int,
-    rank: int,
-    workers: int,
+    shares: Sequence[int],
+    of: int,
     seed: int,
+    workers: int = 1,
 ) -> Iterator[list[Sample]]:
-    """One list of `batch` augmented samples for every step of `steps`, for this worker.
+    """One list of `batch` augmented samples for every step of `steps` and every one of `shares`, in this order.
 
-    Position p = (step * workers + rank) * batch + i of the run's order; its augmentation is drawn from (seed, p), so neither
-    the number of prefetching tasks nor a restart changes a pixel.
+    shares: the parts 0 … of - 1 of a step that this worker takes. Position p = (step * of + share) * batch + i of the run's
+    order; its augmentation is drawn from (seed, p), so neither the number of prefetching tasks, nor a restart, nor who takes
+    which share changes a pixel. workers: that share the cluster's memory for decoding.
     """
-    positions = ((np.asarray(steps, np.int64)[:, None] * workers + rank) * batch + np.arange(batch, dtype=np.int64)).reshape(
-        -1
-    )
+    step = np.asarray(steps, np.int64)[:, None, None] * of
+    share = np.asarray(shares, np.int64)[None, :, None]
+    positions = ((step + share) * batch + np.arange(batch, dtype=np.int64)).reshape(-1)
     load = _Loader(settings, seed)
     for start in range(0, len(positions), _SEGMENT // batch * batch or batch):
         part = positions[start : start + (_SEGMENT // batch * batch or batch)]

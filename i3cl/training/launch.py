@@ -19,6 +19,14 @@ from i3cl.config import Settings, UserError, to_yaml, with_overrides
 from i3cl.data.ingest import mix, read_source
 from i3cl.job import connect, duration
 
+_RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # A lost machine is believed to be there for up to 20 s; the attempt to start on it must end before long.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Some clouds announce the end of a spot machine 30 s before.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+}
+"""Environment of the process that runs Ray Train's controller, where it is not set otherwise."""
 _IDENTITY = ("model", "data", "train", "evaluate")
 """Sections of the settings that make two trainings the same one."""
 INITIAL = ("none", "timm", "package")
@@ -54,9 +62,12 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
     if todo:
         connect()
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         together = _together(todo)
-        remote = ray.remote(num_cpus=0, max_retries=0)(fit)
+        # Beside the driver, on the head of a cluster: a machine with GPUs may be taken away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit)
         for start in range(0, len(todo), together):
             group = todo[start : start + together]
             with ExitStack() as progress:
@@ -161,40 +172,21 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
     For a process that has joined Ray and settings with absolute paths; callbacks: of Ray Train. `train` is for everybody else.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from i3cl.training.loop import train_worker
 
     run = _run(settings)
-    on_gpu = use_gpu(settings)
-    trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # its return value is read below
-        train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.cluster.workers,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": settings.cluster.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=run,
-            callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=settings.cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=settings.train.keep,
-                checkpoint_score_attribute="hmean" if settings.data.validation else None,
-                checkpoint_score_order="max",
-            ),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, UserError):
-                return str(cause)
-        raise
+    while True:
+        step = _last_step(run)
+        try:
+            result = _trainer(settings, callbacks).fit()
+            break
+        except ray.train.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                cause = getattr(failure, "cause", failure)
+                if isinstance(cause, UserError):
+                    return str(cause)
+            # Ray counts the failures of a whole run, which on machines that vanish grow with its length.
+            if _last_step(run) <= step:
+                raise
     stopped = (result.return_value or {}).get("stopped")  # type: ignore[attr-defined]
     if stopped:
         return stopped
@@ -207,6 +199,49 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
         checkpoint.to_directory(str(folder))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return None
+
+
+def _last_step(run: str) -> int:
+    """Step of the latest checkpoint of a run; 0 without one."""
+    names = storage.list_dir(storage.join(run, "ray"))
+    return max((int(name.removeprefix("step_")) for name in names if name.startswith("step_")), default=0)
+
+
+def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
+    """Ray Train's trainer of a run."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from i3cl.training.loop import train_worker
+
+    cluster = settings.cluster
+    workers: int | tuple[int, int] = cluster.workers
+    if cluster.min_workers is not None and cluster.min_workers < cluster.workers:
+        workers = (cluster.min_workers, cluster.workers)
+    for key, value in _RAY_TRAIN.items():
+        os.environ.setdefault(key, value)
+    run = _run(settings)
+    on_gpu = use_gpu(settings)
+    return TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # its return value is read below
+        train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=run,
+            callbacks=list(callbacks),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=settings.train.keep,
+                checkpoint_score_attribute="hmean" if settings.data.validation else None,
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
 
 
 def claim(run: str, settings: Settings, sections: tuple[str, ...]) -> None:

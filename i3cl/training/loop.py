@@ -1,4 +1,9 @@
-"""The loop that every training worker runs: batches, losses, optimiser, validation, checkpoints."""
+"""The loop that every training worker runs: batches, losses, optimiser, validation, checkpoints.
+
+A step has `cluster.workers` shares of `train.batch` images. Worker r of w takes the shares r, r + w, …: one each when all are
+there, more when some are lost. The gradient is the mean over the shares either way, so a run does not depend on w (but for the
+running statistics of its norms, which are of the shares that worker 0 saw).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +36,15 @@ from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 STATE = "training"
 """Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+_WARNED_EVERY = 5
+"""Steps between two questions whether a machine's end has been announced; each is a round trip that all workers wait for."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
 """What the network trains on: an image and its target."""
 T = TypeVar("T")
+
+
+class MachineLeaves(Exception):
+    """A machine of this run will be taken away; the state is saved."""
 
 
 class TrainingStopped(RuntimeError):
@@ -46,6 +57,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     Returns {'stopped': message} when the loss turned NaN (so that Ray does not retry what would fail again), else {}.
     """
     import ray.train
+    from ray.exceptions import RayActorError
     from ray.train.torch import get_device, prepare_model
 
     settings = Settings.model_validate(config["settings"])
@@ -79,7 +91,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
 
     try:
-        trainer.run(report)
+        trainer.run(report, lambda: ray.train.get_preemption_info() is not None)
+    except MachineLeaves as notice:
+        # Ray must have the checkpoint on record before the workers end. An end of this kind is no failure to it: it starts the
+        # workers again at once, on the machines that stay.
+        ray.train.get_all_reported_checkpoints(timeout_s=30)
+        raise RayActorError(error_msg=str(notice), preempted=True) from None
     except TrainingStopped as stop:
         return {"stopped": str(stop)}
     except UserError as error:
@@ -161,6 +178,13 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
+def _not_finite(losses: dict[str, float], samples: list[Sample]) -> list[str]:
+    """What is wrong with the losses of one batch, at most one line."""
+    parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    names = ", ".join(sample.record.file_name for sample in samples)
+    return [f"{', '.join(parts)}; images of the batch: {names}"] if parts else []
+
+
 class Trainer:
     """Everything that one worker trains with. `run` goes from the current step to the last."""
 
@@ -171,15 +195,16 @@ class Trainer:
         self.device = device
         self.rank = rank
         self.workers = workers
+        self.shares = range(rank, settings.cluster.workers, workers)
         self.step = 0
         self.log = MetricsLog(run, rank == 0)
         self.optimizer = make_optimizer(model, settings.train)
         self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
         self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad, check_files=False)
-        images_per_step = settings.train.batch * workers
+        self.images_per_step = settings.train.batch * settings.cluster.workers
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
-            self.steps = math.ceil(settings.train.epochs * self.mixture.epoch_images / images_per_step)
+            self.steps = math.ceil(settings.train.epochs * self.mixture.epoch_images / self.images_per_step)
         wanted = settings.train.precision
         self.half = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
         self.validation = None
@@ -215,36 +240,41 @@ class Trainer:
     def _best_model(self) -> I3CL:
         return self.model if self.average is None else self.average.model  # type: ignore[return-value]
 
-    def run(self, report: Any) -> None:
-        """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank."""
+    def run(self, report: Callable[[dict[str, Any], int], None], leaving: Callable[[], bool] = lambda: False) -> None:
+        """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank.
+
+        leaving: whether a machine is about to be taken away, the same answer on every rank. MachineLeaves when it is, after a
+        checkpoint without validation, for which there may be no time.
+        """
         train = self.settings.train
         batches = self._ready_batches()
         sums: dict[str, float] = {}
         since, images, data_time = time.perf_counter(), 0, 0.0
         while self.step < self.steps:
-            waiting = time.perf_counter()
-            samples, pairs = next(batches)
-            data_time += time.perf_counter() - waiting
-            losses, rate = self._train_step(samples, pairs)
+            losses, rate, waited = self._train_step(batches)
             self.step += 1
-            images += len(samples) * self.workers
+            images += self.images_per_step
+            data_time += waited
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value
             last = self.step == self.steps
             checkpoint = last or self.step % train.checkpoint_every == 0
-            if checkpoint or self.step % train.log_every == 0:
+            warned = not last and self.step % _WARNED_EVERY == 0 and leaving()
+            if checkpoint or warned or self.step % train.log_every == 0:
                 elapsed = time.perf_counter() - since
-                count = images / (train.batch * self.workers)
+                count = images / self.images_per_step
                 row: dict[str, Any] = {"step": self.step, "steps": self.steps}
                 row |= {name: value / count for name, value in sums.items()}
                 row |= {"learning_rate": rate, "images_per_second": images / elapsed, "data_wait": data_time / elapsed}
-                if checkpoint:
+                if checkpoint and not warned:
                     row |= self.validate()
                 self.log.add(row)
                 self.log.flush()
-                if checkpoint:
+                if checkpoint or warned:
                     report({key: value for key, value in row.items() if isinstance(value, int | float)}, self.step)
                 since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0
+            if warned:
+                raise MachineLeaves(f"step {self.step}: a machine of this run will be taken away; saved, and going on without it")
 
     def _batches(self) -> Iterator[list[Sample]]:
         return training_batches(
@@ -252,9 +282,10 @@ class Trainer:
             self.settings.data,
             steps=range(self.step, self.steps),
             batch=self.settings.train.batch,
-            rank=self.rank,
-            workers=self.workers,
+            shares=self.shares,
+            of=self.settings.cluster.workers,
             seed=self.settings.train.seed,
+            workers=self.workers,
         )
 
     def _ready_batches(self) -> Iterator[tuple[list[Sample], list[Pair]]]:
@@ -269,52 +300,71 @@ class Trainer:
 
         return _one_ahead(map(pinned, self._batches())) if gpu else map(ready, self._batches())
 
-    def _train_step(self, samples: list[Sample], pairs: list[Pair]) -> tuple[dict[str, float], float]:
+    def _train_step(self, batches: Iterator[tuple[list[Sample], list[Pair]]]) -> tuple[dict[str, float], float, float]:
+        """One step over this worker's shares: mean losses, learning rate, seconds spent waiting for data."""
         train = self.settings.train
-        # Dropout and the samplers draw from torch's generator: seeding it by the step makes a continued run the same run.
-        torch.manual_seed((train.seed * 1_000_003 + self.step) * 4099 + self.rank)
         self.parallel.train()
-        rate = learning_rate(self.step, self.steps, train.batch * self.workers, train)
+        rate = learning_rate(self.step, self.steps, self.images_per_step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
-        targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
-        with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", torch.bfloat16) if self.half else nullcontext():
-            losses: dict[str, torch.Tensor] = self.parallel(images, targets)
-        stacked = torch.stack(list(losses.values()))
-        total = stacked.sum()
-        # One transfer of all numbers: every look at a single one would stop the GPU's queue.
-        numbers = dict(zip(losses, stacked.detach().tolist(), strict=True))
-        self._check_finite(numbers, samples)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        sums: dict[str, float] = {}
+        bad: list[str] = []
+        waited = 0.0
+        for share in self.shares:
+            waiting = time.perf_counter()
+            samples, pairs = next(batches)
+            waited += time.perf_counter() - waiting
+            last = share == self.shares[-1]
+            with nullcontext() if last else self._without_exchange():
+                losses = self._losses(share, pairs)
+                stacked = torch.stack(list(losses.values()))
+                # One transfer of all numbers: every look at a single one would stop the GPU's queue.
+                numbers = dict(zip(losses, stacked.detach().tolist(), strict=True))
+                bad += _not_finite(numbers, samples)
+                if last:
+                    self._check_finite(bad)
+                # The exchange of gradients takes the mean over the workers; what is wanted is the mean over the shares.
+                (stacked.sum() * (self.workers / self.settings.cluster.workers)).backward()
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value / len(self.shares)
         if train.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
-        return {"loss": sum(numbers.values())} | numbers, rate
+        return {"loss": sum(sums.values())} | sums, rate, waited
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Where gradients only add up in this worker."""
+        if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def _losses(self, share: int, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+        # Dropout and the samplers draw from torch's generator: seeding it by step and share makes a continued run the same run.
+        torch.manual_seed((self.settings.train.seed * 1_000_003 + self.step) * 4099 + share)
+        images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
+        targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
+        with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", torch.bfloat16) if self.half else nullcontext():
+            return self.parallel(images, targets)
 
     def _move(self, value: Any) -> Any:
         if isinstance(value, list):
             return [v.to(self.device, non_blocking=True) for v in value]
         return value.to(self.device, non_blocking=True)
 
-    def _check_finite(self, losses: dict[str, float], samples: list[Sample]) -> None:
-        parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-        stop = bool(parts)
+    def _check_finite(self, bad: list[str]) -> None:
+        """TrainingStopped, on every rank, when any has a `bad` loss."""
+        stop = bool(bad)
         if self.workers > 1:
             # All ranks must stop together, or the others would wait in the gradient exchange.
-            bad = torch.tensor(float(stop), device=self.device)
-            torch.distributed.all_reduce(bad)
-            stop = bool(bad.item())
+            flag = torch.tensor(float(stop), device=self.device)
+            torch.distributed.all_reduce(flag)
+            stop = bool(flag.item())
         if not stop:
             return
-        message = None
-        if parts:
-            names = ", ".join(sample.record.file_name for sample in samples)
-            reason = f"step {self.step + 1}: {', '.join(parts)}; images of the batch: {names}"
-            message = f"{reason}; lower train.learning_rate or check them"
+        message = f"step {self.step + 1}: {bad[0]}; lower train.learning_rate or check them" if bad else None
         if self.workers > 1:
             messages: list[str | None] = [None] * self.workers
             torch.distributed.all_gather_object(messages, message)

@@ -55,7 +55,7 @@ def test_no_data_set_is_a_users_mistake():
 
 def batches(settings, steps, rank=0, workers=1, batch=4):
     mixed = mix(settings.data.train, settings.data_root)
-    return list(training_batches(mixed, settings.data, steps=steps, batch=batch, rank=rank, workers=workers, seed=7))
+    return list(training_batches(mixed, settings.data, steps=steps, batch=batch, shares=[rank], of=workers, seed=7))
 
 
 def test_a_later_start_and_more_workers_see_the_same_samples(tiny_settings):

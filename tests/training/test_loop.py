@@ -116,3 +116,69 @@ def test_images_without_instances_train(tiny_settings, tmp_path, tiny_set):
     trainer.run(lambda metrics, step: None)
     assert trainer.step == 2
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def train_in_a_group(rank, workers, settings, run, rendezvous):
+    """Body of a process of a gloo group: trains to the end; rank 0 leaves its weights in `run`."""
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.train.seed)
+    trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
+    trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, find_unused_parameters=True)
+    trainer.run(lambda metrics, step: None)
+    if rank == 0:
+        torch.save(trainer.model.state_dict(), run / "weights.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_run_does_not_depend_on_how_many_workers_are_there(tiny_settings, tmp_path):
+    steps = {"train.steps": 3, "train.checkpoint_every": 3, "cluster.workers": 3, "data.validation": None}
+    # Plain SGD: AdamW makes steps of full size out of the rounding of vanishing gradients.
+    steps |= {"train.optimizer": "sgd", "train.learning_rate": 0.05, "train.warmup_steps": 0}
+    settings = with_overrides(tiny_settings, steps, "test")
+    alone = make_trainer(settings, tmp_path / "alone")
+    before = weights(alone)
+    alone.run(lambda metrics, step: None)
+    run = tmp_path / "two"
+    run.mkdir()
+    # Three shares on two workers: one takes two of them.
+    arguments = (2, settings, run, tmp_path / "rendezvous")
+    torch.multiprocessing.spawn(train_in_a_group, arguments, nprocs=2)
+    together = torch.load(run / "weights.pt", weights_only=True)
+    moved = 0.0
+    # Parameters only: running statistics are those of the batches that the first worker saw.
+    for name, tensor in alone.model.named_parameters():
+        assert torch.allclose(tensor, together[name], atol=1e-5), name
+        moved = max(moved, float((tensor - before[name]).abs().max()))
+    assert moved > 1e-3
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path):
+    from i3cl.training.loop import MachineLeaves
+
+    settings = with_overrides(tiny_settings, {"train.steps": 12, "train.checkpoint_every": 12, "train.log_every": 6}, "test")
+    whole = make_trainer(settings, tmp_path / "whole")
+    whole.run(lambda metrics, step: None)
+    warned, reports = make_trainer(settings, tmp_path / "warned"), []
+    asked = []
+
+    def leaving():
+        asked.append(warned.step)
+        return warned.step == 10
+
+    def keep(metrics, step):
+        reports.append((step, metrics))
+        warned.save(tmp_path / "checkpoint")
+
+    with pytest.raises(MachineLeaves, match="step 10: a machine of this run will be taken away"):
+        warned.run(keep, leaving)
+    assert asked == [5, 10]
+    assert [step for step, _ in reports] == [10]
+    assert "hmean" not in reports[0][1], "there may be no time to validate"
+    continued = make_trainer(settings, tmp_path / "continued")
+    continued.restore(tmp_path / "checkpoint")
+    continued.run(lambda metrics, step: None)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, continued.model.state_dict()[name]), name
