@@ -31,10 +31,12 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # Files of the reader that recipes stand in for.
 STAND_INS = {"my.yaml": "configs/realtext.yaml", "RECIPE.yaml": "configs/realtext.yaml", "FILE.yaml": "configs/realtext.yaml"}
 STAND_INS["runs/search-select/best.yaml"] = "configs/realtext.yaml"
-SHELL = {"export", "cd", "mkdir", "echo", "cat", "chmod", "umask", "unset", "cp", "tar"}
-PIP = {"install"}
+SHELL = {"export", "cd", "mkdir", "echo", "cat", "chmod", "umask", "unset", "cp", "tar", "test", "grep", "sleep", "wait", "ulimit"}
+OPTIONS = {"pip": {"-e", "-r", "--no-deps"}, "pip-audit": {"-r", "--no-deps", "--disable-pip"}, "tensorboard": {"--logdir"}}
+OPTIONS["uv"] = OPTIONS["pip"]
+"""Of tools that stand beside ours: those that pages use, looked up by hand."""
 OUTSIDE = {"aws", "gcloud", "gsutil", "helm", "docker", "ssh", "scp", "rsync", "kubectl", "curl", "openssl", "git", "sudo"}
-OUTSIDE |= {"systemctl", "iptables", "ufw", "mount", "apt-get", "podman", "kind", "tensorboard"}
+OUTSIDE |= {"systemctl", "iptables", "ufw", "mount", "apt-get", "podman", "kind"}
 NEEDS = re.compile(r"Needs [^.]+\.")
 ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
@@ -107,39 +109,45 @@ def tool(line: str) -> str:
         return "python"
     if re.fullmatch(r"jobs/\w+\.py", word):
         return "jobs"
-    return word if word in {"make", "ray", "pip", "uv"} | SHELL | OUTSIDE else ""
+    return word if word in {"make", "ray", *OPTIONS} | SHELL | OUTSIDE else ""
 
 
-def split(line: str) -> list[str]:
-    """Words of a line as a shell takes them apart, without comments, pipes and redirections; of [OPTIONAL] and A|B the first."""
-    line = re.sub(r"\[(--[^\]]+)\]", lambda part: part[1].replace("|", " | ").split(" | ")[0], line)
-    line = line.replace("…", " ").split(" && ")[0]
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>;")
+def split(line: str) -> list[list[str]]:
+    """The commands of a line (behind &&, ||, | and &) as a shell takes them apart, without comments, redirections and
+    assignments before them; of [OPTIONAL] and A|B the first."""
+    line = re.sub(r"\[(--[^\]]+)\]", lambda part: part[1].split("|")[0], line).replace("…", " ")
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>;&")
     lexer.whitespace_split = True
     lexer.commenters = "#"
-    words = []
+    found: list[list[str]] = [[]]
+    target = False
     for word in lexer:
-        if set(word) <= set("|<>;"):
-            break
-        words.append(word)
-    while words and ASSIGNMENT.match(words[0]):
-        words = words[1:]
-    return [word.removeprefix(".venv/bin/") for word in words]
+        if set(word) <= set("|;&"):
+            found.append([])
+        elif set(word) <= set("<>"):
+            target = True
+        elif target:
+            target = False
+        elif found[-1] or not ASSIGNMENT.match(word):
+            found[-1].append(word.removeprefix(".venv/bin/"))
+    return [words for words in found if words]
 
 
 def check(line: str, needs: bool, monkeypatch) -> None:
     """AssertionError with the reason when the line is not one that works."""
-    if line.split()[0] == "export":
-        assert all(ASSIGNMENT.match(word) or word.isidentifier() for word in shlex.split(line, comments=True)[1:])
-        return
-    words = split(line)
-    if not words:
-        return
+    for words in split(line):
+        check_words(words, needs, monkeypatch)
+
+
+def check_words(words: list[str], needs: bool, monkeypatch) -> None:
     name = words[0]
-    if name in ("python", "python3") and words[1:2] == ["-m"]:
+    if name == "export":
+        assert all(ASSIGNMENT.match(word) or word.isidentifier() for word in words[1:]), words
+    elif name in ("python", "python3") and words[1:2] == ["-m"]:
         assert words[2:], "names no module"
-        return check_pytest(words[3:]) if words[2] == "pytest" else None
-    if name in ("python", "python3") and words[1:2] == ["-c"]:
+        if words[2] == "pytest":
+            check_pytest(words[3:])
+    elif name in ("python", "python3") and words[1:2] == ["-c"]:
         compile(words[2], "-c", "exec")
     elif name in ("python", "python3") or name.startswith("jobs/"):
         dry_run(words if name.startswith("jobs/") else words[1:], monkeypatch)
@@ -151,11 +159,10 @@ def check(line: str, needs: bool, monkeypatch) -> None:
             rest = words[words.index("--") + 1 :]
             words = words[: words.index("--")]
             if rest:
-                check(shlex.join(rest), needs, monkeypatch)
+                check_words(rest, needs, monkeypatch)
         check_ray(words[1:])
-    elif name in ("pip", "uv"):
-        assert words[1] in (PIP | {"pip"})
-        assert all(not word.startswith("-") or word in ("-e", "-r", "--no-deps") for word in words[2:]), words
+    elif name in OPTIONS:
+        assert {word for word in words[1:] if word.startswith("-")} <= OPTIONS[name], words
     elif name == "kubectl" and shutil.which("kubectl"):
         assert needs, "kubectl: put a line `Needs Kubernetes.` above the block"
         check_kubectl(words[1:])
@@ -223,10 +230,13 @@ def kubectl_help(*command: str) -> str:
 def check_kubectl(words: list[str]) -> None:
     if "--" in words:
         words = words[: words.index("--")]
-    command = [word for word in words[:1] if not word.startswith("-")]
+    if words[:1] == ["-n"]:
+        words = [*words[2:], *words[:2]]
+    depth = {"create": 3 if words[1:2] == ["secret"] else 2, "rollout": 2, "config": 2, "set": 2}.get(words[0], 1)
+    command = [word for word in words[:depth] if not word.startswith("-")]
     text = kubectl_help(*command) + subprocess.run(["kubectl", "options"], capture_output=True, text=True).stdout
     assert command and "Usage:" in text, f"kubectl has no command {command}"
-    for word in words[1:]:
+    for word in words[depth:]:
         if word.startswith("-") and len(word) > 1:
             assert re.search(rf"(?<![\w-]){re.escape(word.split('=')[0])}(?![\w-])", text), f"kubectl {command[0]}: no {word}"
 
