@@ -31,7 +31,8 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # Files of the reader that recipes stand in for.
 STAND_INS = {"my.yaml": "configs/realtext.yaml", "RECIPE.yaml": "configs/realtext.yaml", "FILE.yaml": "configs/realtext.yaml"}
 STAND_INS["runs/search-select/best.yaml"] = "configs/realtext.yaml"
-SHELL = {"export", "cd", "mkdir", "echo", "cat", "chmod", "umask", "unset", "cp", "tar", "test", "grep", "sleep", "wait", "ulimit"}
+SHELL = {"export", "cd", "mkdir", "echo", "cat", "chmod", "umask", "unset", "cp", "tar", "test"}
+SHELL |= {"grep", "sleep", "wait", "ulimit"}
 OPTIONS = {"pip": {"-e", "-r", "--no-deps"}, "pip-audit": {"-r", "--no-deps", "--disable-pip"}, "tensorboard": {"--logdir"}}
 OPTIONS["uv"] = OPTIONS["pip"]
 """Of tools that stand beside ours: those that pages use, looked up by hand."""
@@ -78,7 +79,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """The command lines of a page, continued ones joined, each with whether it is marked `Needs X.`; those in running text too."""
+    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `Needs X.`"""
     found = []
     for block in blocks(page):
         if block.language not in ("", "?", "sh", "bash", "console"):

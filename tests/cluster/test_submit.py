@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -31,7 +30,8 @@ def info(cluster, submission: str) -> dict:
 def recipe(settings, laptop, **overrides) -> str:
     """A recipe of the laptop, which travels with the code."""
     name = f"{overrides['name']}.yaml"
-    (laptop.folder / name).write_text(to_yaml(with_overrides(settings, overrides, "test")))
+    settings = with_overrides(settings, {**overrides, "name": Path(overrides["name"]).name}, "test")
+    (laptop.folder / name).write_text(to_yaml(settings))
     return name
 
 
@@ -53,8 +53,9 @@ def test_the_package_holds_the_code_and_nothing_else(tmp_path):
     code = {str(p.relative_to(tmp_path / "here")) for p in (tmp_path / "here").rglob("*") if p.is_file()}
     junk = [
         "runs/a/best/weights.safetensors", "runs/a/metrics.jsonl", "data/art/train.json", "data/art/1.jpg", ".venv/bin/python",
-        ".git/objects/1", "weights/resnext151.pth", "i3cl/__pycache__/job.pyc", ".mypy_cache/3.11/x.json", "photos/2.JPG", "photos/train.json",
-        "photos/3.png", "art.zip", "i3cl.egg-info/PKG-INFO", ".env", "docs/quickstart.jpg", "table.parquet", "out.log",
+        ".git/objects/1", "weights/resnext151.pth", "i3cl/__pycache__/job.pyc", ".mypy_cache/3.11/x.json", "photos/2.JPG",
+        "photos/train.json", "photos/3.png", "art.zip", "i3cl.egg-info/PKG-INFO", ".env", "docs/quickstart.jpg",
+        "table.parquet", "out.log",
     ]  # fmt: skip
     for name in junk:
         file = tmp_path / "here" / name
@@ -168,3 +169,67 @@ def test_ray_shows_no_key_of_the_nodes(trained, cluster, laptop, secret):
     shown = json.dumps([info(cluster, "first"), info(cluster, "second")]) + laptop.ray("job", "list").stdout
     assert "GLOO_SOCKET_IFNAME" in shown and secret not in shown and "SECRET" not in shown
     assert cluster.token.read_text() not in shown
+
+
+@pytest.fixture(scope="module")
+def every(laptop, tiny_settings, tiny_set, tiny_checkpoints, tmp_path_factory) -> Path:
+    """A recipe for all jobs, `every.yaml` and `grid/` of the laptop; the folder that it writes to."""
+    shared = tmp_path_factory.mktemp("every")
+    (laptop.folder / "grid").mkdir()
+    changes = {
+        "name": "every",
+        "storage": str(shared / "runs"),
+        "train.steps": 2,
+        "train.checkpoint_every": 2,
+        "label.members": tiny_checkpoints,
+        "label.select": {"ignore": 0.0, "low": 0.0, "high": 0.9},
+        "label.fusion.min_score": 0.0,
+        "model.score_threshold": 0.0,
+        "model.detections_per_image": 4,
+        "selftrain.teachers": [{"name": "a"}, {"name": "b", "overrides": {"train.seed": 2}}],
+        "search.space": {"label.select.high": {"uniform": [0.5, 0.95]}},
+        "search.trials": 3,
+        "synthetic": {"labelled": 4, "unlabelled": 4, "validation": 4, "side": 96},
+    }
+    recipe(tiny_settings, laptop, **changes)
+    plain = {**changes, "name": "grid/plain", "selftrain.teachers": [], "synthetic": None}
+    recipe(tiny_settings, laptop, **plain)
+    recipe(tiny_settings, laptop, **{**plain, "name": "grid/intra", "model.intra": True})
+    return shared
+
+
+_VALIDATION = "label.source={annotations: %s/set.json, images: %s/images}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("command", "result"),
+    [
+        ("prepare.py synthetic --config every.yaml --out SHARED/made", "made/labelled.json"),
+        ("train.py --config every.yaml synthetic=null", "runs/every/best/weights.safetensors"),
+        ("label.py all --config every.yaml name=labels", "runs/labels/pseudo.json"),
+        ("evaluate.py --config every.yaml name=scored", None),
+        ("label.py predict --config every.yaml name=val SOURCE", "runs/val/predictions/unlabelled/done.json"),
+        (
+            "search.py --config every.yaml name=sweep search.predictions=SHARED/runs/val/predictions/unlabelled",
+            "runs/sweep/best.yaml",
+        ),
+        ("predict.py --checkpoint CHECKPOINT --images SET/images --out SHARED/predicted", "predicted/art.json"),
+        ("selftrain.py --config every.yaml name=circle synthetic=null", "runs/circle/report.html"),
+        ("ablation.py --config grid/plain.yaml --seeds 0 name=grid", "runs/grid/ablation.json"),
+        ("benchmark.py step --runs 1 --side 64", None),
+    ],
+    ids=lambda value: value.split()[0] if value and ".py" in value else "",
+)
+def test_every_job_runs_when_submitted(laptop, every, tiny_set, tiny_checkpoints, command, result):
+    places = {"SHARED": every, "SET": tiny_set, "CHECKPOINT": tiny_checkpoints["a"]}
+    words = []
+    for word in command.split():
+        for name, path in places.items():
+            word = word.replace(name, str(path))
+        words.append(_VALIDATION % (tiny_set, tiny_set) if word == "SOURCE" else word)
+    done = laptop.submit(f"jobs/{words[0]}", *words[1:], timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    if result:
+        assert (every / result).exists(), sorted(every.rglob("*"))
