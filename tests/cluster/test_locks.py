@@ -9,7 +9,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 import yaml
 
 import i3cl
+from cluster.nodes import descendants
 from i3cl.config import UserError, load_settings, to_yaml, with_overrides
 from i3cl.model.checkpoint import load_weights
 from i3cl.model.convert import convert_original
@@ -102,27 +105,29 @@ def test_ray_itself_refuses_a_driver_without_the_token(laptop, cluster):
     assert done.returncode != 0 and "InvalidAuthToken" in done.stderr and "CPU" not in done.stdout
 
 
-def listening(pids: list[int]) -> dict[tuple[str, int], str]:
-    """(address, port) -> process name of what these processes listen on."""
-    import psutil
-
-    found = {}
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """(address, port) of all that these processes listen on, as Linux tells it."""
+    sockets = set()
     for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            for socket in process.net_connections(kind="inet"):
-                if socket.status == psutil.CONN_LISTEN:
-                    found[socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port] = process.name()
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(FileNotFoundError, PermissionError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    sockets.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add((str(ip_address(b"".join(words))).removeprefix("::ffff:"), int(port, 16)))
     return found
 
 
 def test_the_dashboard_listens_on_the_loopback_only(cluster):
-    from cluster.nodes import descendants
-
     head = cluster.nodes[0].process.pid
     found = listening([head, *descendants(head)])
+    assert len(found) > 5
     assert {address for address, port in found if port == cluster.dashboard_port} == {"127.0.0.1"}, found
 
 
@@ -282,7 +287,7 @@ def test_no_unsafe_reader_is_in_the_code():
 
     forbidden = re.compile(
         r"\bimport pickle\b|pickle\.loads?\(|yaml\.(load|unsafe_load|full_load)\(|weights_only=False|allow_pickle=True|"
-        r"\beval\(|\bexec\(|joblib|\bshelve\b|\bmarshal\b|from xml\.etree\.ElementTree import (?!ParseError)|"
+        r"\beval\(|\bexec\(|joblib|\bshelve\b|\bmarshal\b|from xml\.etree\.ElementTree import (?!Element\b|ParseError\b)|"
         r"import xml\.etree|xml\.dom|extractall\(|shell=True|os\.system\("
     )
     for file in [*(ROOT / "i3cl").rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "cluster").glob("*.py")]:
