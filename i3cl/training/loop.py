@@ -227,7 +227,7 @@ class Trainer:
         """Continue from a checkpoint directory that `save` wrote."""
         try:
             state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        except (UnpicklingError, RuntimeError, EOFError) as error:
             reason = "holds more than tensors and numbers" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
             raise UserError(f"{folder / STATE / 'state.pt'}: cannot be continued from ({reason}); give another name=…") from error
         self.step = state["step"]
