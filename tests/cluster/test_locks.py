@@ -120,7 +120,8 @@ def listening(pids: list[int]) -> set[tuple[str, int]]:
             if state == "0A" and f"socket:[{inode}]" in sockets:
                 address, port = local.split(":")
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
-                found.add((str(ip_address(b"".join(words))).removeprefix("::ffff:"), int(port, 16)))
+                ip = ip_address(b"".join(words))
+                found.add((str(getattr(ip, "ipv4_mapped", None) or ip), int(port, 16)))
     return found
 
 
@@ -210,6 +211,16 @@ def test_weights_from_elsewhere_run_no_code(trap, tiny_settings, tmp_path):
     assert not sprung.exists() and not (tmp_path / "converted").exists()
 
 
+def test_a_member_that_is_no_safetensors_is_told_before_actors_start(trap, tiny_settings, tiny_checkpoints, tmp_path):
+    from i3cl.labelling.predict import checkpoint_hash
+
+    weights, sprung = trap
+    with pytest.raises(UserError, match=r"weights\.safetensors: not a readable safetensors file; give") as caught:
+        checkpoint_hash(str(trapped_checkpoint(tiny_settings, tmp_path / "checkpoint", weights)))
+    assert "\n" not in str(caught.value) and not sprung.exists()
+    assert len(checkpoint_hash(tiny_checkpoints["a"])) == 64
+
+
 def test_a_state_of_training_runs_no_code(trap, tiny_settings, tmp_path):
     from i3cl.training.loop import STATE, Trainer
 
@@ -227,7 +238,7 @@ def test_a_state_of_training_runs_no_code(trap, tiny_settings, tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("entry", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("label", "backbone"))])
+@pytest.mark.parametrize("entry", ["label", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "backbone"))])
 def test_a_job_given_such_a_file_ends_with_status_2_and_one_line(trap, tiny_settings, tmp_path, entry):
     """Through the workers of a real Ray: nothing is retried, nothing runs."""
     weights, sprung = trap
