@@ -216,7 +216,10 @@ _VALIDATION = "label.source={annotations: %s/set.json, images: %s/images}"
             "runs/sweep/best.yaml",
         ),
         ("predict.py --checkpoint CHECKPOINT --images SET/images --out SHARED/predicted", "predicted/art.json"),
-        ("selftrain.py --config every.yaml name=circle synthetic=null train.steps=6 train.checkpoint_every=3", "runs/circle/report.html"),
+        (
+            "selftrain.py --config every.yaml name=circle synthetic=null train.steps=6 train.checkpoint_every=3",
+            "runs/circle/report.html",
+        ),
         ("ablation.py --config grid/plain.yaml --seeds 0 name=grid", "runs/grid/ablation.json"),
         ("benchmark.py step --runs 1 --side 64", None),
     ],
