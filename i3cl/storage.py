@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 UNFINISHED = "_unfinished"
 """Empty file in a folder on S3 while ``atomic_directory`` uploads it: S3 cannot move a folder at once."""
 
+_UPLOADED_CODE = "/runtime_resources/working_dir_files/"
+"""In the path of the folder where Ray unpacks the code of a submitted job, on every node anew, and which it removes."""
+
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -111,7 +114,7 @@ def write_bytes_atomic(url: str, data: bytes) -> None:
             # A single put appears at once; anything larger goes up as parts that appear together at the end.
             _s3().pipe_file(_key(url), data)
             return
-        path = Path(_local(url))
+        path = _kept(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile: that would make the file readable for its owner only.
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
@@ -136,7 +139,7 @@ def atomic_file(url: str) -> Iterator[IO[bytes]]:
     """A file to write piece by piece, put in place when the block ends and removed when it raises. Makes the folders."""
     remote = is_remote(url)
     with _user_errors(url):
-        folder = None if remote else Path(_local(url)).parent
+        folder = None if remote else _kept(url).parent
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
@@ -159,7 +162,7 @@ def make_dirs(url: str) -> None:
     """Make a folder and its parents; on S3, where folders are only prefixes, nothing is to be done."""
     if not is_remote(url):
         with _user_errors(url):
-            os.makedirs(_local(url), exist_ok=True)
+            os.makedirs(_kept(url), exist_ok=True)
 
 
 def list_dir(url: str) -> list[str]:
@@ -229,7 +232,7 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
     remote = is_remote(url)
     if not replace and _occupied(url):
         raise UserError(f"{url}: exists already; choose another name or remove it")
-    target = None if remote else Path(_local(url))
+    target = None if remote else _kept(url)
     with _user_errors(url):
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -293,6 +296,18 @@ def _occupied(url: str) -> bool:
 
 def _local(url: str) -> str:
     return os.path.expanduser(_SCHEME.sub("", url))
+
+
+def _kept(url: str) -> Path:
+    """The local path of what is to be written. UserError where it would be lost: below the uploaded code of a submitted job."""
+    path = Path(_local(url))
+    _, uploaded, below = os.path.abspath(path).partition(_UPLOADED_CODE)
+    if uploaded:
+        raise UserError(
+            f"{below.partition('/')[2]}: a relative path of a submitted job lies in a temporary copy of the code and would be "
+            "lost; give a path that all nodes share or an s3:// URL (storage=… or --out …)"
+        )
+    return path
 
 
 def _key(url: str) -> str:

@@ -18,33 +18,36 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.data.images import ImageError, decode_image
 
-    files: list[Path] = []
-    for given in map(Path, options.images):
-        if not given.exists():
+    files: list[str] = []
+    for given in options.images:
+        if not storage.exists(given):
             raise UserError(f"{given}: no such image or folder")
-        files += sorted(p for p in given.iterdir() if p.suffix.lower() in SUFFIXES) if given.is_dir() else [given]
+        names = storage.list_dir(given) if storage.is_dir(given) else [""]
+        files += [storage.join(given, name) for name in names if not name or Path(name).suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{options.images[0]}: has no image ({', '.join(sorted(SUFFIXES))})")
     model = i3cl.load(options.checkpoint)
-    out = Path(options.out)
+    out = options.out
+    storage.make_dirs(out)
     art: dict[str, list] = {}
     coco: list[dict] = []
     bad: list[str] = []
     for number, file in enumerate(files, 1):
         try:
-            image = decode_image(str(file))
+            image = decode_image(file)
         except ImageError as error:
             bad.append(str(error))
             continue
         found = i3cl.detect(model, [image], options.score)[0]
-        digits = re.findall(r"\d+", file.stem)
-        art[f"res_{digits[-1] if digits else file.stem}"] = found.to_art(options.score)
+        stem = Path(file).stem
+        digits = re.findall(r"\d+", stem)
+        art[f"res_{digits[-1] if digits else stem}"] = found.to_art(options.score)
         coco += found.to_coco(int(digits[-1]) if digits else number)
         drawn = cv2.cvtColor(found.draw(image), cv2.COLOR_RGB2BGR)
-        storage.write_bytes_atomic(str(out / "pictures" / f"{file.stem}.jpg"), cv2.imencode(".jpg", drawn)[1].tobytes())
-        print(f"{number}/{len(files)} {file.name}: {len(found)} texts", flush=True)
-    storage.write_text_atomic(str(out / "art.json"), json.dumps(art))
-    storage.write_text_atomic(str(out / "coco.json"), json.dumps(coco))
+        storage.write_bytes_atomic(storage.join(out, "pictures", f"{stem}.jpg"), cv2.imencode(".jpg", drawn)[1].tobytes())
+        print(f"{number}/{len(files)} {Path(file).name}: {len(found)} texts", flush=True)
+    storage.write_text_atomic(storage.join(out, "art.json"), json.dumps(art))
+    storage.write_text_atomic(storage.join(out, "coco.json"), json.dumps(coco))
     for reason in bad:
         print(f"skipped {reason}")
     print(f"{len(files) - len(bad)} images, {len(coco)} texts: {out}")

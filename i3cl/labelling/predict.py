@@ -7,6 +7,7 @@ image that cannot be read does not stop the job: its reason becomes its rows' `e
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _CHECKPOINT = ("settings.yaml", "weights.safetensors")
 """The files of a checkpoint that decide what it predicts."""
 _TOGETHER_BYTES = 4 << 30
 """Weights that any GPU in use today holds beside the working memory of one network."""
+_HEADER_BYTES = 100_000_000
+"""The longest header that safetensors reads."""
 _EARLY = 500
 """Images from which the share of errors so far may stop a job."""
 _SHOWN = 5
@@ -69,7 +72,7 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
 
 
 def checkpoint_hash(path: str) -> str:
-    """SHA-256 of a checkpoint's settings and weights. UserError when it is no checkpoint."""
+    """SHA-256 of a checkpoint's settings and weights. UserError when it is no checkpoint or its weights are no safetensors."""
     digest = hashlib.sha256()
     for name in _CHECKPOINT:
         file = storage.join(path, name)
@@ -78,7 +81,20 @@ def checkpoint_hash(path: str) -> str:
         with storage.open_read(file) as stream:
             while data := stream.read(1 << 22):
                 digest.update(data)
+    _check_weights(storage.join(path, _CHECKPOINT[1]))
     return digest.hexdigest()
+
+
+def _check_weights(file: str) -> None:
+    """UserError when a file does not begin as safetensors do: told here, before actors start and break on it."""
+    with storage.open_read(file) as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        try:
+            ok = 2 <= size <= _HEADER_BYTES and isinstance(json.loads(stream.read(size)), dict)
+        except ValueError:
+            ok = False
+    if not ok:
+        raise UserError(f"{file}: not a readable safetensors file; give a checkpoint that train.py or prepare.py convert wrote")
 
 
 def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, str], ...]:

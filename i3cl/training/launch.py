@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from i3cl import observe, storage
 from i3cl.config import Settings, UserError, to_yaml, with_overrides
@@ -187,7 +188,7 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
             # Ray counts the failures of a whole run, which on machines that vanish grow with its length.
             if _last_step(run) <= step:
                 raise
-    stopped = (result.return_value or {}).get("stopped")  # type: ignore[attr-defined]
+    stopped = (result.return_value or {}).get("stopped")
     if stopped:
         return stopped
     ranked = result.best_checkpoints or []
@@ -251,7 +252,11 @@ def claim(run: str, settings: Settings, sections: tuple[str, ...]) -> None:
         storage.write_text_atomic(path, to_yaml(settings))
         return
     # Through the tree, so that a setting which is newer than that run counts with its default.
-    there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
+    try:
+        there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
+    except (yaml.YAMLError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: holds no settings ({reason}); give another name=… or remove it") from None
     here = settings.model_dump(mode="json")
     for section in sections:
         difference = _first_difference(there.get(section), here[section], section)

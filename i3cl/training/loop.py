@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,6 +71,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(settings.train.seed)
 
     try:
+        if not storage.exists(storage.join(config["run"], "settings.yaml")):  # the driver has written it
+            raise UserError(
+                f"storage: {config['run']} is not there on {socket.gethostname()}; give a folder that all machines of the "
+                "cluster share or an s3:// URL"
+            )
         trainer = prepare(settings, device, rank, workers, config["run"])
     except UserError as error:
         if workers > 1:
@@ -78,7 +85,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            trainer.restore(Path(folder))
+            try:
+                trainer.restore(Path(folder))
+            except UserError as error:  # the same in every worker
+                return {"stopped": str(error)}
     if rank == 0:
         observe.training_started(config["run"], workers)
     where = observe.place(config["run"], "train")
@@ -224,7 +234,11 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint directory that `save` wrote."""
-        state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            reason = "holds more than tensors and numbers" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
+            raise UserError(f"{folder / STATE / 'state.pt'}: cannot be continued from ({reason}); give another name=…") from error
         self.step = state["step"]
         if self.average is not None:
             self.model.load_state_dict(state["model"])

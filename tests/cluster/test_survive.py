@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 
-from cluster.faults import Labelling, Training, make_checkpoint, make_data, source_arguments
-from cluster.nodes import LocalCluster, namespaces_refused
+from cluster.faults import Labelling, Training, make_checkpoint, make_data
+from cluster.nodes import namespaces_refused
 
 REFUSED = namespaces_refused()
 
