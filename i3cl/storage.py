@@ -2,12 +2,14 @@
 
 S3 settings come from the usual environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_REGION. What the user can put right (a missing file, no permission, no credentials) is a ``UserError``
-that names the path.
+that names the path, ``AccessError`` when it is about the whole of S3; a network that stays away ends in ``NoAnswer``
+after the repeats of `s3`.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import posixpath
 import re
@@ -17,12 +19,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
+import pyarrow.fs
+
+from i3cl import s3
 from i3cl.config import UserError
+from i3cl.s3 import AccessError, NoAnswer
 
-if TYPE_CHECKING:
-    import pyarrow.fs
+__all__ = ["AccessError", "NoAnswer"]
 
 UNFINISHED = "_unfinished"
 """Empty file in a folder on S3 while ``atomic_directory`` uploads it: S3 cannot move a folder at once."""
@@ -57,42 +62,38 @@ def absolute(url: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or a folder is there (on S3 a folder is there when something lies under it)."""
+    """Whether a file or a folder is there (on S3 a folder is there when something lies under it: at most two requests)."""
     if not is_remote(url):
         return os.path.exists(_local(url))
-    with _user_errors(url):
-        return bool(_s3().exists(_key(url)))
+    return is_file(url) or is_dir(url)
 
 
 def is_file(url: str) -> bool:
-    """Whether a file is there."""
-    if not is_remote(url):
-        return os.path.isfile(_local(url))
-    with _user_errors(url):
-        return bool(_s3().isfile(_key(url)))
+    """Whether a file is there; on S3 one request."""
+    return s3.head(url) is not None if is_remote(url) else os.path.isfile(_local(url))
 
 
 def is_dir(url: str) -> bool:
-    """Whether a folder is there."""
-    if not is_remote(url):
-        return os.path.isdir(_local(url))
-    with _user_errors(url):
-        return bool(_s3().isdir(_key(url)))
+    """Whether a folder is there; on S3 one request, however many files it has."""
+    return bool(s3.some_keys(url)) or not s3.split(url)[1] if is_remote(url) else os.path.isdir(_local(url))
 
 
 def open_read(url: str) -> IO[bytes]:
     """Binary reader, seekable, to be closed by the caller. UserError when there is no such file."""
+    if is_remote(url):
+        found = s3.head(url)
+        if found is None:
+            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
+        return io.BufferedReader(s3.Reader(found))
     with _user_errors(url):
-        if is_remote(url):
-            return _s3().open(_key(url), "rb")
         return open(_local(url), "rb")
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file. UserError when there is no such file."""
+    """The whole file; on S3 one request up to 16 MiB. UserError when there is no such file."""
+    if is_remote(url):
+        return s3.read(url)
     with _user_errors(url):
-        if is_remote(url):
-            return bytes(_s3().cat_file(_key(url)))
         return Path(_local(url)).read_bytes()
 
 
@@ -106,11 +107,10 @@ def read_text(url: str) -> str:
 
 def write_bytes_atomic(url: str, data: bytes) -> None:
     """Write a file so that readers see the old content or the new one, never a part. Makes the folders."""
+    if is_remote(url):
+        s3.put(url, data)
+        return
     with _user_errors(url):
-        if is_remote(url):
-            # A single put appears at once; anything larger goes up as parts that appear together at the end.
-            _s3().pipe_file(_key(url), data)
-            return
         path = Path(_local(url))
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile: that would make the file readable for its owner only.
@@ -144,11 +144,12 @@ def atomic_file(url: str) -> Iterator[IO[bytes]]:
         with open(work / "file", "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if folder is not None:
+                os.fsync(file.fileno())
+        if folder is None:
+            s3.upload(work / "file", url)
+            return
         with _user_errors(url):
-            if folder is None:
-                _s3().put_file(str(work / "file"), _key(url))
-                return
             os.replace(work / "file", _local(url))
             _fsync_folder(folder)
     finally:
@@ -163,24 +164,28 @@ def make_dirs(url: str) -> None:
 
 
 def list_dir(url: str) -> list[str]:
-    """Sorted names (not paths) of what lies directly in a folder; empty when there is no such folder."""
+    """Sorted names (not paths) of what lies directly in a folder; empty when there is no such folder.
+
+    On S3 a request for every thousand names, whatever lies deeper.
+    """
+    if is_remote(url):
+        return sorted({n for files, folders in s3.pages(url, deep=False) for n in [*map(_base, files), *folders]})
     with _user_errors(url):
         try:
-            if not is_remote(url):
-                return sorted(os.listdir(_local(url)))
-            key = _key(url)
-            keys = {str(p).rstrip("/") for p in _s3().ls(key, detail=False)}
-            return sorted(posixpath.basename(k) for k in keys - {key})
+            return sorted(os.listdir(_local(url)))
         except FileNotFoundError:
             return []
 
 
 def list_files(url: str) -> set[str]:
-    """Names, relative to the folder, of all files at any depth; empty when there is no such folder."""
+    """Names, relative to the folder, of all files at any depth; empty when there is no such folder.
+
+    On S3 a request for every thousand files: not for a loop.
+    """
+    if is_remote(url):
+        skipped = len(s3.split(url)[1]) + 1 if s3.split(url)[1] else 0
+        return {found.key[skipped:] for files, _ in s3.pages(url, deep=True) for found in files}
     with _user_errors(url):
-        if is_remote(url):
-            key = _key(url)
-            return {str(p)[len(key) :].lstrip("/") for p in _s3().find(key)}
         root = _local(url)
         return {
             os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
@@ -189,13 +194,24 @@ def list_files(url: str) -> set[str]:
         }
 
 
+def _base(found: s3.Object) -> str:
+    return posixpath.basename(found.key)
+
+
 def remove_tree(url: str) -> None:
     """Remove a file or a folder with everything in it; what is not there is fine."""
+    if is_remote(url):
+        bucket, key = s3.split(url)
+        under = s3.keys(url)
+        marker = join(key, UNFINISHED)
+        if len(under) > s3.PAGE:
+            # Stopped between two requests, it must not leave what looks like a whole folder.
+            s3.put(join(url, UNFINISHED), b"")
+        s3.delete(bucket, [*([key] if is_file(url) else ()), *(k for k in under if k != marker)])
+        if marker in under or len(under) > s3.PAGE:
+            s3.delete(bucket, [marker])
+        return
     with _user_errors(url):
-        if is_remote(url):
-            if _s3().exists(_key(url)):
-                _s3().rm(_key(url), recursive=True)
-            return
         path = Path(_local(url))
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -204,18 +220,8 @@ def remove_tree(url: str) -> None:
 
 
 def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem of a path or URL and the path in it (without s3://)."""
-    import pyarrow as pa
-    import pyarrow.fs
-
-    if not is_remote(url):
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(_local(url))
-    key = _key(url)
-    try:
-        # Only the bucket goes through the URL parser: keys may hold characters that mean something in a URL.
-        return pyarrow.fs.FileSystem.from_uri("s3://" + key.split("/", 1)[0])[0], key
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url}: {_one_line(error)}") from error
+    """The pyarrow filesystem of a path or URL and the path in it (without s3://), for readers of Parquet and for Ray."""
+    return s3.arrow(url) if is_remote(url) else (pyarrow.fs.LocalFileSystem(), os.path.abspath(_local(url)))
 
 
 @contextmanager
@@ -236,10 +242,10 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent if target is not None else None))
     try:
         yield work
+        if target is None:
+            _upload(work, url)
+            return
         with _user_errors(url):
-            if target is None:
-                _upload(work, url)
-                return
             work.chmod(0o777 & ~_umask())
             for file in work.rglob("*"):
                 if file.is_file():
@@ -263,53 +269,40 @@ def local_copy(url: str) -> Iterator[Path]:
 
     UserError when it is not there.
     """
-    if not exists(url):
-        raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
     if not is_remote(url):
+        if not exists(url):
+            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
         yield Path(_local(url))
         return
     with tempfile.TemporaryDirectory(prefix="i3cl-") as folder:
-        target = Path(folder) / posixpath.basename(_key(url))
-        with _user_errors(url):
-            for name in [""] if is_file(url) else sorted(list_files(url)):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                _s3().get_file(posixpath.join(_key(url), name).rstrip("/"), str(target / name))
+        target = Path(folder) / posixpath.basename(url.rstrip("/"))
+        if not s3.download(url, target):
+            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
         yield target
 
 
 def _upload(folder: Path, url: str) -> None:
-    remove_tree(url)
-    _s3().pipe_file(_key(join(url, UNFINISHED)), b"")
-    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        _s3().put_file(str(file), _key(join(url, file.relative_to(folder).as_posix())))
-    _s3().rm_file(_key(join(url, UNFINISHED)))
+    # The marker before anything is removed or written, and away after everything: whoever is stopped leaves it.
+    marker = join(url, UNFINISHED)
+    s3.put(marker, b"")
+    bucket, key = s3.split(url)
+    s3.delete(bucket, [*([key] if is_file(url) else ()), *(k for k in s3.keys(url) if k != s3.split(marker)[1])])
+    s3.upload_all([(f, join(url, f.relative_to(folder).as_posix())) for f in sorted(folder.rglob("*")) if f.is_file()])
+    s3.delete(bucket, [s3.split(marker)[1]])
 
 
 def _occupied(url: str) -> bool:
-    if is_dir(url):
-        return bool(list_dir(url)) and not (is_remote(url) and is_file(join(url, UNFINISHED)))
-    return exists(url)
+    """Whether anything but the rest of an upload that was stopped is there."""
+    if not is_remote(url):
+        return bool(list_dir(url)) if is_dir(url) else exists(url)
+    own = s3.split(url)[1] + "/"
+    if any(key != own for key in s3.some_keys(url)):
+        return not is_file(join(url, UNFINISHED))
+    return is_file(url)
 
 
 def _local(url: str) -> str:
     return os.path.expanduser(_SCHEME.sub("", url))
-
-
-def _key(url: str) -> str:
-    """Bucket/key of an s3:// URL."""
-    key = _SCHEME.sub("", url).strip("/")
-    if not key:
-        raise UserError(f"{url}: names no bucket; write s3://bucket/path")
-    return key
-
-
-def _s3() -> Any:
-    import fsspec
-
-    # fsspec reuses a connection with equal arguments: the endpoint must be among them. Other machines write
-    # too, so listings must not be remembered.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return fsspec.filesystem("s3", endpoint_url=endpoint, use_listings_cache=False)
 
 
 _REMEDY = {
@@ -334,29 +327,13 @@ def _user_errors(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno
-        if number is None:  # s3fs sometimes gives the class only
-            kinds = {
-                FileNotFoundError: errno.ENOENT,
-                PermissionError: errno.EACCES,
-                IsADirectoryError: errno.EISDIR,
-            }
-            number = next((n for kind, n in kinds.items() if isinstance(error, kind)), None)
-        if number in _REMEDY:
-            raise UserError(f"{url}: {_REMEDY[number]}") from error
+        if error.errno in _REMEDY:
+            raise UserError(f"{url}: {_REMEDY[error.errno]}") from error
         raise
     except ValueError as error:
         if "null byte" in str(error) or "null character" in str(error):
             raise UserError(f"{url!r}: a path cannot hold a null character") from error
         raise
-    except Exception as error:
-        if type(error).__module__.startswith("botocore."):  # imported only where S3 is used
-            raise UserError(f"{url}: {_one_line(error)}; check AWS_* in the environment") from error
-        raise
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _umask() -> int:
