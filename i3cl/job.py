@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from i3cl.config import Settings, UserError, load_settings, to_yaml
+from i3cl.storage import NoAnswer
 
 Work = Callable[[Settings, argparse.Namespace], None]
 Arguments = Callable[[argparse.ArgumentParser], None]
@@ -75,6 +76,10 @@ def run(
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
+    except NoAnswer as error:
+        # From another process Ray wraps it.
+        print(f"{parser.prog}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
@@ -105,7 +110,7 @@ def connect() -> None:
         return
     started = time.perf_counter()
     workers_env = {
-        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "RAY_DATA_", "GLOO_", "NCCL_"))
+        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "I3CL_S3_", "RAY_DATA_", "GLOO_", "NCCL_"))
     }
     silent: dict[str, Any] = {"log_to_driver": os.environ.get("I3CL_WORKER_LOGS", "0") == "1", "logging_level": "ERROR"}
     environment = {"env_vars": workers_env}

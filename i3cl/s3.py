@@ -49,7 +49,7 @@ PYARROW_ATTEMPTS = 12
 _MOST_PARTS = 10_000
 PAGE = 1000
 """Keys of a listing's page and of one request that deletes: S3's limits."""
-_LOUD_AFTER = 10.0
+_LOUD_AFTER = 5.0
 _BELOW = (ResponseParserError, urllib3.exceptions.HTTPError, OSError)
 """Errors that boto3 lets through from below when a connection or an answer breaks."""
 T = TypeVar("T")
@@ -370,8 +370,10 @@ class Reader(RawIOBase):
         end = self._start + len(self._block)
         if not self._start <= self._at < end:
             ahead = min(2 * len(self._block), self.LARGEST) if self._at == end and self._block else self.SMALLEST
-            size = min(max(ahead, len(view)), self.found.size - self._at)
-            self._start, self._block = self._at, get(self.found.url, self._at, size, self.found.etag)
+            # Of a small object everything at once: whoever wants its end wants its beginning next.
+            self._start = self._at if self.found.size > self.SMALLEST else 0
+            size = min(max(ahead, len(view)), self.found.size - self._start)
+            self._block = get(self.found.url, self._start, size, self.found.etag)
         data = self._block[self._at - self._start :][: len(view)]
         view[: len(data)] = data
         self._at += len(data)
@@ -416,7 +418,7 @@ def _ask(url: str, operation: str, request: Callable[[Any], T], patience: float 
             now = time.monotonic()
             began = began or now
             wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(tries - 1, 30)))
-            reason = f"{operation} at {s3.meta.endpoint_url}: {_one_line(error)}"
+            reason = f"{operation} at {s3.meta.endpoint_url}: {_reason(error)}"
             if now + wait - began > patience:
                 raise NoAnswer(
                     f"{url}: S3 gave no right answer in {tries} tries over {now - began:.0f} s ({reason}); "
@@ -494,8 +496,14 @@ def _patience() -> float:
     return seconds
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, failures.ClientError):
+        return f"{error.response['Error'].get('Code', _status(error))}: {_one_line(error.response['Error'].get('Message', ''))}"
+    return _one_line(error)
+
+
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()) or ("no reason given" if isinstance(error, str) else type(error).__name__)
 
 
 _making = threading.Lock()
@@ -533,6 +541,8 @@ class ArrowS3(pyarrow.fs.S3FileSystem):
     def __init__(self, options: dict[str, str]) -> None:
         super().__init__(
             **options,
+            # A small file is then one request instead of three.
+            allow_delayed_open=True,
             connect_timeout=CONNECT_SECONDS,
             request_timeout=ANSWER_SECONDS,
             retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=PYARROW_ATTEMPTS),

@@ -19,8 +19,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.fs
 
 from i3cl import s3
@@ -219,8 +220,37 @@ def remove_tree(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
+def version(url: str) -> str | None:
+    """Something that changes whenever the file does, None when it is not there; on S3 one request."""
+    if is_remote(url):
+        found = s3.head(url)
+        return None if found is None else found.etag
+    with _user_errors(url):
+        try:
+            status = os.stat(_local(url))
+        except FileNotFoundError:
+            return None
+        return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
+
+def open_arrow(url: str) -> pa.NativeFile:
+    """The file for readers of pyarrow, such as Parquet's. UserError when it is not there, OSError where pyarrow has one.
+
+    On S3 by our own requests: their faults stay apart from those of the file, and nothing is asked twice.
+    """
+    return pa.PythonFile(open_read(url), mode="r") if is_remote(url) else pa.OSFile(os.path.abspath(_local(url)))
+
+
+def for_ray(url: str) -> dict[str, Any]:
+    """``storage_path`` and ``storage_filesystem`` of Ray's RunConfig for a folder: its own client would retry but three times."""
+    if not is_remote(url):
+        return {"storage_path": url}
+    given, path = filesystem(url)
+    return {"storage_path": path, "storage_filesystem": given}
+
+
 def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem of a path or URL and the path in it (without s3://), for readers of Parquet and for Ray."""
+    """The pyarrow filesystem of a path or URL and the path in it (without s3://), for Ray and for tables of many files."""
     return s3.arrow(url) if is_remote(url) else (pyarrow.fs.LocalFileSystem(), os.path.abspath(_local(url)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -141,11 +142,11 @@ def _s3_proxy(s3_server):
 
 @pytest.fixture
 def bucket(_s3_proxy, s3_server, monkeypatch):
-    """A new, empty bucket: `url`, and the `proxy` before the server, which counts requests and can break them.
+    """An empty bucket: `url`, and the `proxy` before the server, which counts requests and can break them.
 
     The environment points to it as a user's would.
     """
-    from s3.server import Bucket
+    from s3.server import BUCKET, Bucket
 
     _s3_proxy.reset()
     for key in [key for key in os.environ if key.startswith("AWS_")]:
@@ -153,5 +154,5 @@ def bucket(_s3_proxy, s3_server, monkeypatch):
     for key, value in s3_server.environment(_s3_proxy.url).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("I3CL_S3_PATIENCE", "30")
-    yield Bucket(s3_server.make_bucket(), _s3_proxy)
+    yield Bucket(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", _s3_proxy)
     _s3_proxy.reset()

@@ -280,7 +280,7 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
         run_config=tune.RunConfig(
             # A name for every session: what was done before is in the ledger, not in Tune's state.
             name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=storage.join(run, "tune"),
+            **storage.for_ray(storage.join(run, "tune")),
             callbacks=[watch],
             stop=trials.GpuHours(given.max_gpu_hours, gpus, spent),
             verbose=0,

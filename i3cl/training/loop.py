@@ -31,6 +31,8 @@ from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 STATE = "training"
 """Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+REMOTE_EVERY = 30.0
+"""Seconds between two versions of the log on S3; a checkpoint brings one of its own."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
 """What the network trains on: an image and its target."""
 T = TypeVar("T")
@@ -119,6 +121,7 @@ class MetricsLog:
     enabled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     _events: Any = None
+    _flushed: float = -math.inf
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -139,10 +142,11 @@ class MetricsLog:
         if self.enabled and lines and not self.rows:
             self.rows.append({"step": 0, "notes": lines})
 
-    def flush(self) -> None:
-        """Write everything so far, whole."""
-        if not self.enabled:
+    def flush(self, now: bool = True) -> None:
+        """Write everything so far, whole; with now=False on S3, where each time sends it all, twice a minute at most."""
+        if not self.enabled or (not now and storage.is_remote(self.run) and time.monotonic() - self._flushed < REMOTE_EVERY):
             return
+        self._flushed = time.monotonic()
         storage.write_text_atomic(storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._events is not None:
             self._events.flush()
@@ -241,7 +245,7 @@ class Trainer:
                 if checkpoint:
                     row |= self.validate()
                 self.log.add(row)
-                self.log.flush()
+                self.log.flush(checkpoint)
                 if checkpoint:
                     report({key: value for key, value in row.items() if isinstance(value, int | float)}, self.step)
                 since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from s3.proxy import FaultProxy
 
-KEY, SECRET = "testkey", "testsecret"
+BUCKET, KEY, SECRET = "tests", "testkey", "testsecret"
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket as a test sees it."""
+    """A bucket, empty as a test sees it: a new folder of the server's only one, as each bucket takes space of its own."""
 
     url: str
     proxy: FaultProxy
@@ -48,7 +47,8 @@ class WeedServer:
         program = weed()
         assert program is not None
         command = [program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        command += ["-filer", "-s3", f"-s3.config={config}", "-volume.max=40", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false"]
+        command += ["-filer", "-s3", f"-s3.config={config}"]
+        command += ["-volume.max=40", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false"]
         command += ["-s3.port.iceberg=0", "-master.telemetry=false"]
         command += [f"-{part}={port}" for part, port in ports.items()]
         self.log = folder / "weed.log"
@@ -68,19 +68,15 @@ class WeedServer:
         session = boto3.session.Session(KEY, SECRET, region_name="us-east-1")
         return session.client("s3", endpoint_url=self.url, config=config)
 
-    def make_bucket(self) -> str:
-        """The URL of a new bucket."""
-        name = f"test-{uuid.uuid4().hex[:12]}"
-        self.client().create_bucket(Bucket=name)
-        return f"s3://{name}"
-
     def wait(self, seconds: float = 60.0) -> None:
-        """Until a bucket can be made and written."""
+        """Until the bucket can be made and written."""
         end = time.monotonic() + seconds
         while True:
             try:
-                name = self.make_bucket().removeprefix("s3://")
-                self.client().put_object(Bucket=name, Key="x", Body=b"x")
+                client = self.client()
+                if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                    client.create_bucket(Bucket=BUCKET)
+                client.put_object(Bucket=BUCKET, Key="x", Body=b"x")
                 return
             except (BotoCoreError, ClientError) as error:
                 if self.process.poll() is not None or time.monotonic() > end:
