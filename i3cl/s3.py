@@ -256,13 +256,13 @@ def upload(path: Path, url: str) -> None:
 
 
 def upload_all(files: Sequence[tuple[Path, str]]) -> None:
-    """Put local files, small ones side by side."""
-    small = [pair for pair in files if pair[0].stat().st_size <= PART]
+    """Put local files: small ones side by side, then large ones one after the other, each in parts side by side."""
+    large = {path for path, _ in files if path.stat().st_size > PART}
     with _pool() as pool:
-        _each(pool, lambda pair: upload(*pair), small)
-    for pair in files:
-        if pair not in small:
-            upload(*pair)
+        _each(pool, lambda pair: upload(*pair), [pair for pair in files if pair[0] not in large])
+    for path, url in files:
+        if path in large:
+            upload(path, url)
 
 
 def _put_parts(url: str, size: int, part: Callable[[int, int], bytes]) -> None:
@@ -279,7 +279,8 @@ def _put_parts(url: str, size: int, part: Callable[[int, int], bytes]) -> None:
     def send(number: int) -> dict[str, Any]:
         body = part((number - 1) * length, length)
         sent = _told_ask(url, "UploadPart", lambda s3: s3.upload_part(**upload, PartNumber=number, Body=body))
-        return {"PartNumber": number} | {name: sent[name] for name in ("ETag", "ChecksumCRC32") if name in sent}
+        checks = {name: value for name, value in sent.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        return {"PartNumber": number, "ETag": sent["ETag"]} | checks
 
     try:
         with _pool() as pool:

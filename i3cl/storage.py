@@ -297,7 +297,7 @@ def is_complete(url: str) -> bool:
 def local_copy(url: str) -> Iterator[Path]:
     """A file or folder as a local path: itself when it is local, else downloaded for the time of the block.
 
-    UserError when it is not there.
+    UserError when it is not there, or as a whole not there yet.
     """
     if not is_remote(url):
         if not exists(url):
@@ -308,6 +308,8 @@ def local_copy(url: str) -> Iterator[Path]:
         target = Path(folder) / posixpath.basename(url.rstrip("/"))
         if not s3.download(url, target):
             raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
+        if (target / UNFINISHED).exists():
+            raise UserError(f"{url}: its upload was stopped half-way; write it again")
         yield target
 
 

@@ -362,7 +362,7 @@ def _students(
     thresholds, checkpoints = {}, {}
     for name, values, copy in (("best", best.values, best.copy), ("default", present, 0)):
         folder = student_folder(run, values, copy)
-        if not storage.exists(storage.join(folder, "student", "best", "metrics.json")):
+        if not storage.is_complete(storage.join(folder, "student", "best")):
             print(f"{settings.name}: training the student of the {name} settings to its end", flush=True)
             train_student(values, trials.for_student(settings, search_part), folder, ())
         thresholds[name] = student_metrics(folder)["threshold"]
