@@ -49,7 +49,7 @@ class WeedServer:
         command = [program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += ["-filer", "-s3", f"-s3.config={config}"]
         command += ["-volume.max=40", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false"]
-        command += ["-s3.port.iceberg=0", "-master.telemetry=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         command += [f"-{part}={port}" for part, port in ports.items()]
         self.log = folder / "weed.log"
         with open(self.log, "wb") as log:
