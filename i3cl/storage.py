@@ -9,7 +9,6 @@ after the repeats of `s3`.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import posixpath
 import re
@@ -17,7 +16,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,12 +27,18 @@ import pyarrow.fs
 
 from i3cl import s3
 from i3cl.config import UserError
-from i3cl.s3 import AccessError, NoAnswer
+from i3cl.s3 import AccessError, Changed, Missing, NoAnswer
 
 __all__ = ["AccessError", "NoAnswer"]
 
 UNFINISHED = "_unfinished"
 """Empty file in a folder on S3 while ``atomic_directory`` uploads it: S3 cannot move a folder at once."""
+_BLOCK = 256 << 10
+"""Bytes that a reader on S3 asks for beyond those it needs."""
+_FILES = 8
+"""Files of a folder that travel at a time, each by up to s3.PARTS * s3.PART bytes (256 MiB in all)."""
+_PAGE = 1000
+"""Keys of one request that deletes: S3's limit."""
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 
@@ -71,29 +78,31 @@ def exists(url: str) -> bool:
 
 def is_file(url: str) -> bool:
     """Whether a file is there; on S3 one request."""
-    return s3.head(url) is not None if is_remote(url) else os.path.isfile(_local(url))
+    return version(url) is not None if is_remote(url) else os.path.isfile(_local(url))
 
 
 def is_dir(url: str) -> bool:
     """Whether a folder is there; on S3 one request, however many files it has."""
-    return bool(s3.some_keys(url)) or not s3.split(url)[1] if is_remote(url) else os.path.isdir(_local(url))
+    return bool(_some_keys(url)) or not s3.split(url)[1] if is_remote(url) else os.path.isdir(_local(url))
 
 
 def open_read(url: str) -> IO[bytes]:
     """Binary reader, seekable, to be closed by the caller. UserError when there is no such file."""
     if is_remote(url):
-        found = s3.head(url)
-        if found is None:
-            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
-        return io.BufferedReader(s3.Reader(found))
+        file = s3.ask(url, lambda fs: fs.open(_path(url), "rb", block_size=_BLOCK, cache_type="readahead"))
+        if file.details["type"] != "file":
+            raise UserError(f"{url}: {_REMEDY[errno.EISDIR]}")
+        # Every range that it reads is one call, of the version that was there when it was opened.
+        file.cache.fetcher = lambda start, end: s3.ask(url, lambda _: file._fetch_range(start, end))
+        return file
     with _user_errors(url):
         return open(_local(url), "rb")
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file; on S3 one request up to 16 MiB. UserError when there is no such file."""
+    """The whole file; on S3 one request. UserError when there is no such file."""
     if is_remote(url):
-        return s3.read(url)
+        return s3.ask(url, lambda fs: fs.cat_file(_path(url), max_concurrency=1))
     with _user_errors(url):
         return Path(_local(url)).read_bytes()
 
@@ -109,7 +118,7 @@ def read_text(url: str) -> str:
 def write_bytes_atomic(url: str, data: bytes) -> None:
     """Write a file so that readers see the old content or the new one, never a part. Makes the folders."""
     if is_remote(url):
-        s3.put(url, data)
+        s3.ask(url, lambda fs: fs.pipe_file(_path(url), data, chunksize=s3.PART))
         return
     with _user_errors(url):
         path = Path(_local(url))
@@ -148,7 +157,7 @@ def atomic_file(url: str) -> Iterator[IO[bytes]]:
             if folder is not None:
                 os.fsync(file.fileno())
         if folder is None:
-            s3.upload(work / "file", url)
+            _put(work / "file", url)
             return
         with _user_errors(url):
             os.replace(work / "file", _local(url))
@@ -167,10 +176,12 @@ def make_dirs(url: str) -> None:
 def list_dir(url: str) -> list[str]:
     """Sorted names (not paths) of what lies directly in a folder; empty when there is no such folder.
 
-    On S3 a request for every thousand names, whatever lies deeper.
+    On S3 a request for every thousand names, whatever lies deeper, and one before.
     """
     if is_remote(url):
-        return sorted({n for files, folders in s3.pages(url, deep=False) for n in [*map(_base, files), *folders]})
+        # Of an empty folder s3fs would list the one above.
+        found = s3.ask(url, lambda fs: fs.ls(_path(url), detail=False)) if is_dir(url) else []
+        return sorted({posixpath.basename(name) for name in found if not name.endswith("/")})
     with _user_errors(url):
         try:
             return sorted(os.listdir(_local(url)))
@@ -184,8 +195,7 @@ def list_files(url: str) -> set[str]:
     On S3 a request for every thousand files: not for a loop.
     """
     if is_remote(url):
-        skipped = len(s3.split(url)[1]) + 1 if s3.split(url)[1] else 0
-        return {found.key[skipped:] for files, _ in s3.pages(url, deep=True) for found in files}
+        return set(_versions(url))
     with _user_errors(url):
         root = _local(url)
         return {
@@ -195,22 +205,10 @@ def list_files(url: str) -> set[str]:
         }
 
 
-def _base(found: s3.Object) -> str:
-    return posixpath.basename(found.key)
-
-
 def remove_tree(url: str) -> None:
     """Remove a file or a folder with everything in it; what is not there is fine."""
     if is_remote(url):
-        bucket, key = s3.split(url)
-        under = s3.keys(url)
-        marker = join(key, UNFINISHED)
-        if len(under) > s3.PAGE:
-            # Stopped between two requests, it must not leave what looks like a whole folder.
-            s3.put(join(url, UNFINISHED), b"")
-        s3.delete(bucket, [*([key] if is_file(url) else ()), *(k for k in under if k != marker)])
-        if marker in under or len(under) > s3.PAGE:
-            s3.delete(bucket, [marker])
+        _clear(url, unfinished=False)
         return
     with _user_errors(url):
         path = Path(_local(url))
@@ -223,8 +221,11 @@ def remove_tree(url: str) -> None:
 def version(url: str) -> str | None:
     """Something that changes whenever the file does, None when it is not there; on S3 one request."""
     if is_remote(url):
-        found = s3.head(url)
-        return None if found is None else found.etag
+        bucket, key = s3.split(url)
+        try:
+            return s3.ask(url, lambda fs: fs.call_s3("head_object", Bucket=bucket, Key=key)["ETag"]) if key else None
+        except Missing:
+            return None
     with _user_errors(url):
         try:
             status = os.stat(_local(url))
@@ -306,8 +307,7 @@ def local_copy(url: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="i3cl-") as folder:
         target = Path(folder) / posixpath.basename(url.rstrip("/"))
-        if not s3.download(url, target):
-            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
+        _get(url, target)
         if (target / UNFINISHED).exists():
             raise UserError(f"{url}: its upload was stopped half-way; write it again")
         yield target
@@ -315,12 +315,77 @@ def local_copy(url: str) -> Iterator[Path]:
 
 def _upload(folder: Path, url: str) -> None:
     # The marker before anything is removed or written, and away after everything: whoever is stopped leaves it.
-    marker = join(url, UNFINISHED)
-    s3.put(marker, b"")
+    _clear(url, unfinished=True)
+    files = [(file, join(url, file.relative_to(folder).as_posix())) for file in sorted(folder.rglob("*")) if file.is_file()]
+    with ThreadPoolExecutor(_FILES) as pool:
+        list(pool.map(lambda file: _put(*file), files))
+    s3.ask(url, lambda fs: fs.rm_file(_path(join(url, UNFINISHED))))
+
+
+def _put(file: Path, url: str) -> None:
+    s3.ask(url, lambda fs: fs.put_file(str(file), _path(url), chunksize=s3.PART))
+
+
+def _get(url: str, target: Path) -> None:
+    """Copy an object, or all objects under a folder, to the local path. Missing when there is neither."""
+    single = version(url)
+    found = {"": single} if single else _versions(url)
+    if not found:
+        raise Missing(f"{url}: {_REMEDY[errno.ENOENT]}")
+
+    def get(name: str) -> None:
+        path, place = target / name, join(url, name)
+        if ".." in path.parts:
+            raise UserError(f"{place}: its name leaves the folder; rename it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.ask(place, lambda fs: fs.get_file(_path(place), str(path)))
+        # The parts of a large one are requests of their own.
+        if path.stat().st_size > s3.PART and version(place) != found[name]:
+            raise Changed(f"{place}: was written anew while it was read")
+
+    with _user_errors(url), ThreadPoolExecutor(_FILES) as pool:
+        list(pool.map(get, found))
+
+
+def _clear(url: str, *, unfinished: bool) -> None:
+    """Remove a file or a folder; unfinished: leave it with the marker of one that is not whole."""
+    path, marker = _path(url), _path(join(url, UNFINISHED))
+    keys = set(s3.ask(url, lambda fs: fs.find(path))) | ({path} if is_file(url) else set())
+    # Of several requests that delete, none before the folder says that it is no whole one.
+    if unfinished or len(keys) > _PAGE:
+        s3.ask(url, lambda fs: fs.pipe_file(marker, b""))
+        keys.add(marker)
+    rest = sorted(keys - {marker})
+    for some in [rest[first : first + _PAGE] for first in range(0, len(rest), _PAGE)]:
+        wanted = {"Objects": [{"Key": key.partition("/")[2]} for key in some], "Quiet": True}
+        answer = s3.ask(url, partial(_delete, s3.split(url)[0], wanted))
+        # Each by itself: it then says why, or succeeds a little later.
+        for key in [s3.split(url)[0] + "/" + error["Key"] for error in answer.get("Errors", ())]:
+            s3.ask(f"s3://{key}", partial(_remove, key))
+    if marker in keys and not unfinished:
+        s3.ask(url, lambda fs: fs.rm_file(marker))
+
+
+def _delete(bucket: str, wanted: dict[str, Any], fs: Any) -> dict[str, Any]:
+    return fs.call_s3("delete_objects", Bucket=bucket, Delete=wanted)
+
+
+def _remove(key: str, fs: Any) -> None:
+    fs.rm_file(key)
+
+
+def _some_keys(url: str) -> list[str]:
+    """Two of the keys under the folder `url`, as far as there are. One request."""
     bucket, key = s3.split(url)
-    s3.delete(bucket, [*([key] if is_file(url) else ()), *(k for k in s3.keys(url) if k != s3.split(marker)[1])])
-    s3.upload_all([(f, join(url, f.relative_to(folder).as_posix())) for f in sorted(folder.rglob("*")) if f.is_file()])
-    s3.delete(bucket, [s3.split(marker)[1]])
+    page = s3.ask(url, lambda fs: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key + "/" if key else "", MaxKeys=2))
+    return [found["Key"] for found in page.get("Contents", ())]
+
+
+def _versions(url: str) -> dict[str, str]:
+    """Name in the folder -> version of all its objects at any depth, but those that only stand for a folder."""
+    path = _path(url) + "/"
+    found = s3.ask(url, lambda fs: fs.find(path, detail=True))
+    return {name[len(path) :]: at["ETag"] for name, at in found.items() if name.startswith(path) and name[-1] != "/"}
 
 
 def _occupied(url: str) -> bool:
@@ -328,9 +393,14 @@ def _occupied(url: str) -> bool:
     if not is_remote(url):
         return bool(list_dir(url)) if is_dir(url) else exists(url)
     own = s3.split(url)[1] + "/"
-    if any(key != own for key in s3.some_keys(url)):
+    if any(key != own for key in _some_keys(url)):
         return not is_file(join(url, UNFINISHED))
     return is_file(url)
+
+
+def _path(url: str) -> str:
+    """Bucket and key as s3fs writes them."""
+    return "/".join(s3.split(url)).rstrip("/")
 
 
 def _local(url: str) -> str:

@@ -122,7 +122,7 @@ def test_atomic_directory_leaves_nothing_after_an_error(root):
 def test_a_stopped_upload_is_seen_and_done_anew(bucket, monkeypatch):
     target = f"{bucket.url}/out"
     with monkeypatch.context() as patch:
-        patch.setattr(s3, "upload_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(storage, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt), storage.atomic_directory(target) as folder:
             (folder / "stale.txt").write_text("one")
     storage.write_bytes_atomic(f"{target}/stale.txt", b"one")
