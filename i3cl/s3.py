@@ -1,4 +1,4 @@
-"""S3 through s3fs: its settings, whole calls done anew for a limited time, and errors in words; pyarrow's client alike.
+"""S3 through s3fs: its settings, whole calls done anew for a limited time, errors in words; pyarrow's client alike.
 
 Endpoint, region, credentials and certificates come from the environment, the AWS profile or the machine's role. `storage` is
 for everybody else; nothing else of the package imports this.
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import posixpath
-import threading
+import re
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,27 +30,23 @@ CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
 """A connection that takes longer, or an answer of which nothing comes for so long, has failed."""
 ATTEMPTS = 5
 """Of one request by botocore, which waits up to 1, 2, 4 and 8 seconds between them; fewer where patience is shorter."""
-PATIENCE_SECONDS = 120.0
-"""What fails nevertheless is done anew as a whole for so long after its first failure; I3CL_S3_PATIENCE sets another."""
+PATIENCE = "120"
+"""Seconds: a call that fails nevertheless is done anew for so long after its first failure; I3CL_S3_PATIENCE sets another."""
 PYARROW_ATTEMPTS = 12
 """Of one request by pyarrow's own client, which has no limit in seconds: about a minute and a half of waits."""
 PART, PARTS = 8 << 20, 4
-"""Bytes of a part of a large object (there are 10,000 at most), and how many of them travel at a time."""
+"""Bytes of a part of a large object, and how many of them travel at a time."""
 T = TypeVar("T")
 
 _log = logging.getLogger("i3cl.s3")
-_making = threading.Lock()
-# Beside every status of 500 and more, and NoSuchUpload where the answer to the end of an upload was lost.
-_PASSING = {"RequestTimeout", "OperationAborted", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
-_CREDENTIALS = {
-    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired", "NotSignedUp"),
-    *("RequestTimeTooSkewed", "InvalidSecurity", "AccountProblem", "AllAccessDisabled", "RequestExpired"),
-}
-_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 _BROKEN = (
     *(*S3_RETRYABLE_ERRORS, aiohttp.ClientError, ConnectionError, failures.ConnectionError, failures.FlexibleChecksumError),
     *(failures.CredentialRetrievalError, failures.MetadataRetrievalError),
 )
+# Beside every status of 500 and more. No such upload: it was ended, the answer lost, and botocore asked again.
+_PASSING = {"RequestTimeout", "OperationAborted", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
+_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+_HINT = "check AWS_* in the environment"
 
 
 class NoAnswer(RuntimeError):
@@ -80,69 +76,57 @@ def split(url: str) -> tuple[str, str]:
 def ask(url: str, call: Callable[[S3FileSystem], T]) -> T:
     """What a call of s3fs gives, done anew as a whole while it fails of the network or the server.
 
-    NoAnswer when that goes on for too long; Missing, AccessError, another UserError or Changed at once; else as it is.
+    NoAnswer when that goes on for too long; at once Missing, AccessError, another UserError or Changed, or the error as it is.
     """
-    patience, failed = _patience(), list[float]()
+    given = os.environ.get("I3CL_S3_PATIENCE") or PATIENCE
+    if not re.fullmatch(r"\d{1,6}(\.\d*)?", given):
+        raise UserError(f"I3CL_S3_PATIENCE: {given!r} is no number of seconds from 0; correct it")
+    patience, failed = float(given), list[float]()
+    environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
 
     def over(state: tenacity.RetryCallState) -> bool:
         # Counted from the first failure: a large transfer takes long before it.
         failed.append(time.monotonic())
         return failed[-1] - failed[0] + state.upcoming_sleep > patience
 
-    repeats = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_passes),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=20),
-        stop=over,
-        before_sleep=lambda state: _log.warning("%s: again for up to %.0f s (%s)", url, patience, state.outcome),
-        reraise=True,
-    )
-    try:
-        return repeats(lambda: call(_client(url, patience)))
-    except (OSError, failures.BotoCoreError, *_BROKEN) as error:
-        if _passes(error):
-            raise NoAnswer(
-                f"{url}: S3 gave no right answer in {len(failed)} tries over {failed[-1] - failed[0]:.0f} s ({_reason(error)}); "
-                "the same command continues when it is back"
-            ) from error
-        told = _told(url, error)
-        if told is None:
-            raise
-        raise told from error
+    def tell(state: tenacity.RetryCallState) -> None:
+        _log.warning("%s: again for up to %s s (%r)", url, given, state.outcome and state.outcome.exception())
 
-
-def _client(url: str, patience: float) -> S3FileSystem:
-    """One for all threads of a process and as long as the environment says the same."""
-    environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+    wait = tenacity.wait_random_exponential(multiplier=0.2, max=20)
+    again = tenacity.Retrying(retry=tenacity.retry_if_exception(_passes), wait=wait, stop=over, before_sleep=tell, reraise=True)
     try:
-        with _making:
-            return _made_client(os.getpid(), environment, min(ATTEMPTS, int(math.log2(1 + patience)) + 1))
-    except ValueError as error:
-        raise AccessError(f"{url}: {_reason(error)}; check AWS_* in the environment") from error
+        attempts = min(ATTEMPTS, int(math.log2(1 + patience)) + 1)
+        return again(lambda: call(_client(os.getpid(), environment, attempts)))
+    except (OSError, ValueError, failures.BotoCoreError, *_BROKEN) as error:
+        if not _passes(error):
+            raise _told(url, error) from error
+        raise NoAnswer(
+            f"{url}: S3 gave no right answer in {len(failed)} tries over {failed[-1] - failed[0]:.0f} s ({_reason(error)}); "
+            "the same command continues when it is back"
+        ) from error
 
 
 @lru_cache(maxsize=4)
-def _made_client(process: int, environment: tuple[tuple[str, str], ...], attempts: int) -> S3FileSystem:
+def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: int) -> S3FileSystem:
+    """One for all threads of a process, as long as the environment says the same; fsspec would keep one for each thread."""
     given = dict(environment)
+    retries = {"mode": "standard", "total_max_attempts": attempts}
+    timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS, "tcp_keepalive": True}
     client = S3FileSystem(
         endpoint_url=given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL"),
         client_kwargs={"region_name": given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION")},
-        config_kwargs={
-            "connect_timeout": CONNECT_SECONDS,
-            "read_timeout": ANSWER_SECONDS,
-            "retries": {"mode": "standard", "total_max_attempts": attempts},
-            "max_pool_connections": 64,
-            "tcp_keepalive": True,
-        },
+        config_kwargs={"retries": retries, "max_pool_connections": 64, **timeouts},
         default_block_size=PART,
         max_concurrency=PARTS,
-        # Other machines write too.
         use_listings_cache=False,
-        # fsspec would keep one for every thread there ever was.
         skip_instance_cache=True,
     )
-    # s3fs's own repeats are around botocore's, and in some calls around themselves: `ask` is enough, and knows the time.
+    # s3fs's own repeats are around botocore's and in some calls around themselves; `ask` does the same with a limit in time.
     client.retries = 1
-    client.connect()
+    try:
+        client.connect()
+    except ValueError as error:
+        raise failures.InvalidConfigError(error_msg=f"{error}") from error
     return client
 
 
@@ -156,60 +140,42 @@ def _refusal(error: BaseException | None) -> failures.ClientError | None:
 def _passes(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if refused := _refusal(error):
-        code, status = _code(refused)
-        return code in _PASSING or status in (408, 429) or (status >= 500 and status != 501)
+        status = refused.response["ResponseMetadata"]["HTTPStatusCode"]
+        return refused.response["Error"]["Code"] in _PASSING or status == 429 or (status >= 500 and status != 501)
     return isinstance(error, _BROKEN) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
-def _told(url: str, error: Exception) -> Exception | None:
-    """What the user can mend in words; None for anything else."""
-    refused = _refusal(error)
+def _told(url: str, error: Exception) -> Exception:
+    """In words what the user can mend, anything else as it is."""
+    refused, reason = _refusal(error), _reason(error)
     if refused is None:
         if isinstance(error, FileNotFoundError) and error.errno is None:
             return Missing(f"{url}: no such file or folder; check the path")
-        if isinstance(error, failures.ParamValidationError):
-            return UserError(f"{url}: {_reason(error)}")
-        hint = "set AWS_CA_BUNDLE to its certificates" if "CERTIFICATE_VERIFY" in str(error) else "check AWS_* in the environment"
-        return AccessError(f"{url}: {_reason(error)}; {hint}") if isinstance(error, (failures.BotoCoreError, *_BROKEN)) else None
-    code, status = _code(refused)
+        if isinstance(error, (ValueError, failures.ParamValidationError)):
+            return UserError(f"{url}: {reason}")
+        hint = "set AWS_CA_BUNDLE to its certificates" if "CERTIFICATE_VERIFY" in reason else _HINT
+        return AccessError(f"{url}: {reason}; {hint}") if isinstance(error, (failures.BotoCoreError, *_BROKEN)) else error
+    code, status = refused.response["Error"]["Code"], refused.response["ResponseMetadata"]["HTTPStatusCode"]
     if status in (400, 403) and refused.operation_name == "HeadObject":
         # This answer has no body that would tell bad credentials from a missing right.
-        ask(url, lambda fs: fs.cat_file(posixpath.join(*split(url)), 0, 1))
+        ask(url, lambda fs: fs.cat_file(url, 0, 1))
     if code == "NoSuchBucket":
         return AccessError(f"{url}: there is no bucket {split(url)[0]}; create it or correct the URL")
-    if code in _CREDENTIALS:
-        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role"
-        return AccessError(f"{url}: S3 refuses the credentials ({_reason(refused)}); check {keys}")
     if code in _REGION:
-        return AccessError(f"{url}: the bucket is in another region ({_reason(refused)}); set AWS_REGION to it")
-    if status == 412:
-        return Changed(f"{url}: was written anew while it was read")
+        return AccessError(f"{url}: the bucket is in another region ({reason}); set AWS_REGION to it")
+    if "Token" in code or (status == 403 and code not in ("AccessDenied", "InvalidObjectState", "403")):
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role"
+        return AccessError(f"{url}: S3 refuses the credentials ({reason}); check {keys}")
+    if status == 403:
+        return UserError(f"{url}: permission denied; check the rights on it ({reason})")
     if status == 404:
         return Missing(f"{url}: no such file or folder; check the path")
-    if status == 403:
-        return UserError(f"{url}: permission denied; check the rights on it ({_reason(refused)})")
-    return UserError(f"{url}: S3 refuses it ({_reason(refused)})") if status in (400, 405) else None
-
-
-def _code(refused: failures.ClientError) -> tuple[str, int]:
-    answer = refused.response
-    return answer["Error"].get("Code", ""), int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _patience() -> float:
-    given = os.environ.get("I3CL_S3_PATIENCE") or PATIENCE_SECONDS
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise UserError(f"I3CL_S3_PATIENCE: {given!r} is no number of seconds from 0; correct it")
-    return seconds
+    return Changed(f"{url}: was written anew while it was read") if status == 412 else error
 
 
 def _reason(error: BaseException) -> str:
     refused = _refusal(error)
-    text = "{Code}: {Message}".format_map({"Code": "", "Message": ""} | refused.response["Error"]) if refused else str(error)
+    text = f"{refused.response['Error']['Code']}: {refused.response['Error'].get('Message')}" if refused else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -248,4 +214,4 @@ def arrow(url: str) -> tuple[ArrowS3, str]:
             options["tls_ca_file_path"] = certificates
         return ArrowS3(options), posixpath.join(bucket, key) if key else bucket
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise AccessError(f"{url}: {_reason(error)}; check AWS_* in the environment") from error
+        raise AccessError(f"{url}: {_reason(error)}; {_HINT}") from error

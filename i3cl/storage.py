@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -319,11 +318,13 @@ def _upload(folder: Path, url: str) -> None:
     files = [(file, join(url, file.relative_to(folder).as_posix())) for file in sorted(folder.rglob("*")) if file.is_file()]
     with ThreadPoolExecutor(_FILES) as pool:
         list(pool.map(lambda file: _put(*file), files))
-    s3.ask(url, lambda fs: fs.rm_file(_path(join(url, UNFINISHED))))
+    _delete(url, [_path(join(url, UNFINISHED))])
 
 
 def _put(file: Path, url: str) -> None:
-    s3.ask(url, lambda fs: fs.put_file(str(file), _path(url), chunksize=s3.PART))
+    # S3 takes 10,000 parts.
+    part = max(s3.PART, file.stat().st_size // 9_999)
+    s3.ask(url, lambda fs: fs.put_file(str(file), _path(url), chunksize=part))
 
 
 def _get(url: str, target: Path) -> None:
@@ -338,7 +339,7 @@ def _get(url: str, target: Path) -> None:
         if ".." in path.parts:
             raise UserError(f"{place}: its name leaves the folder; rename it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        s3.ask(place, lambda fs: fs.get_file(_path(place), str(path)))
+        s3.ask(place, lambda fs: fs.get_file(_path(place), str(path), chunksize=s3.PART))
         # The parts of a large one are requests of their own.
         if path.stat().st_size > s3.PART and version(place) != found[name]:
             raise Changed(f"{place}: was written anew while it was read")
@@ -356,22 +357,22 @@ def _clear(url: str, *, unfinished: bool) -> None:
         s3.ask(url, lambda fs: fs.pipe_file(marker, b""))
         keys.add(marker)
     rest = sorted(keys - {marker})
-    for some in [rest[first : first + _PAGE] for first in range(0, len(rest), _PAGE)]:
-        wanted = {"Objects": [{"Key": key.partition("/")[2]} for key in some], "Quiet": True}
-        answer = s3.ask(url, partial(_delete, s3.split(url)[0], wanted))
-        # Each by itself: it then says why, or succeeds a little later.
-        for key in [s3.split(url)[0] + "/" + error["Key"] for error in answer.get("Errors", ())]:
-            s3.ask(f"s3://{key}", partial(_remove, key))
+    for first in range(0, len(rest), _PAGE):
+        _delete(url, rest[first : first + _PAGE])
     if marker in keys and not unfinished:
-        s3.ask(url, lambda fs: fs.rm_file(marker))
+        _delete(url, [marker])
 
 
-def _delete(bucket: str, wanted: dict[str, Any], fs: Any) -> dict[str, Any]:
-    return fs.call_s3("delete_objects", Bucket=bucket, Delete=wanted)
+def _delete(url: str, paths: list[str]) -> None:
+    bucket, wanted = s3.split(url)[0], [{"Key": path.partition("/")[2]} for path in paths]
+    answer = s3.ask(url, lambda fs: fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": wanted, "Quiet": True}))
+    # Each by itself: it then says why, or succeeds a little later.
+    for error in answer.get("Errors", ()):
+        _delete_one(f"{bucket}/{error['Key']}")
 
 
-def _remove(key: str, fs: Any) -> None:
-    fs.rm_file(key)
+def _delete_one(path: str) -> None:
+    s3.ask(f"s3://{path}", lambda fs: fs.rm_file(path))
 
 
 def _some_keys(url: str) -> list[str]:

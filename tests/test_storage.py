@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from i3cl import s3, storage
+from i3cl import storage
 from i3cl.config import UserError
 
 

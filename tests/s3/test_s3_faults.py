@@ -76,7 +76,7 @@ def test_looks_at_a_large_folder_cost_the_same_as_at_a_small_one(bucket, s3_serv
     with pytest.raises(UserError, match="exists already"), storage.atomic_directory(folder):
         pytest.fail("the block must not be entered")
     names, cost = requests(storage.list_dir, folder)
-    assert len(names) == 5000 and cost == {"LIST": 5}
+    assert len(names) == 5000 and cost == {"LIST": 6}
     present, cost = requests(PresentFiles, folder)
     assert present.has("04999.jpg") and not present.has("5000.jpg") and cost == {"LIST": 5}
     # Of several requests that delete, none is done before the folder says that it is no whole one.
@@ -99,7 +99,7 @@ def test_large_files_travel_in_parts_and_whole(bucket, tmp_path, monkeypatch):
         with storage.local_copy(f"{bucket.url}/{name}") as path:
             assert path.read_bytes() == data
         with storage.open_read(f"{bucket.url}/{name}") as file:
-            pieces = iter(lambda: file.read(1 << 20), b"")
+            pieces = iter(lambda: file.read(4 << 20), b"")
             assert b"".join(pieces) == data
     assert bucket.proxy.broken.total() > 10
 
@@ -111,19 +111,42 @@ def test_an_upload_that_fails_leaves_nothing(bucket, s3_server, tmp_path, monkey
     def pending():
         return [u["Key"] for u in s3_server.client().list_multipart_uploads(Bucket=name).get("Uploads", ())]
 
-    class Broken(Exception):
-        pass
+    monkeypatch.setenv("I3CL_S3_PATIENCE", "0")
+    plan, seen = bucket.proxy.plan, []
 
-    def part(start, size):
-        if start > 10 << 20:
-            assert pending() == [f"{prefix}/a.bin"]
-            raise Broken
-        return bytes(size)
+    def fail_third(asked, key):
+        fate, wait = plan(asked, key)
+        if asked == "MULTIPART PART":
+            seen.extend(pending())
+            return ("503" if len(seen) == 3 else fate), wait
+        return fate, wait
 
-    with pytest.raises(Broken):
-        s3._put_parts(f"{bucket.url}/a.bin", 25 << 20, part)
-    assert bucket.proxy.counts["MULTIPART ABORT"] == 1
+    monkeypatch.setattr(bucket.proxy, "plan", fail_third)
+    with pytest.raises(NoAnswer, match=r"S3 gave no right answer in 1 tries over 0 s \(SlowDown"):
+        storage.write_bytes_atomic(f"{bucket.url}/a.bin", bytes(25 << 20))
+    assert set(seen) == {f"{prefix}/a.bin"} and bucket.proxy.counts["MULTIPART ABORT"] == 1
     assert pending() == [] and not storage.exists(f"{bucket.url}/a.bin")
+
+
+def test_an_upload_that_is_ended_by_another_is_done_anew(bucket, s3_server, monkeypatch):
+    """As a lifecycle rule does, or the server that has done it and forgotten the upload when it is asked again."""
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+    name, _, prefix = bucket.url.removeprefix("s3://").partition("/")
+    plan, ended = bucket.proxy.plan, []
+
+    def end_first(asked, key):
+        if asked == "MULTIPART COMPLETE" and not ended:
+            client = s3_server.client()
+            [upload] = client.list_multipart_uploads(Bucket=name, Prefix=prefix)["Uploads"]
+            client.abort_multipart_upload(Bucket=name, Key=upload["Key"], UploadId=upload["UploadId"])
+            ended.append(upload["UploadId"])
+        return plan(asked, key)
+
+    monkeypatch.setattr(bucket.proxy, "plan", end_first)
+    data = random.Random(2).randbytes(11 << 20)
+    storage.write_bytes_atomic(f"{bucket.url}/a.bin", data)
+    assert ended and bucket.proxy.counts["MULTIPART BEGIN"] == 2
+    assert storage.read_bytes(f"{bucket.url}/a.bin") == data
 
 
 @pytest.mark.parametrize("operation", ["MULTIPART COMPLETE", "PUT"])
@@ -209,7 +232,7 @@ def test_a_network_that_stays_away_ends_with_what_was_tried(bucket, monkeypatch)
     monkeypatch.setenv("I3CL_S3_PATIENCE", "1.5")
     bucket.proxy.reset(Faults(down=True))
     began = time.monotonic()
-    with pytest.raises(NoAnswer, match=rf"{bucket.url}/a: S3 gave no right answer in \d+ tries over \d s \(GetObject at http"):
+    with pytest.raises(NoAnswer, match=rf"{bucket.url}/a: S3 gave no right answer in \d+ tries over \d s \(.*{bucket.proxy.url}"):
         storage.read_bytes(f"{bucket.url}/a")
     assert time.monotonic() - began < 4
     assert bucket.proxy.counts["GET"] > 2
