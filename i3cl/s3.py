@@ -511,6 +511,9 @@ _making = threading.Lock()
 
 
 def _client(url: str) -> Any:
+    certificates = os.environ.get("AWS_CA_BUNDLE")
+    if certificates and not os.path.exists(certificates):
+        raise AccessError(f"{url}: AWS_CA_BUNDLE names {certificates}, which is not there; correct it or put the file there")
     environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
     try:
         with _making:

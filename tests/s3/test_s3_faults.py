@@ -185,6 +185,7 @@ def test_what_the_user_can_mend_is_told_at_once(bucket, monkeypatch):
         ("AWS_SECRET_ACCESS_KEY", "wrong", storage.exists, "refuses the credentials .SignatureDoesNotMatch"),
         ("AWS_ACCESS_KEY_ID", "nobody", storage.read_bytes, "refuses the credentials .InvalidAccessKeyId"),
         ("AWS_ENDPOINT_URL", "nonsense", storage.read_bytes, "Invalid endpoint: nonsense; check AWS_"),
+        ("AWS_CA_BUNDLE", "/nothing.pem", storage.read_bytes, "AWS_CA_BUNDLE names /nothing.pem, which is not there"),
         ("AWS_PROFILE", "nobody", storage.read_bytes, r"profile \(nobody\) could not be found; check AWS_"),
     ):
         with monkeypatch.context() as patch:
