@@ -339,14 +339,17 @@ def download(url: str, target: Path) -> bool:
 
 
 class Reader(RawIOBase):
-    """Seekable reader of one version of an object; a read from where the last one ended takes twice as much at once."""
+    """Seekable reader of one version of an object; a read from where the last one ended takes twice as much at once.
+
+    Opening is one request, which brings the beginning: all that a small object or a reader of headers needs.
+    """
 
     SMALLEST, LARGEST = 256 << 10, 8 << 20
 
-    def __init__(self, found: Object) -> None:
-        self.found = found
-        self._at = 0
-        self._start, self._block = 0, b""
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._at = self._start = 0
+        self._block, self.size, self._etag = _get(url, 0, self.SMALLEST, None)
 
     def readable(self) -> bool:
         return True
@@ -358,7 +361,7 @@ class Reader(RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.found.size}[whence]
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
         if origin + offset < 0:
             raise ValueError(f"negative position {origin + offset}")
         self._at = origin + offset
@@ -366,15 +369,13 @@ class Reader(RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        if self._at >= self.found.size or not len(view):
+        if self._at >= self.size or not len(view):
             return 0
         end = self._start + len(self._block)
         if not self._start <= self._at < end:
             ahead = min(2 * len(self._block), self.LARGEST) if self._at == end and self._block else self.SMALLEST
-            # Of a small object everything at once: whoever wants its end wants its beginning next.
-            self._start = self._at if self.found.size > self.SMALLEST else 0
-            size = min(max(ahead, len(view)), self.found.size - self._start)
-            self._block = get(self.found.url, self._start, size, self.found.etag)
+            size = min(max(ahead, len(view)), self.size - self._at)
+            self._start, self._block = self._at, get(self.url, self._at, size, self._etag)
         data = self._block[self._at - self._start :][: len(view)]
         view[: len(data)] = data
         self._at += len(data)

@@ -82,10 +82,7 @@ def is_dir(url: str) -> bool:
 def open_read(url: str) -> IO[bytes]:
     """Binary reader, seekable, to be closed by the caller. UserError when there is no such file."""
     if is_remote(url):
-        found = s3.head(url)
-        if found is None:
-            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
-        return io.BufferedReader(s3.Reader(found))
+        return io.BufferedReader(s3.Reader(url))
     with _user_errors(url):
         return open(_local(url), "rb")
 
