@@ -301,10 +301,10 @@ def _put_parts(url: str, size: int, part: Callable[[int, int], bytes]) -> None:
         raise
 
 
-def download(url: str, target: Path) -> bool:
+def download(url: str, target: Path, without: str = "") -> bool:
     """Copy an object, or all objects under a folder, to the local path; False when there is neither.
 
-    Large objects come as ranges of one version, side by side. Changed when one was written anew meanwhile.
+    without: name of a folder in the folder that is left out. Large objects come as ranges of one version, side by side. Changed when one was written anew meanwhile.
     """
     single = head(url)
     if single is not None:
@@ -312,7 +312,8 @@ def download(url: str, target: Path) -> bool:
     else:
         key = split(url)[1]
         skipped = len(key) + 1 if key else 0
-        wanted = [(o, target / o.key[skipped:]) for objects, _ in pages(url, deep=True) for o in objects]
+        there = [(o, o.key[skipped:]) for objects, _ in pages(url, deep=True) for o in objects]
+        wanted = [(o, target / name) for o, name in there if not (without and name.startswith(without + "/"))]
     units = []
     for found, path in wanted:
         if ".." in path.parts:
@@ -548,11 +549,16 @@ class ArrowS3(pyarrow.fs.S3FileSystem):
             **options,
             # A small file is then one request instead of three.
             allow_delayed_open=True,
+            # Else every copy puts an object for each folder above, where it may have no right to write.
+            check_directory_existence_before_creation=True,
             connect_timeout=CONNECT_SECONDS,
             request_timeout=ANSWER_SECONDS,
             retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=PYARROW_ATTEMPTS),
         )
         self._options = options
+
+    def create_dir(self, path: str, *, recursive: bool = True) -> None:
+        """Nothing: a folder is there as soon as something lies in it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without credentials: each machine finds its own.

@@ -291,10 +291,10 @@ def is_complete(url: str) -> bool:
 
 
 @contextmanager
-def local_copy(url: str) -> Iterator[Path]:
+def local_copy(url: str, without: str = "") -> Iterator[Path]:
     """A file or folder as a local path: itself when it is local, else downloaded for the time of the block.
 
-    UserError when it is not there, or as a whole not there yet.
+    without: name of a folder in it that need not be downloaded. UserError when it is not there, or as a whole not there yet.
     """
     if not is_remote(url):
         if not exists(url):
@@ -303,7 +303,7 @@ def local_copy(url: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="i3cl-") as folder:
         target = Path(folder) / posixpath.basename(url.rstrip("/"))
-        if not s3.download(url, target):
+        if not s3.download(url, target, without):
             raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
         if (target / UNFINISHED).exists():
             raise UserError(f"{url}: its upload was stopped half-way; write it again")
