@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from i3cl.config import Settings, UserError, load_settings, to_yaml
 from i3cl.storage import NoAnswer
 
 Work = Callable[[Settings, argparse.Namespace], None]
 Arguments = Callable[[argparse.ArgumentParser], None]
+E = TypeVar("E", bound=BaseException)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,27 @@ def run(
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
-    except NoAnswer as error:
-        # From another process Ray wraps it.
-        print(f"{parser.prog}: {getattr(error, 'cause', error)}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        lost = inside(error, NoAnswer)
+        if lost is None:
+            raise
+        print(f"{parser.prog}: {lost}", file=sys.stderr)
+        sys.exit(1)
+
+
+def inside(error: BaseException, kind: type[E]) -> E | None:
+    """The error of this kind that an error, perhaps one that Ray wrapped in another process, comes from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Ray's own class for it prints the other process's trace: `cause` is the plain error.
+        for found in (getattr(seen, "cause", None), seen):
+            if isinstance(found, kind):
+                return found
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def connect() -> None:

@@ -123,7 +123,10 @@ def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: in
     )
     # s3fs's own repeats are around botocore's and in some calls around themselves; `ask` does the same with a limit in time.
     client.retries = 1
+    certificates = given.get("AWS_CA_BUNDLE")
     try:
+        if certificates and not os.path.exists(certificates):
+            raise ValueError(f"AWS_CA_BUNDLE names {certificates}, which is not there")
         client.connect()
     except ValueError as error:
         raise failures.InvalidConfigError(error_msg=f"{error}") from error
@@ -187,11 +190,16 @@ class ArrowS3(pyarrow.fs.S3FileSystem):
             **options,
             # A small file is then one request instead of three.
             allow_delayed_open=True,
+            # Else every copy puts an object for each folder above, where it may have no right to write.
+            check_directory_existence_before_creation=True,
             connect_timeout=CONNECT_SECONDS,
             request_timeout=ANSWER_SECONDS,
             retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=PYARROW_ATTEMPTS),
         )
         self._options = options
+
+    def create_dir(self, path: str, *, recursive: bool = True) -> None:
+        """Nothing: a folder is there as soon as something lies in it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without credentials: each machine finds its own.

@@ -294,10 +294,10 @@ def is_complete(url: str) -> bool:
 
 
 @contextmanager
-def local_copy(url: str) -> Iterator[Path]:
+def local_copy(url: str, without: str = "") -> Iterator[Path]:
     """A file or folder as a local path: itself when it is local, else downloaded for the time of the block.
 
-    UserError when it is not there, or as a whole not there yet.
+    without: name of a folder in it that need not be downloaded. UserError when it is not there, or as a whole not there yet.
     """
     if not is_remote(url):
         if not exists(url):
@@ -306,7 +306,7 @@ def local_copy(url: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="i3cl-") as folder:
         target = Path(folder) / posixpath.basename(url.rstrip("/"))
-        _get(url, target)
+        _get(url, target, without)
         if (target / UNFINISHED).exists():
             raise UserError(f"{url}: its upload was stopped half-way; write it again")
         yield target
@@ -327,8 +327,11 @@ def _put(file: Path, url: str) -> None:
     s3.ask(url, lambda fs: fs.put_file(str(file), _path(url), chunksize=part))
 
 
-def _get(url: str, target: Path) -> None:
-    """Copy an object, or all objects under a folder, to the local path. Missing when there is neither."""
+def _get(url: str, target: Path, without: str) -> None:
+    """Copy an object, or all objects under a folder but for the folder `without` in it, to the local path.
+
+    Missing when there is neither.
+    """
     single = version(url)
     found = {"": single} if single else _versions(url)
     if not found:
@@ -345,7 +348,7 @@ def _get(url: str, target: Path) -> None:
             raise Changed(f"{place}: was written anew while it was read")
 
     with _user_errors(url), ThreadPoolExecutor(_FILES) as pool:
-        list(pool.map(get, found))
+        list(pool.map(get, [name for name in found if not (without and name.startswith(without + "/"))]))
 
 
 def _clear(url: str, *, unfinished: bool) -> None:

@@ -24,13 +24,11 @@ from i3cl.config import Settings, UserError, to_yaml
 from i3cl.data.ingest import mix, read_source, training_batches
 from i3cl.data.transforms import Sample, to_target
 from i3cl.evaluation.iou import IouMetric, mark_small
-from i3cl.model.checkpoint import load_weights, save_checkpoint
+from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.predict import detect_records
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
-STATE = "training"
-"""Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
 REMOTE_EVERY = 30.0
 """Seconds between two versions of the log on S3; a checkpoint brings one of its own."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
@@ -102,7 +100,7 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     if model.backbone.report is not None:
         notes.append(f"backbone weights '{settings.model.backbone.weights}': {model.backbone.report}")
     if settings.train.start_from:
-        with storage.local_copy(settings.train.start_from) as folder:
+        with storage.local_copy(settings.train.start_from, without=STATE) as folder:
             notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
     model = model.to(device).to(memory_format=torch.channels_last)
     trainer = Trainer(settings, model, device, rank, workers, run)
