@@ -98,12 +98,12 @@ def ask(url: str, call: Callable[[S3FileSystem], T]) -> T:
         attempts = min(ATTEMPTS, int(math.log2(1 + patience)) + 1)
         return again(lambda: call(_client(os.getpid(), environment, attempts)))
     except (OSError, ValueError, failures.BotoCoreError, *_BROKEN) as error:
-        if not _passes(error):
-            raise _told(url, error) from error
-        raise NoAnswer(
-            f"{url}: S3 gave no right answer in {len(failed)} tries over {failed[-1] - failed[0]:.0f} s ({_reason(error)}); "
-            "the same command continues when it is back"
-        ) from error
+        if _passes(error):
+            tried = f"in {len(failed)} tries over {failed[-1] - failed[0]:.0f} s ({_reason(error)})"
+            raise NoAnswer(f"{url}: S3 gave no right answer {tried}; the same command continues when it is back") from error
+        if told := _told(url, error):
+            raise told from error
+        raise
 
 
 @lru_cache(maxsize=4)
@@ -148,8 +148,8 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, _BROKEN) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
-def _told(url: str, error: Exception) -> Exception:
-    """In words what the user can mend, anything else as it is."""
+def _told(url: str, error: Exception) -> Exception | None:
+    """In words what the user can mend, None for anything else."""
     refused, reason = _refusal(error), _reason(error)
     if refused is None:
         if isinstance(error, FileNotFoundError) and error.errno is None:
@@ -157,7 +157,7 @@ def _told(url: str, error: Exception) -> Exception:
         if isinstance(error, (ValueError, failures.ParamValidationError)):
             return UserError(f"{url}: {reason}")
         hint = "set AWS_CA_BUNDLE to its certificates" if "CERTIFICATE_VERIFY" in reason else _HINT
-        return AccessError(f"{url}: {reason}; {hint}") if isinstance(error, (failures.BotoCoreError, *_BROKEN)) else error
+        return AccessError(f"{url}: {reason}; {hint}") if isinstance(error, (failures.BotoCoreError, *_BROKEN)) else None
     code, status = refused.response["Error"]["Code"], refused.response["ResponseMetadata"]["HTTPStatusCode"]
     if status in (400, 403) and refused.operation_name == "HeadObject":
         # This answer has no body that would tell bad credentials from a missing right.
@@ -173,7 +173,9 @@ def _told(url: str, error: Exception) -> Exception:
         return UserError(f"{url}: permission denied; check the rights on it ({reason})")
     if status == 404:
         return Missing(f"{url}: no such file or folder; check the path")
-    return Changed(f"{url}: was written anew while it was read") if status == 412 else error
+    if status == 412:
+        return Changed(f"{url}: was written anew while it was read")
+    return UserError(f"{url}: S3 refuses it ({reason})") if status in (400, 405) else None
 
 
 def _reason(error: BaseException) -> str:

@@ -404,6 +404,8 @@ def _occupied(url: str) -> bool:
 
 def _path(url: str) -> str:
     """Bucket and key as s3fs writes them."""
+    if "?versionId=" in url:
+        raise UserError(f"{url}: '?versionId=' means a version of another object; rename it")
     return "/".join(s3.split(url)).rstrip("/")
 
 
