@@ -251,8 +251,13 @@ def upload(path: Path, url: str) -> None:
     if size <= 2 * PART:
         _put(url, path.read_bytes())
         return
+    _put_parts(url, size, partial(_piece, path))
+
+
+def _piece(path: Path, start: int, size: int) -> bytes:
     with open(path, "rb") as file:
-        _put_parts(url, size, lambda start, length: os.pread(file.fileno(), length, start))
+        file.seek(start)
+        return file.read(size)
 
 
 def upload_all(files: Sequence[tuple[Path, str]]) -> None:
@@ -304,7 +309,8 @@ def _put_parts(url: str, size: int, part: Callable[[int, int], bytes]) -> None:
 def download(url: str, target: Path, without: str = "") -> bool:
     """Copy an object, or all objects under a folder, to the local path; False when there is neither.
 
-    without: name of a folder in the folder that is left out. Large objects come as ranges of one version, side by side. Changed when one was written anew meanwhile.
+    without: name of a folder in the folder that is left out. Large objects come as ranges of one version, side by side. Changed
+    when one was written anew meanwhile.
     """
     single = head(url)
     if single is not None:

@@ -231,6 +231,9 @@ def test_the_filesystem_of_ray_keeps_its_retries_when_shipped(bucket):
     assert given["storage_path"] == f"{bucket.url}/run".removeprefix("s3://")
     shipped = pickle.loads(pickle.dumps(given["storage_filesystem"]))
     assert type(shipped) is s3.ArrowS3 and b"testsecret" not in pickle.dumps(shipped)
+    # Where rights end at the run's folder, an object for each folder above could not be put.
+    shipped.create_dir(given["storage_path"])
+    assert bucket.proxy.total() == 0
     # pyarrow alone would end after three.
     bucket.proxy.reset(Faults(fail_next=4))
     assert shipped.get_file_info(given["storage_path"]).type == pyarrow.fs.FileType.NotFound
