@@ -57,6 +57,13 @@ def test_listing(root):
         storage.write_bytes_atomic(storage.join(root, name), b"x")
     assert storage.list_dir(root) == ["a.txt", "b"]
     assert storage.list_files(root) == {"a.txt", "b/c.txt", "b/d/e.txt"}
+    odd = "ü #1%20+&?.txt"
+    storage.write_bytes_atomic(storage.join(root, "odd", odd), b"odd")
+    assert storage.list_dir(storage.join(root, "odd")) == [odd] and storage.read_bytes(storage.join(root, "odd", odd)) == b"odd"
+    with storage.local_copy(storage.join(root, "odd")) as folder:
+        assert (folder / odd).read_bytes() == b"odd"
+    storage.remove_tree(storage.join(root, "odd"))
+    assert storage.list_files(storage.join(root, "odd")) == set()
 
 
 def test_a_missing_file_is_named(root):
@@ -150,6 +157,10 @@ def test_local_copy(root):
         remembered = folder
     with storage.local_copy(storage.join(target, "a", "b.txt")) as file:
         assert file.read_bytes() == b"x"
+    storage.write_bytes_atomic(storage.join(target, "ab.txt"), b"y")
+    with storage.local_copy(target, without="a") as folder:
+        assert (folder / "ab.txt").read_bytes() == b"y"
+        assert (folder / "a").exists() != storage.is_remote(root)
     assert remembered.exists() != storage.is_remote(root)
 
 

@@ -20,6 +20,8 @@ from i3cl.config import UserError
 from i3cl.data.checks import PresentFiles
 from i3cl.data.images import decode_image, image_size
 from i3cl.storage import AccessError, NoAnswer
+from i3cl.training.launch import Progress
+from i3cl.training.loop import MetricsLog
 
 BAD = Faults(errors=0.2, drops=0.1)
 
@@ -254,6 +256,9 @@ def test_the_filesystem_of_ray_keeps_its_retries_when_shipped(bucket):
     assert given["storage_path"] == f"{bucket.url}/run".removeprefix("s3://")
     shipped = pickle.loads(pickle.dumps(given["storage_filesystem"]))
     assert type(shipped) is s3.ArrowS3 and b"testsecret" not in pickle.dumps(shipped)
+    # Where rights end at the run's folder, an object for each folder above could not be put.
+    shipped.create_dir(given["storage_path"])
+    assert bucket.proxy.total() == 0
     # pyarrow alone would end after three.
     bucket.proxy.reset(Faults(fail_next=4))
     assert shipped.get_file_info(given["storage_path"]).type == pyarrow.fs.FileType.NotFound
@@ -303,3 +308,20 @@ def test_a_process_killed_while_it_uploads(bucket, tmp_path, kind):
         assert storage.is_complete(target) and storage.list_files(target) == {f"{k}.bin" for k in range(40)}
     else:
         assert storage.read_bytes(target) == b"new" * (14 << 20)
+
+
+def test_the_log_of_training_costs_few_requests(bucket, capsys):
+    """Written and read whole, so not at every row and not at every look."""
+    log = MetricsLog(f"{bucket.url}/run", enabled=True)
+    progress = Progress("tiny", f"{bucket.url}/run/metrics.jsonl")
+    assert progress.every >= 10
+    progress._show()
+    for step in range(1, 21):
+        log.add({"step": step, "steps": 20, "loss": 1.0, "images_per_second": 2.0})
+        log.flush(step == 20)
+    assert bucket.proxy.counts["PUT"] == 4, "metrics and events, at the first row and at the checkpoint"
+    bucket.proxy.reset()
+    for _ in range(5):
+        progress._show()
+    assert bucket.proxy.counts == {"HEAD": 5, "GET": 1}
+    assert "step 20/20" in capsys.readouterr().out
