@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from s3.proxy import FaultProxy
@@ -65,8 +65,9 @@ class WeedServer:
     def client(self) -> Any:
         """A client of the server itself, past any proxy."""
         config = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
-        session = boto3.session.Session(KEY, SECRET, region_name="us-east-1")
-        return session.client("s3", endpoint_url=self.url, config=config)
+        keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+        session = botocore.session.Session()
+        return session.create_client("s3", "us-east-1", endpoint_url=self.url, config=config, **keys)
 
     def wait(self, seconds: float = 60.0) -> None:
         """Until the bucket can be made and written."""
