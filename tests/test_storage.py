@@ -35,6 +35,8 @@ def test_other_schemes_are_refused():
         storage.exists("gs://bucket/a")
     with pytest.raises(UserError, match="names no bucket"):
         storage.read_bytes("s3://")
+    with pytest.raises(UserError, match="means a version of another object; rename it"):
+        storage.read_bytes("s3://bucket/a?versionId=1")
 
 
 def test_write_and_read_back(root):
