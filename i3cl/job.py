@@ -15,18 +15,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from i3cl import observe
 from i3cl.config import Settings, UserError, load_settings, to_yaml
+from i3cl.storage import NoAnswer
 
 TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-"""Variables of a job that joins a cluster which its workers get too, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*. Never a secret:
-Ray shows them to everybody who may look at the cluster. Keys and tokens come from each node's own environment or role."""
+"""Variables of a job that joins a cluster which its workers get too, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*. Never a
+secret: Ray shows them to everybody who may look at the cluster. Keys and tokens come from each node's own environment or role."""
 
 Work = Callable[[Settings, argparse.Namespace], None]
 Arguments = Callable[[argparse.ArgumentParser], None]
+E = TypeVar("E", bound=BaseException)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,24 @@ def run(
     except KeyboardInterrupt:
         observe.complain(f"{parser.prog}: interrupted; the same command continues where it stopped")
         sys.exit(130)
+    except Exception as error:
+        lost = inside(error, NoAnswer)
+        if lost is None:
+            raise
+        observe.complain(f"{parser.prog}: {lost}")
+        sys.exit(1)
+
+
+def inside(error: BaseException, kind: type[E]) -> E | None:
+    """The error of this kind that an error, perhaps one that Ray wrapped in another process, comes from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Ray's own class for it prints the other process's trace: `cause` is the plain error.
+        for found in (getattr(seen, "cause", None), seen):
+            if isinstance(found, kind):
+                return found
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def connect() -> None:

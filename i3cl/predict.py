@@ -17,7 +17,7 @@ from i3cl.data.images import decode_image, resize, test_scale
 from i3cl.data.records import ImageRecord
 from i3cl.detections import Detections
 from i3cl.geometry import outlines_from_masks
-from i3cl.model.checkpoint import load_weights
+from i3cl.model.checkpoint import STATE, load_weights
 from i3cl.model.network import I3CL
 
 ImageArray = NDArray[np.uint8]
@@ -28,7 +28,7 @@ def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
 
     UserError when the directory is no checkpoint or its weights do not fit its settings.
     """
-    with storage.local_copy(checkpoint) as folder:
+    with storage.local_copy(checkpoint, without=STATE) as folder:
         if not (folder / "settings.yaml").is_file():
             raise UserError(
                 f"{checkpoint}: is no checkpoint (it has no settings.yaml); give a directory that train.py wrote"

@@ -2,7 +2,8 @@
 
 S3 settings come from the usual environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_REGION. What the user can put right (a missing file, no permission, no credentials) is a ``UserError``
-that names the path.
+that names the path, ``AccessError`` when it is about the whole of S3; a network that stays away ends in ``NoAnswer``
+after the repeats of `s3`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+import pyarrow as pa
+import pyarrow.fs
+
+from i3cl import s3
 from i3cl.config import UserError
+from i3cl.s3 import AccessError, Changed, Missing, NoAnswer
 
-if TYPE_CHECKING:
-    import pyarrow.fs
+__all__ = ["AccessError", "NoAnswer"]
 
 UNFINISHED = "_unfinished"
 """Empty file in a folder on S3 while ``atomic_directory`` uploads it: S3 cannot move a folder at once."""
+_BLOCK = 256 << 10
+"""Bytes that a reader on S3 asks for beyond those it needs."""
+_FILES = 8
+"""Files of a folder that travel at a time, each by up to s3.PARTS * s3.PART bytes (256 MiB in all)."""
+_PAGE = 1000
+"""Keys of one request that deletes: S3's limit."""
 
 _UPLOADED_CODE = "/runtime_resources/working_dir_files/"
 """In the path of the folder where Ray unpacks the code of a submitted job, on every node anew, and which it removes."""
@@ -60,42 +72,40 @@ def absolute(url: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or a folder is there (on S3 a folder is there when something lies under it)."""
+    """Whether a file or a folder is there (on S3 a folder is there when something lies under it: at most two requests)."""
     if not is_remote(url):
         return os.path.exists(_local(url))
-    with _user_errors(url):
-        return bool(_s3().exists(_key(url)))
+    return is_file(url) or is_dir(url)
 
 
 def is_file(url: str) -> bool:
-    """Whether a file is there."""
-    if not is_remote(url):
-        return os.path.isfile(_local(url))
-    with _user_errors(url):
-        return bool(_s3().isfile(_key(url)))
+    """Whether a file is there; on S3 one request."""
+    return version(url) is not None if is_remote(url) else os.path.isfile(_local(url))
 
 
 def is_dir(url: str) -> bool:
-    """Whether a folder is there."""
-    if not is_remote(url):
-        return os.path.isdir(_local(url))
-    with _user_errors(url):
-        return bool(_s3().isdir(_key(url)))
+    """Whether a folder is there; on S3 one request, however many files it has."""
+    return bool(_some_keys(url)) or not s3.split(url)[1] if is_remote(url) else os.path.isdir(_local(url))
 
 
 def open_read(url: str) -> IO[bytes]:
     """Binary reader, seekable, to be closed by the caller. UserError when there is no such file."""
+    if is_remote(url):
+        file = s3.ask(url, lambda fs: fs.open(_path(url), "rb", block_size=_BLOCK, cache_type="readahead"))
+        if file.details["type"] != "file":
+            raise UserError(f"{url}: {_REMEDY[errno.EISDIR]}")
+        # Every range that it reads is one call, of the version that was there when it was opened.
+        file.cache.fetcher = lambda start, end: s3.ask(url, lambda _: file._fetch_range(start, end))
+        return file
     with _user_errors(url):
-        if is_remote(url):
-            return _s3().open(_key(url), "rb")
         return open(_local(url), "rb")
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file. UserError when there is no such file."""
+    """The whole file; on S3 one request. UserError when there is no such file."""
+    if is_remote(url):
+        return s3.ask(url, lambda fs: fs.cat_file(_path(url), max_concurrency=1))
     with _user_errors(url):
-        if is_remote(url):
-            return bytes(_s3().cat_file(_key(url)))
         return Path(_local(url)).read_bytes()
 
 
@@ -109,11 +119,10 @@ def read_text(url: str) -> str:
 
 def write_bytes_atomic(url: str, data: bytes) -> None:
     """Write a file so that readers see the old content or the new one, never a part. Makes the folders."""
+    if is_remote(url):
+        s3.ask(url, lambda fs: fs.pipe_file(_path(url), data, chunksize=s3.PART))
+        return
     with _user_errors(url):
-        if is_remote(url):
-            # A single put appears at once; anything larger goes up as parts that appear together at the end.
-            _s3().pipe_file(_key(url), data)
-            return
         path = _kept(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile: that would make the file readable for its owner only.
@@ -147,11 +156,12 @@ def atomic_file(url: str) -> Iterator[IO[bytes]]:
         with open(work / "file", "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if folder is not None:
+                os.fsync(file.fileno())
+        if folder is None:
+            _put(work / "file", url)
+            return
         with _user_errors(url):
-            if folder is None:
-                _s3().put_file(str(work / "file"), _key(url))
-                return
             os.replace(work / "file", _local(url))
             _fsync_folder(folder)
     finally:
@@ -166,24 +176,29 @@ def make_dirs(url: str) -> None:
 
 
 def list_dir(url: str) -> list[str]:
-    """Sorted names (not paths) of what lies directly in a folder; empty when there is no such folder."""
+    """Sorted names (not paths) of what lies directly in a folder; empty when there is no such folder.
+
+    On S3 a request for every thousand names, whatever lies deeper, and one before.
+    """
+    if is_remote(url):
+        # Of an empty folder s3fs would list the one above.
+        found = s3.ask(url, lambda fs: fs.ls(_path(url), detail=False)) if is_dir(url) else []
+        return sorted({posixpath.basename(name) for name in found if not name.endswith("/")})
     with _user_errors(url):
         try:
-            if not is_remote(url):
-                return sorted(os.listdir(_local(url)))
-            key = _key(url)
-            keys = {str(p).rstrip("/") for p in _s3().ls(key, detail=False)}
-            return sorted(posixpath.basename(k) for k in keys - {key})
+            return sorted(os.listdir(_local(url)))
         except FileNotFoundError:
             return []
 
 
 def list_files(url: str) -> set[str]:
-    """Names, relative to the folder, of all files at any depth; empty when there is no such folder."""
+    """Names, relative to the folder, of all files at any depth; empty when there is no such folder.
+
+    On S3 a request for every thousand files: not for a loop.
+    """
+    if is_remote(url):
+        return set(_versions(url))
     with _user_errors(url):
-        if is_remote(url):
-            key = _key(url)
-            return {str(p)[len(key) :].lstrip("/") for p in _s3().find(key)}
         root = _local(url)
         return {
             os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
@@ -194,11 +209,10 @@ def list_files(url: str) -> set[str]:
 
 def remove_tree(url: str) -> None:
     """Remove a file or a folder with everything in it; what is not there is fine."""
+    if is_remote(url):
+        _clear(url, unfinished=False)
+        return
     with _user_errors(url):
-        if is_remote(url):
-            if _s3().exists(_key(url)):
-                _s3().rm(_key(url), recursive=True)
-            return
         path = Path(_local(url))
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -206,19 +220,41 @@ def remove_tree(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem of a path or URL and the path in it (without s3://)."""
-    import pyarrow as pa
-    import pyarrow.fs
+def version(url: str) -> str | None:
+    """Something that changes whenever the file does, None when it is not there; on S3 one request."""
+    if is_remote(url):
+        bucket, key = s3.split(url)
+        try:
+            return s3.ask(url, lambda fs: fs.call_s3("head_object", Bucket=bucket, Key=key)["ETag"]) if key else None
+        except Missing:
+            return None
+    with _user_errors(url):
+        try:
+            status = os.stat(_local(url))
+        except FileNotFoundError:
+            return None
+        return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
 
+
+def open_arrow(url: str) -> pa.NativeFile:
+    """The file for readers of pyarrow, such as Parquet's. UserError when it is not there, OSError where pyarrow has one.
+
+    On S3 by our own requests: their faults stay apart from those of the file, and nothing is asked twice.
+    """
+    return pa.PythonFile(open_read(url), mode="r") if is_remote(url) else pa.OSFile(os.path.abspath(_local(url)))
+
+
+def for_ray(url: str) -> dict[str, Any]:
+    """``storage_path`` and ``storage_filesystem`` of Ray's RunConfig for a folder: its own client would retry but three times."""
     if not is_remote(url):
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(_local(url))
-    key = _key(url)
-    try:
-        # Only the bucket goes through the URL parser: keys may hold characters that mean something in a URL.
-        return pyarrow.fs.FileSystem.from_uri("s3://" + key.split("/", 1)[0])[0], key
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{url}: {_one_line(error)}") from error
+        return {"storage_path": url}
+    given, path = filesystem(url)
+    return {"storage_path": path, "storage_filesystem": given}
+
+
+def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem of a path or URL and the path in it (without s3://), for Ray and for tables of many files."""
+    return s3.arrow(url) if is_remote(url) else (pyarrow.fs.LocalFileSystem(), os.path.abspath(_local(url)))
 
 
 @contextmanager
@@ -239,10 +275,10 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent if target is not None else None))
     try:
         yield work
+        if target is None:
+            _upload(work, url)
+            return
         with _user_errors(url):
-            if target is None:
-                _upload(work, url)
-                return
             work.chmod(0o777 & ~_umask())
             for file in work.rglob("*"):
                 if file.is_file():
@@ -261,37 +297,119 @@ def is_complete(url: str) -> bool:
 
 
 @contextmanager
-def local_copy(url: str) -> Iterator[Path]:
+def local_copy(url: str, without: str = "") -> Iterator[Path]:
     """A file or folder as a local path: itself when it is local, else downloaded for the time of the block.
 
-    UserError when it is not there.
+    without: name of a folder in it that need not be downloaded. UserError when it is not there, or as a whole not there yet.
     """
-    if not exists(url):
-        raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
     if not is_remote(url):
+        if not exists(url):
+            raise UserError(f"{url}: {_REMEDY[errno.ENOENT]}")
         yield Path(_local(url))
         return
     with tempfile.TemporaryDirectory(prefix="i3cl-") as folder:
-        target = Path(folder) / posixpath.basename(_key(url))
-        with _user_errors(url):
-            for name in [""] if is_file(url) else sorted(list_files(url)):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                _s3().get_file(posixpath.join(_key(url), name).rstrip("/"), str(target / name))
+        target = Path(folder) / posixpath.basename(url.rstrip("/"))
+        _get(url, target, without)
+        if (target / UNFINISHED).exists():
+            raise UserError(f"{url}: its upload was stopped half-way; write it again")
         yield target
 
 
 def _upload(folder: Path, url: str) -> None:
-    remove_tree(url)
-    _s3().pipe_file(_key(join(url, UNFINISHED)), b"")
-    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        _s3().put_file(str(file), _key(join(url, file.relative_to(folder).as_posix())))
-    _s3().rm_file(_key(join(url, UNFINISHED)))
+    # The marker before anything is removed or written, and away after everything: whoever is stopped leaves it.
+    _clear(url, unfinished=True)
+    files = [(file, join(url, file.relative_to(folder).as_posix())) for file in sorted(folder.rglob("*")) if file.is_file()]
+    with ThreadPoolExecutor(_FILES) as pool:
+        list(pool.map(lambda file: _put(*file), files))
+    _delete(url, [_path(join(url, UNFINISHED))])
+
+
+def _put(file: Path, url: str) -> None:
+    # S3 takes 10,000 parts.
+    part = max(s3.PART, file.stat().st_size // 9_999)
+    s3.ask(url, lambda fs: fs.put_file(str(file), _path(url), chunksize=part))
+
+
+def _get(url: str, target: Path, without: str) -> None:
+    """Copy an object, or all objects under a folder but for the folder `without` in it, to the local path.
+
+    Missing when there is neither.
+    """
+    single = version(url)
+    found = {"": single} if single else _versions(url)
+    if not found:
+        raise Missing(f"{url}: {_REMEDY[errno.ENOENT]}")
+
+    def get(name: str) -> None:
+        path, place = target / name, join(url, name)
+        if ".." in path.parts:
+            raise UserError(f"{place}: its name leaves the folder; rename it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.ask(place, lambda fs: fs.get_file(_path(place), str(path), chunksize=s3.PART))
+        # The parts of a large one are requests of their own.
+        if path.stat().st_size > s3.PART and version(place) != found[name]:
+            raise Changed(f"{place}: was written anew while it was read")
+
+    with _user_errors(url), ThreadPoolExecutor(_FILES) as pool:
+        list(pool.map(get, [name for name in found if not (without and name.startswith(without + "/"))]))
+
+
+def _clear(url: str, *, unfinished: bool) -> None:
+    """Remove a file or a folder; unfinished: leave it with the marker of one that is not whole."""
+    path, marker = _path(url), _path(join(url, UNFINISHED))
+    keys = set(s3.ask(url, lambda fs: fs.find(path))) | ({path} if is_file(url) else set())
+    # Of several requests that delete, none before the folder says that it is no whole one.
+    if unfinished or len(keys) > _PAGE:
+        s3.ask(url, lambda fs: fs.pipe_file(marker, b""))
+        keys.add(marker)
+    rest = sorted(keys - {marker})
+    for first in range(0, len(rest), _PAGE):
+        _delete(url, rest[first : first + _PAGE])
+    if marker in keys and not unfinished:
+        _delete(url, [marker])
+
+
+def _delete(url: str, paths: list[str]) -> None:
+    bucket, wanted = s3.split(url)[0], [{"Key": path.partition("/")[2]} for path in paths]
+    answer = s3.ask(url, lambda fs: fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": wanted, "Quiet": True}))
+    # Each by itself: it then says why, or succeeds a little later.
+    for error in answer.get("Errors", ()):
+        _delete_one(f"{bucket}/{error['Key']}")
+
+
+def _delete_one(path: str) -> None:
+    s3.ask(f"s3://{path}", lambda fs: fs.rm_file(path))
+
+
+def _some_keys(url: str) -> list[str]:
+    """Two of the keys under the folder `url`, as far as there are. One request."""
+    bucket, key = s3.split(url)
+    page = s3.ask(url, lambda fs: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key + "/" if key else "", MaxKeys=2))
+    return [found["Key"] for found in page.get("Contents", ())]
+
+
+def _versions(url: str) -> dict[str, str]:
+    """Name in the folder -> version of all its objects at any depth, but those that only stand for a folder."""
+    path = _path(url) + "/"
+    found = s3.ask(url, lambda fs: fs.find(path, detail=True))
+    return {name[len(path) :]: at["ETag"] for name, at in found.items() if name.startswith(path) and name[-1] != "/"}
 
 
 def _occupied(url: str) -> bool:
-    if is_dir(url):
-        return bool(list_dir(url)) and not (is_remote(url) and is_file(join(url, UNFINISHED)))
-    return exists(url)
+    """Whether anything but the rest of an upload that was stopped is there."""
+    if not is_remote(url):
+        return bool(list_dir(url)) if is_dir(url) else exists(url)
+    own = s3.split(url)[1] + "/"
+    if any(key != own for key in _some_keys(url)):
+        return not is_file(join(url, UNFINISHED))
+    return is_file(url)
+
+
+def _path(url: str) -> str:
+    """Bucket and key as s3fs writes them."""
+    if "?versionId=" in url:
+        raise UserError(f"{url}: '?versionId=' means a version of another object; rename it")
+    return "/".join(s3.split(url)).rstrip("/")
 
 
 def _local(url: str) -> str:
@@ -308,23 +426,6 @@ def _kept(url: str) -> Path:
             "lost; give a path that all nodes share or an s3:// URL (storage=… or --out …)"
         )
     return path
-
-
-def _key(url: str) -> str:
-    """Bucket/key of an s3:// URL."""
-    key = _SCHEME.sub("", url).strip("/")
-    if not key:
-        raise UserError(f"{url}: names no bucket; write s3://bucket/path")
-    return key
-
-
-def _s3() -> Any:
-    import fsspec
-
-    # fsspec reuses a connection with equal arguments: the endpoint must be among them. Other machines write
-    # too, so listings must not be remembered.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return fsspec.filesystem("s3", endpoint_url=endpoint, use_listings_cache=False)
 
 
 _REMEDY = {
@@ -349,29 +450,13 @@ def _user_errors(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno
-        if number is None:  # s3fs sometimes gives the class only
-            kinds = {
-                FileNotFoundError: errno.ENOENT,
-                PermissionError: errno.EACCES,
-                IsADirectoryError: errno.EISDIR,
-            }
-            number = next((n for kind, n in kinds.items() if isinstance(error, kind)), None)
-        if number in _REMEDY:
-            raise UserError(f"{url}: {_REMEDY[number]}") from error
+        if error.errno in _REMEDY:
+            raise UserError(f"{url}: {_REMEDY[error.errno]}") from error
         raise
     except ValueError as error:
         if "null byte" in str(error) or "null character" in str(error):
             raise UserError(f"{url!r}: a path cannot hold a null character") from error
         raise
-    except Exception as error:
-        if type(error).__module__.startswith("botocore."):  # imported only where S3 is used
-            raise UserError(f"{url}: {_one_line(error)}; check AWS_* in the environment") from error
-        raise
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _umask() -> int:

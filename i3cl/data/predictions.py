@@ -108,9 +108,8 @@ def polygons_of(row: Mapping[str, Any]) -> list[NDArray[np.float32]]:
 
 
 def _read_part(path: str, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
-    filesystem, inside = storage.filesystem(path)
     try:
-        with pq.ParquetFile(inside, filesystem=filesystem) as file:
+        with storage.open_arrow(path) as source, pq.ParquetFile(source) as file:
             missing = [name for name in wanted.names if name not in file.schema_arrow.names]
             if missing:
                 raise UserError(f"{path}: no column {missing[0]}; is it a part of predictions?")

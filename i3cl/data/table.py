@@ -108,9 +108,8 @@ def read_table(
 def is_table(path: str) -> bool:
     """Whether a Parquet file or folder is of images and their labels, by the columns of its first part. UserError when none."""
     part = _parts(path)[0]
-    filesystem, inside = storage.filesystem(part)
     try:
-        with pq.ParquetFile(inside, filesystem=filesystem) as file:
+        with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
             return "instances" in file.schema_arrow.names
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{part}: not a Parquet file ({' '.join(str(error).split())[:200]}); write it again") from None
@@ -132,9 +131,8 @@ def _parts(path: str) -> list[str]:
 def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """Batches of `columns` (all of _FILE_SCHEMA by default), cast to its types, one at a time."""
     for part in parts:
-        filesystem, inside = storage.filesystem(part)
         try:
-            with pq.ParquetFile(inside, filesystem=filesystem) as file:
+            with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
                 there = file.schema_arrow.names
                 for name in _REQUIRED:
                     if name not in there:

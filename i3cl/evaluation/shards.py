@@ -33,9 +33,8 @@ def truth_shards(truth: str) -> list[Shard]:
         parts = [storage.join(truth, name) for name in storage.list_dir(truth) if name.endswith(".parquet")]
     shards: list[Shard] = []
     for part in parts:
-        filesystem, inside = storage.filesystem(part)
         try:
-            with pq.ParquetFile(inside, filesystem=filesystem) as file:
+            with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
                 missing = [f.name for f in IMAGE_SCHEMA if f.name not in file.schema_arrow.names]
                 groups = file.num_row_groups
         except (OSError, pa.ArrowException) as error:
@@ -52,8 +51,7 @@ def count_shard(
     shard: Shard, results: str, member: str, rules: Sequence[Rules], threshold: float | None
 ) -> tuple[list[Counts], int]:
     """The counts of a shard's images by each of the rules, and how many of them the results do not hold."""
-    filesystem, inside = storage.filesystem(shard["part"])
-    with pq.ParquetFile(inside, filesystem=filesystem) as file:
+    with storage.open_arrow(shard["part"]) as source, pq.ParquetFile(source) as file:
         records = from_table(file.read_row_group(shard["row_group"], columns=IMAGE_SCHEMA.names).cast(IMAGE_SCHEMA))
     found = _found(results, member, [record.id for record in records])
     samples = [sample_of(truth_of_record(record), found.get(record.id)) for record in records]

@@ -124,7 +124,7 @@ class Ledger:
     def begin(self, part: str) -> Attempt:
         """Note that this process begins a part, before it touches any image of it."""
         path = self._tries(part)
-        before = json.loads(storage.read_text(path)) if storage.exists(path) else {"number": 0, "at": None, "deaths": {}}
+        before = json.loads(storage.read_text(path)) if storage.is_file(path) else {"number": 0, "at": None, "deaths": {}}
         attempt = Attempt(before["number"] + 1, {int(key): count for key, count in before["deaths"].items()})
         if before["at"] is not None:
             attempt.deaths[before["at"]] = attempt.deaths.get(before["at"], 0) + 1
@@ -148,7 +148,7 @@ class Ledger:
     def part_failures(self, part: str) -> Iterator[Failure]:
         """Images of a finished part that could not be labelled."""
         path = self._errors(part)
-        if storage.exists(path):
+        if storage.is_file(path):
             yield from (Failure(*row) for row in json.loads(storage.read_text(path)))
 
     def _tries(self, part: str) -> str:

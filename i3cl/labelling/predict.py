@@ -16,7 +16,7 @@ from typing import Any
 from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings, UserError
 from i3cl.data.records import Dataset
-from i3cl.job import connect, quiet
+from i3cl.job import connect, inside, quiet
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, machine_cores, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
@@ -212,10 +212,10 @@ class _Job:
         try:
             self._drain(missing, spread, meter)
         except Exception as error:
-            mistake = _users(error)
+            mistake = inside(error, UserError)
             if mistake is None:
                 raise
-            raise mistake from None
+            raise UserError(str(mistake)) from None
         finally:
             cost = self.cost.write(meter)
             observe.labelling_ended(self.title)
@@ -282,14 +282,3 @@ def _reports(plan: Plan, blocks: list[Any], spread: Layout) -> Any:
     )
     for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()  # type: ignore[union-attr]
-
-
-def _users(error: BaseException) -> UserError | None:
-    """The user's mistake inside an error that came from an actor."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for found in (getattr(seen, "cause", None), seen):
-            if isinstance(found, UserError):
-                return UserError(str(found))
-        seen = seen.__cause__ or seen.__context__
-    return None

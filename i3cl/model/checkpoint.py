@@ -24,6 +24,8 @@ from i3cl.model.original import to_our_names
 
 WEIGHTS = "weights.safetensors"
 SETTINGS = "settings.yaml"
+STATE = "training"
+"""Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
 OPTIONAL = ("intra.", "heads.inter.")
 """Modules that may start from scratch on top of a detector trained without them."""
 

@@ -281,7 +281,7 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
         run_config=tune.RunConfig(
             # A name for every session: what was done before is in the ledger, not in Tune's state.
             name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=storage.join(run, "tune"),
+            **storage.for_ray(storage.join(run, "tune")),
             callbacks=[watch],
             stop=trials.GpuHours(given.max_gpu_hours, gpus, spent),
             verbose=0,
@@ -363,7 +363,7 @@ def _students(
     thresholds, checkpoints = {}, {}
     for name, values, copy in (("best", best.values, best.copy), ("default", present, 0)):
         folder = student_folder(run, values, copy)
-        if not storage.exists(storage.join(folder, "student", "best", "metrics.json")):
+        if not storage.is_complete(storage.join(folder, "student", "best")):
             observe.say(f"{settings.name}: training the student of the {name} settings to its end")
             train_student(values, trials.for_student(settings, search_part), folder, ())
         thresholds[name] = student_metrics(folder)["threshold"]

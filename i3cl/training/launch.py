@@ -233,7 +233,7 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=run,
+            **storage.for_ray(run),
             callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -278,7 +278,10 @@ class Progress:
     """Prints the rows of a run's metrics file as they come, from a thread, with the time left."""
 
     def __init__(self, name: str, path: str, every: float = 2.0) -> None:
-        self.name, self.path, self.every = name, path, every
+        self.name, self.path = name, path
+        # A look is a request on S3, where the file changes no quicker (MetricsLog.flush).
+        self.every = 5 * every if storage.is_remote(path) else every
+        self._version: str | None = None
         self.where = observe.place(os.path.dirname(path), "train")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -300,8 +303,10 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        if not storage.exists(self.path):
+        version = storage.version(self.path)
+        if version is None or version == self._version:
             return
+        self._version = version
         rows = [json.loads(line) for line in storage.read_text(self.path).splitlines()]
         fresh = [row for row in rows if row["step"] > self._seen or (row["step"] == 0 and self._seen == 0)]
         for row in fresh:

@@ -31,13 +31,13 @@ from i3cl.config import Settings, UserError, to_yaml
 from i3cl.data.ingest import mix, read_source, training_batches
 from i3cl.data.transforms import Sample, to_target
 from i3cl.evaluation.iou import IouMetric, mark_small
-from i3cl.model.checkpoint import load_weights, save_checkpoint
+from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.predict import detect_records
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
-STATE = "training"
-"""Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+REMOTE_EVERY = 30.0
+"""Seconds between two versions of the log on S3; a checkpoint brings one of its own."""
 _WARNED_EVERY = 5
 """Steps between two questions whether a machine's end has been announced; each is a round trip that all workers wait for."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
@@ -136,7 +136,7 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     if model.backbone.report is not None:
         notes.append(f"backbone weights '{settings.model.backbone.weights}': {model.backbone.report}")
     if settings.train.start_from:
-        with storage.local_copy(settings.train.start_from) as folder:
+        with storage.local_copy(settings.train.start_from, without=STATE) as folder:
             notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
     model = model.to(device).to(memory_format=torch.channels_last)
     trainer = Trainer(settings, model, device, rank, workers, run)
@@ -155,6 +155,7 @@ class MetricsLog:
     enabled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     _events: Any = None
+    _flushed: float = -math.inf
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -175,10 +176,11 @@ class MetricsLog:
         if self.enabled and lines and not self.rows:
             self.rows.append({"step": 0, "notes": lines})
 
-    def flush(self) -> None:
-        """Write everything so far, whole."""
-        if not self.enabled:
+    def flush(self, now: bool = True) -> None:
+        """Write everything so far, whole; with now=False on S3, where each time sends it all, twice a minute at most."""
+        if not self.enabled or (not now and storage.is_remote(self.run) and time.monotonic() - self._flushed < REMOTE_EVERY):
             return
+        self._flushed = time.monotonic()
         storage.write_text_atomic(storage.join(self.run, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._events is not None:
             self._events.flush()
@@ -292,7 +294,7 @@ class Trainer:
                 if checkpoint and not warned:
                     row |= self.validate()
                 self.log.add(row)
-                self.log.flush()
+                self.log.flush(checkpoint or warned)
                 observe.training(self.log.run, self.rank, row)
                 if checkpoint or warned:
                     report({key: value for key, value in row.items() if isinstance(value, int | float)}, self.step)

@@ -19,11 +19,12 @@ from PIL import Image
 from i3cl.config import LabelSettings, Settings, UserError, ViewSettings
 from i3cl.data.predictions import read_predictions
 from i3cl.data.records import Dataset, ImageRecord
+from i3cl.job import inside
 from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import _Job, _users, checkpoint_hash, layout, predict
+from i3cl.labelling.predict import _Job, checkpoint_hash, layout, predict
 
 VIEWS = (ViewSettings(short_side=64), ViewSettings(short_side=64, flip=True))
 
@@ -410,9 +411,9 @@ def test_a_users_mistake_is_found_inside_an_actors_error():
         except UserError as error:
             raise RuntimeError("task failed") from error
     except RuntimeError as error:
-        found = _users(error)
+        found = inside(error, UserError)
     assert found is not None and str(found) == str(inner)
-    assert _users(RuntimeError("ours")) is None
+    assert inside(RuntimeError("ours"), UserError) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost

@@ -6,7 +6,6 @@ import json
 
 import cv2
 import numpy as np
-import pytest
 
 from i3cl import storage
 from i3cl.config import ViewSettings
@@ -18,22 +17,8 @@ from i3cl.labelling.manifest import make_manifest
 from i3cl.labelling.predict import checkpoint_hash
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    server = pytest.importorskip("moto.server", reason="needs moto's S3 server")
-    # Port 0: any that is free.
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for key, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{key}", value)
-    storage._s3().mkdir("bucket")
-    yield "s3://bucket"
-    running.stop()
-
-
 def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
+    bucket = bucket.url
     for name in ("settings.yaml", "weights.safetensors"):
         data = storage.read_bytes(storage.join(tiny_checkpoints["a"], name))
         storage.write_bytes_atomic(f"{bucket}/a/{name}", data)
@@ -56,6 +41,6 @@ def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
     rows = {row["image_id"]: row["error"] for rows in read_predictions(out) for row in rows}
     assert rows.keys() == {0, 1, 2} and rows[0] is rows[2] is None and "missing.jpg" in rows[1]
     ledger.finish({"images": 3})
-    assert storage.list_dir(out) == ["done.json", "errors.csv", "job.json", part_name(0, 0), part_name(0, 1)]
+    assert storage.list_files(out) == {"done.json", "errors.csv", "job.json", part_name(0, 0), part_name(0, 1)}
     assert "missing.jpg" in storage.read_text(f"{out}/errors.csv")
     assert json.loads(storage.read_text(f"{out}/done.json")) == {"images": 3}
