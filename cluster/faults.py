@@ -103,7 +103,7 @@ class Training:
         return max((row["step"] for row in self.rows()), default=0)
 
     def wait_for_step(self, step: int) -> int:
-        """Wait for a step; return the lowest that was on record meanwhile, from which the run went on."""
+        """Wait for a step; return the lowest that was on record meanwhile."""
         deadline = time.monotonic() + PATIENCE
         lowest = self.step()
         while (now := self.step()) < step:
@@ -122,7 +122,21 @@ class Training:
         blow()
         seen = self.step()
         lowest = self.wait_for_step(seen + 1)
-        return Row("training", fault, time.monotonic() - struck, f"{max(0, seen - lowest + 1)} steps", how)
+        return Row("training", fault, time.monotonic() - struck, f"{redone(seen, lowest)} steps", how)
+
+    def announce(self, fault: str, how: str) -> Row:
+        """As `strike` with `warn`, but counted from the last step before the workers leave the machine: until then they train."""
+        self.wait_for_step((self.step() // self.interval + 1) * self.interval + self.interval // 2)
+        leaving = self.workers[-1]
+        self.warn()
+        deadline = time.monotonic() + PATIENCE
+        while trains_on(leaving):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{leaving.name} was not left: {(self.folder / 'train.log').read_text()[-3000:]}")
+            time.sleep(0.1)
+        seen, last = self.step(), self.metrics.stat().st_mtime
+        lowest = self.wait_for_step(seen + 1)
+        return Row("training", fault, time.time() - last, f"{redone(seen, lowest)} steps", how)
 
     # ------------------------------------------------------------------------------------------------------ faults
 
@@ -266,6 +280,11 @@ class Labelling:
         self.submit()
 
 
+def redone(seen: int, lowest: int) -> int:
+    """Steps done again when `seen` was on record and `lowest` afterwards, the first after the checkpoint if that is earlier."""
+    return 0 if lowest == seen else seen - lowest + 1
+
+
 def process_of(node: Node, word: str) -> int:
     """Process id of a Ray worker on a node, by a word of its title."""
     for pid in descendants(node.process.pid):
@@ -317,7 +336,7 @@ def break_training(folder: Path, network: bool) -> Iterator[Row]:
         yield run.strike("machine lost", "one worker goes on with both shares of a step", run.remove_node)
         seconds = run.replace_node()
         yield Row("training", "machine joins", seconds, "0 to 10 steps", "the run grows to two workers; it never stood still")
-        yield run.strike("spot notice", "checkpoint at once; the worker that stays goes on", run.warn)
+        yield run.announce("spot notice", "checkpoint at once; the worker that stays goes on")
         run.replace_node()
         if network:
             yield run.strike("link cut", "the head gives the machine up after 8 s", run.cut_link)

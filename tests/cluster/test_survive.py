@@ -30,7 +30,7 @@ def assert_every_step_once(run: Training) -> None:
 def test_a_spot_machine_that_is_taken_away_costs_a_pause_but_no_step(data):
     """Also: one worker does the work of two, and the job ends when its steps are done."""
     with Training(data, network=REFUSED is None) as run:
-        row = run.strike("spot notice", "", run.warn)
+        row = run.announce("spot notice", "")
         assert row.redone == "0 steps", f"{row}: the checkpoint at the notice was not used"
         names = {path.name for path in (run.folder / "runs" / "train" / "ray").glob("step_*")}
         assert any(int(name.removeprefix("step_")) % run.interval for name in names), f"no checkpoint at the notice: {names}"
