@@ -6,6 +6,7 @@ link can be cut. All nodes see this machine's disk.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import shutil
@@ -71,6 +72,7 @@ class Node:
         self.process.wait(30)
 
 
+_CLUSTERS = itertools.count()
 _ALIVE = """
 import logging, ray
 ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -94,7 +96,7 @@ class LocalCluster:
         self.nodes: list[Node] = []
         self.namespaces: list[str] = []
         self.network = network
-        self._bridge = f"i3cl{os.getpid() % 100000}"
+        self._bridge = f"i3cl{os.getpid() % 10000}{chr(97 + next(_CLUSTERS) % 26)}"
         # Short, because the paths of sockets lie under it.
         self.temporary = Path(tempfile.mkdtemp(prefix="i3cl-", dir="/tmp"))
         self.token = self.temporary / "token"
@@ -167,7 +169,9 @@ class LocalCluster:
         for node in reversed(self.nodes):
             if node.process.poll() is None:
                 node.kill()
-        for name in self.namespaces:
+        for number, name in enumerate(self.namespaces, 1):
+            # A namespace lives on, and with it its device, until its last process has ended.
+            subprocess.run(["ip", "link", "del", f"{self._bridge}v{number}"], capture_output=True)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         if self.namespaces:
             subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
