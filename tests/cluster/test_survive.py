@@ -60,4 +60,4 @@ def test_labelling_loses_and_repeats_nothing_when_a_machine_vanishes(data, tmp_p
     with Labelling(tmp_path, REFUSED is None, make_checkpoint(tmp_path)) as job:
         job.strike("machine lost", "", job.remove_node)
         images, missing, double = job.finish()
-    assert (images, missing, double) == (1000, 0, 0)
+    assert (images, missing, double) == (2000, 0, 0)
