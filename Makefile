@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled bytecode halves the start of every Ray worker; some shells switch it off.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup quickstart test test-slow test-gpu lint benchmark ablation clean
+.PHONY: setup quickstart test test-slow test-gpu lint benchmark faults ablation clean
 
 setup: .venv/ready
 
@@ -20,7 +20,7 @@ quickstart: setup
 	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -34,6 +34,10 @@ lint: setup
 
 benchmark: setup
 	$(BIN)/python jobs/benchmark.py step
+
+# Breaks training and labelling on a small cluster on this machine; as root also its network.
+faults: setup
+	$(BIN)/python cluster/faults.py
 
 ablation: setup
 	$(BIN)/python jobs/ablation.py --config configs/ablation/plain.yaml

@@ -108,6 +108,8 @@ class LocalCluster:
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
         self.node_environment = {**os.environ, **HEALTH_CHECKS, **(environment or {})}
         self.node_environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        # As in the launch files: `python` in a submitted job is the project's.
+        self.node_environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{self.node_environment.get('PATH', '')}"
         for key in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS"):
             self.node_environment.pop(key, None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class Laptop:
 
     def submit(self, *arguments: str, options: tuple[str, ...] = (), timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . OPTIONS -- python ARGUMENTS`."""
-        return self.ray("job", "submit", "--working-dir", ".", *options, "--", sys.executable, *arguments, timeout=timeout)
+        return self.ray("job", "submit", "--working-dir", ".", *options, "--", "python", *arguments, timeout=timeout)
 
     def ray(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -253,6 +253,7 @@ def workers_of(driver: int) -> list[int]:
     return [pid for pid, parent in parents.items() if parent in nodes and "RayTrainWorker" in names[pid]]
 
 
+@pytest.mark.slow
 def test_killed_worker_and_killed_run_continue_where_they_stopped(tiny_settings, tmp_path):
     config = recipe(
         tiny_settings,

@@ -189,6 +189,7 @@ def label_under_fire(settings, checkpoints, folder: Path, count: int, rows: int,
     return victim
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_node_lose_and_repeat_nothing(tiny_settings, tiny_checkpoints, tmp_path):
     victim = label_under_fire(tiny_settings, tiny_checkpoints, tmp_path, 300, 10, ["worker", "raylet"], seed=1)
     assert victim.starts == 2
