@@ -54,7 +54,8 @@ def test_two_nodes_on_this_machine(tmp_path):
     script = "set -e\nip link set lo up\n" + first_block(ROOT / "docs" / "clusters.md")
     log = tmp_path / "log.txt"
     with open(log, "w") as file:
-        done = subprocess.run([*OWN_MACHINE, "bash", "-c", script], cwd=clone, env=environment, stdout=file, stderr=file, timeout=1400)
+        command = [*OWN_MACHINE, "bash", "-c", script]
+        done = subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=file, timeout=1400)
     printed = log.read_text()
     assert done.returncode == 0, printed[-3000:]
     run = clone / "runs" / "quickstart"
