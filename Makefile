@@ -31,6 +31,7 @@ test-gpu: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy i3cl
+	$(BIN)/mypy --explicit-package-bases cluster
 
 benchmark: setup
 	$(BIN)/python jobs/benchmark.py step

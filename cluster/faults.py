@@ -19,9 +19,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,29 +51,29 @@ class Row:
     """What carried it on."""
 
 
-class Training:
-    """A training run under faults: `python jobs/train.py` beside the head of a cluster of two nodes with a worker each."""
+class Job:
+    """A job beside the head of a cluster of two nodes with a worker each. The head holds none, as in the launch files."""
 
-    interval: int
+    script: str
+    """Of jobs/, with its first arguments."""
+    changes: list[str]
+    """Settings on top of the recipe."""
+    variables: Mapping[str, str] = {}
 
-    def __init__(self, folder: Path, network: bool, *overrides: str) -> None:
-        self.folder, self.network = folder, network
-        changes = [f"storage={folder}/runs", "name=train", *source_arguments(folder), *overrides]
-        self.arguments = ["--config", RECIPE, *changes]
-        self.settings: Settings = load_settings(RECIPE, changes)
-        self.interval = self.settings.train.checkpoint_every
-        self.metrics = folder / "runs" / "train" / "metrics.jsonl"
-        # The head holds no worker: its CPU count is 0, as in the launch files.
+    def __init__(self, folder: Path, network: bool) -> None:
+        self.folder = folder
+        self.settings: Settings = load_settings(RECIPE, self.changes)
+        self.log = folder / f"{self.settings.name}.log"
         self.cluster = LocalCluster(folder, head_cpus=0, network=network)
         self.driver: subprocess.Popen[bytes] | None = None
         self.workers: list[Node] = []
 
-    def __enter__(self) -> Training:
+    def __enter__(self) -> Self:
         self.cluster.__enter__()
         try:
             self.workers = [self.cluster.add_node(), self.cluster.add_node()]
             self.submit()
-            self.wait_for_step(2 * self.interval + 3)
+            self.warm_up()
         except BaseException:
             self.close()
             raise
@@ -81,6 +82,10 @@ class Training:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def warm_up(self) -> None:
+        """Wait until the job works."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """End the driver and the cluster."""
         end(self.driver)
@@ -88,9 +93,32 @@ class Training:
 
     def submit(self) -> None:
         """Start the job, the same line each time."""
-        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *self.arguments]
-        names = {"GLOO_SOCKET_IFNAME": "eth0"} if self.network else {}
-        self.driver = self.cluster.run(command, self.folder / "train.log", **names)
+        name, *first = self.script.split()
+        command = [sys.executable, str(ROOT / "jobs" / name), *first, "--config", RECIPE, *self.changes]
+        self.driver = self.cluster.run(command, self.log, **self.variables)
+
+    def check(self, reached: bool, deadline: float, wish: str) -> bool:
+        """`reached`; RuntimeError when the job has ended or the time is over before."""
+        assert self.driver is not None
+        if not reached and (self.driver.poll() is not None or time.monotonic() > deadline):
+            raise RuntimeError(f"{wish}: {self.log.read_text()[-3000:]}")
+        return reached
+
+
+class Training(Job):
+    """A training run under faults: `python jobs/train.py`."""
+
+    script = "train.py"
+
+    def __init__(self, folder: Path, network: bool, *overrides: str) -> None:
+        self.changes = [f"storage={folder}/runs", "name=train", *source_arguments(folder), *overrides]
+        self.variables = {"GLOO_SOCKET_IFNAME": "eth0"} if network else {}
+        super().__init__(folder, network)
+        self.interval = self.settings.train.checkpoint_every
+        self.metrics = folder / "runs" / "train" / "metrics.jsonl"
+
+    def warm_up(self) -> None:
+        self.wait_for_step(2 * self.interval + 3)
 
     def rows(self) -> list[dict]:
         """What the run has written so far."""
@@ -106,11 +134,8 @@ class Training:
         """Wait for a step; return the lowest that was on record meanwhile."""
         deadline = time.monotonic() + PATIENCE
         lowest = self.step()
-        while (now := self.step()) < step:
+        while not self.check((now := self.step()) >= step, deadline, f"step {step} was not reached"):
             lowest = min(lowest, now)
-            assert self.driver is not None
-            if self.driver.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"step {step} was not reached: {(self.folder / 'train.log').read_text()[-3000:]}")
             time.sleep(0.1)
         return lowest
 
@@ -130,9 +155,7 @@ class Training:
         leaving = self.workers[-1]
         self.warn()
         deadline = time.monotonic() + PATIENCE
-        while trains_on(leaving):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{leaving.name} was not left: {(self.folder / 'train.log').read_text()[-3000:]}")
+        while not self.check(not trains_on(leaving), deadline, f"{leaving.name} was not left"):
             time.sleep(0.1)
         seen, last = self.step(), self.metrics.stat().st_mtime
         lowest = self.wait_for_step(seen + 1)
@@ -178,50 +201,26 @@ class Training:
         """A new machine joins; seconds until the run uses it."""
         started = time.monotonic()
         self.workers.append(self.cluster.add_node())
-        while not trains_on(self.workers[-1]):
-            if time.monotonic() - started > PATIENCE:
-                raise RuntimeError("the run did not grow")
+        while not self.check(trains_on(self.workers[-1]), started + PATIENCE, "the run did not grow"):
             time.sleep(0.5)
         self.wait_for_step(self.step() + 1)
         return time.monotonic() - started
 
 
-class Labelling:
-    """A labelling job under faults, on the same kind of cluster: `python jobs/label.py predict` with one member."""
+class Labelling(Job):
+    """A labelling job under faults: `python jobs/label.py predict` with one member."""
+
+    script = "label.py predict"
 
     def __init__(self, folder: Path, network: bool, checkpoint: str) -> None:
-        self.folder = folder
-        overrides = [f"storage={folder}/runs", "name=label", f"label.members.a={checkpoint}"]
-        overrides += [f"label.source={{annotations: {folder}/data/unlabelled.json, images: {folder}/data/unlabelled}}"]
-        self.command = [sys.executable, str(ROOT / "jobs" / "label.py"), "predict", "--config", RECIPE, *overrides]
-        self.settings = load_settings(RECIPE, overrides)
+        data = folder / "data"
+        self.changes = [f"storage={folder}/runs", "name=label", f"label.members.a={checkpoint}"]
+        self.changes += [f"label.source={{annotations: {data}/unlabelled.json, images: {data}/unlabelled}}"]
+        super().__init__(folder, network)
         self.out = folder / "runs" / "label" / "predictions" / "unlabelled"
-        self.cluster = LocalCluster(folder, head_cpus=0, network=network)
-        self.driver: subprocess.Popen[bytes] | None = None
-        self.workers: list[Node] = []
 
-    def __enter__(self) -> Labelling:
-        self.cluster.__enter__()
-        try:
-            self.workers = [self.cluster.add_node(), self.cluster.add_node()]
-            self.submit()
-            self.wait_for_parts(2)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the driver and the cluster."""
-        end(self.driver)
-        self.cluster.close()
-
-    def submit(self) -> None:
-        """Start the job, the same line each time."""
-        self.driver = self.cluster.run(self.command, self.folder / "label.log")
+    def warm_up(self) -> None:
+        self.wait_for_parts(2)
 
     def parts(self) -> set[str]:
         """Shards that are done."""
@@ -230,10 +229,7 @@ class Labelling:
     def wait_for_parts(self, count: int) -> None:
         """Wait until so many shards are done."""
         deadline = time.monotonic() + PATIENCE
-        while len(self.parts()) < count:
-            assert self.driver is not None
-            if self.driver.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{count} shards were not done: {(self.folder / 'label.log').read_text()[-3000:]}")
+        while not self.check(len(self.parts()) >= count, deadline, f"{count} shards were not done"):
             time.sleep(0.05)
 
     def strike(self, fault: str, how: str, blow: Callable[[], None]) -> Row:
@@ -245,10 +241,10 @@ class Labelling:
         blow()
         lost = begun - self.parts()
         deadline = struck + PATIENCE
-        while lost - self.parts():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{lost - self.parts()} were not done: {(self.folder / 'label.log').read_text()[-3000:]}")
+        while (left := lost - self.parts()) and time.monotonic() < deadline:
             time.sleep(0.05)
+        if left:
+            raise RuntimeError(f"{left} were not done: {self.log.read_text()[-3000:]}")
         images = len(lost) * self.settings.label.rows_per_block
         return Row("labelling", fault, time.monotonic() - struck, f"at most {images} images", how)
 
@@ -256,7 +252,7 @@ class Labelling:
         """Wait for the end: images, images that are missing, rows too many."""
         assert self.driver is not None
         if self.driver.wait(PATIENCE * 2):
-            raise RuntimeError(f"labelling failed: {(self.folder / 'label.log').read_text()[-3000:]}")
+            raise RuntimeError(f"labelling failed: {self.log.read_text()[-3000:]}")
         rows: Counter[int] = Counter()
         for batch in read_batches(str(self.out), ["image_id"]):
             rows.update(batch["image_id"].to_pylist())
