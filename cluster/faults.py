@@ -331,7 +331,8 @@ def break_training(folder: Path, network: bool) -> Iterator[Row]:
         yield run.strike("worker killed", restart, run.kill_worker)
         yield run.strike("machine lost", "one worker goes on with both shares of a step", run.remove_node)
         seconds = run.replace_node()
-        yield Row("training", "machine joins", seconds, "0 to 10 steps", "the run grows to two workers; it never stood still")
+        how = "Ray looks once a minute, then restarts on two workers from the last checkpoint"
+        yield Row("training", "machine joins", seconds, "0 to 10 steps", how)
         yield run.announce("spot notice", "checkpoint at once; the worker that stays goes on")
         run.replace_node()
         if network:
