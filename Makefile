@@ -20,7 +20,7 @@ quickstart: setup
 	$(BIN)/python jobs/selftrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

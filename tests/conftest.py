@@ -11,21 +11,6 @@ import pytest
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
-STARTS_RAY = (
-    "jobs/", "cluster/test_locks", "cluster/test_metrics", "cluster/test_submit", "cluster/test_survive", "s3/test_s3_jobs",
-    "labelling/test_label_predict", "labelling/test_predict_s3", "data/test_ingest", "data/test_scene_text", "data/test_degrade",
-    "data/importers/test_import", "evaluation/test_command", "test_ablation",
-)  # fmt: skip
-"""Tests that start a Ray: they run one after the other in one process, beside all others in another (make test)."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.relative_to(here).as_posix().startswith(STARTS_RAY):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 TINY_MODEL = {
     "backbone": {"name": "tf_efficientnet_lite0", "weights": "package", "frozen_stages": 0},
     "num_classes": 1,

@@ -219,9 +219,10 @@ def test_all_stages_by_name(family, data_root, tmp_path, monkeypatch):
 def test_epochs_are_fixed_and_steps_shrink(data_root, tmp_path):
     """Ten epochs of ten sets of twelve images: 1200 images, whatever the workers."""
     settings = with_overrides(tiny("r50", "mixtrain", data_root, tmp_path), {"train.epochs": 10, **SMALL}, "test")
-    steps = [
-        prepare(settings, torch.device("cpu"), 0, workers, str(tmp_path / "run")).steps for workers in (1, 4, 8)
-    ]
+    steps = []
+    for workers in (1, 4, 8):
+        wanted = with_overrides(settings, {"cluster.workers": workers}, "test")
+        steps.append(prepare(wanted, torch.device("cpu"), 0, workers, str(tmp_path / "run")).steps)
     assert steps == [1200, 300, 150]
 
 

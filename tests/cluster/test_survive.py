@@ -55,6 +55,7 @@ def test_a_cut_link_a_killed_worker_and_a_lost_head(data, tmp_path):
         assert_every_step_once(run)
 
 
+@pytest.mark.slow
 def test_labelling_loses_and_repeats_nothing_when_a_machine_vanishes(data, tmp_path):
     (tmp_path / "data").symlink_to(data / "data")
     with Labelling(tmp_path, REFUSED is None, make_checkpoint(tmp_path)) as job:
