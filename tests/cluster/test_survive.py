@@ -27,6 +27,7 @@ def assert_every_step_once(run: Training) -> None:
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_a_spot_machine_that_is_taken_away_costs_a_pause_but_no_step(data):
     """Also: one worker does the work of two, and the job ends when its steps are done."""
     with Training(data, network=REFUSED is None) as run:

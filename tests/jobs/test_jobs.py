@@ -208,6 +208,7 @@ def test_predict_and_evaluate_with_the_students_checkpoint(circle, tiny_set, tmp
     assert score["hmean"] == pytest.approx(kept["hmean"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_costs_one_line_not_the_job(circle, tiny_settings, tiny_set, tmp_path):
     from i3cl.data.predictions import read_predictions
 

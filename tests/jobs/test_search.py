@@ -60,6 +60,7 @@ def trials(run: Path) -> list[dict]:
     return json.loads(path.read_text())["trials"] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_sweep_over_thresholds_is_killed_and_continues(tiny_settings, predictions, tmp_path):
     config = tmp_path / "sweep.yaml"
     space = {

@@ -6,7 +6,6 @@ import json
 
 import cv2
 import numpy as np
-import pytest
 
 from i3cl import storage
 from i3cl.config import ViewSettings
@@ -18,7 +17,6 @@ from i3cl.labelling.manifest import make_manifest
 from i3cl.labelling.predict import checkpoint_hash
 
 
-@pytest.mark.slow
 def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
     bucket = bucket.url
     for name in ("settings.yaml", "weights.safetensors"):

@@ -86,6 +86,7 @@ def test_training_through_a_bad_network_killed_and_continued(bucket, tiny_settin
     assert any(name.startswith("events") for name in storage.list_dir(f"{bucket.url}/runs/tiny/tensorboard"))
 
 
+@pytest.mark.slow
 def test_labelling_through_a_bad_network(bucket, tiny_settings, tiny_set, tiny_checkpoints, tmp_path):
     """Predict and select: every image once, none with an error, and the pseudo labels are there."""
     upload(tiny_set, f"{bucket.url}/data")
