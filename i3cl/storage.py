@@ -42,6 +42,7 @@ _PAGE = 1000
 _UPLOADED_CODE = "/runtime_resources/working_dir_files/"
 """In the path of the folder where Ray unpacks the code of a submitted job, on every node anew, and which it removes."""
 
+_STARTED_IN = os.getcwd()
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -68,7 +69,7 @@ def join(root: str, *parts: str) -> str:
 
 def absolute(url: str) -> str:
     """A local path made absolute, so that it means the same in every process; a URL as it is."""
-    return url if is_remote(url) else os.path.abspath(_local(url))
+    return url if is_remote(url) else _absolute(_local(url))
 
 
 def exists(url: str) -> bool:
@@ -416,10 +417,20 @@ def _local(url: str) -> str:
     return os.path.expanduser(_SCHEME.sub("", url))
 
 
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        # Of two Ray nodes that share a folder on one machine the second lays the uploaded code of a job anew, and with it the
+        # folder in which the job's driver works: the same path, another folder.
+        os.chdir(_STARTED_IN)
+        return os.path.abspath(path)
+
+
 def _kept(url: str) -> Path:
     """The local path of what is to be written. UserError where it would be lost: below the uploaded code of a submitted job."""
     path = Path(_local(url))
-    _, uploaded, below = os.path.abspath(path).partition(_UPLOADED_CODE)
+    _, uploaded, below = _absolute(str(path)).partition(_UPLOADED_CODE)
     if uploaded:
         raise UserError(
             f"{below.partition('/')[2]}: a relative path of a submitted job lies in a temporary copy of the code and would be "
