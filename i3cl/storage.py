@@ -42,7 +42,10 @@ _PAGE = 1000
 _UPLOADED_CODE = "/runtime_resources/working_dir_files/"
 """In the path of the folder where Ray unpacks the code of a submitted job, on every node anew, and which it removes."""
 
-_STARTED_IN = os.getcwd()
+try:
+    _STARTED_IN = os.getcwd()
+except FileNotFoundError:
+    _STARTED_IN = os.environ.get("PWD", "/")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 
 

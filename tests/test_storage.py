@@ -1,5 +1,8 @@
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -235,3 +238,18 @@ def test_parquet_is_read_from_both(root):
         assert file.read() == table
     with pytest.raises((UserError, OSError)):
         storage.open_arrow(storage.join(root, "b.parquet"))
+
+
+def test_a_relative_path_means_the_same_when_the_working_folder_was_laid_anew(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    script = (
+        "import os, shutil\n"
+        "from i3cl import storage\n"
+        "shutil.rmtree(os.getcwd()); os.mkdir(storage._STARTED_IN)\n"
+        "storage.write_text_atomic('runs/a.txt', 'a')\n"
+        "print(storage.absolute('runs'), storage.read_text('runs/a.txt'))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(folder / "runs"), "a"], done.stderr
