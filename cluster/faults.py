@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from cluster.nodes import RAY, LocalCluster, Node, descendants, namespaces_refused  # noqa: E402
 from i3cl.config import Settings, load_settings, to_yaml  # noqa: E402
-from i3cl.data.predictions import read_batches  # noqa: E402
+from i3cl.data.formats.predictions import read_batches  # noqa: E402
 
 RECIPE = str(ROOT / "configs" / "faults.yaml")
 PATIENCE = 240.0

@@ -180,7 +180,7 @@ class LocalCluster:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _start(self, name: str, cpus: int, arguments: list[str]) -> Node:
-        namespace, address = (self._namespace(name) if self.network else (None, "127.0.0.1"))
+        namespace, address = self._namespace(name) if self.network else (None, "127.0.0.1")
         command = [
             RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--node-name={name}",
             f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={200 << 20}",

@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
 
         return Detections
     if name in ("load", "detect"):
-        from i3cl import predict
+        from i3cl.inference import predictor as predict
 
         return getattr(predict, name)
     raise AttributeError(f"module 'i3cl' has no attribute {name!r}")

@@ -14,10 +14,11 @@ from typing import Any
 
 from i3cl import storage
 from i3cl.circle import use_synthetic
-from i3cl.config import Settings, UserError, with_overrides
-from i3cl.data.ingest import read_source
-from i3cl.data.predictions import member_predictions
-from i3cl.evaluation.score import measure
+from i3cl.config import Settings, with_overrides
+from i3cl.data.formats.predictions import member_predictions
+from i3cl.data.loading.ingest import read_source
+from i3cl.errors import UserError
+from i3cl.evaluation.metrics.score import measure
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, with_pseudo_labels
 from i3cl.training.launch import claim, train_all

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from i3cl import observe, storage
-from i3cl.config import Settings, TeacherSettings, UserError, with_overrides
-from i3cl.data.coco import read_coco
-from i3cl.data.ingest import read_source
-from i3cl.data.predictions import member_predictions
-from i3cl.data.records import Dataset
-from i3cl.evaluation.score import Measured, Score, measure
-from i3cl.job import duration
+from i3cl.config import Settings, TeacherSettings, with_overrides
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import member_predictions
+from i3cl.data.formats.records import Dataset
+from i3cl.data.loading.ingest import read_source
+from i3cl.errors import UserError
+from i3cl.evaluation.metrics.score import Measured, Score, measure
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, with_pseudo_labels
+from i3cl.runtime.pace import duration
 from i3cl.training.launch import TrainResult, claim, train_all
 
 
@@ -226,7 +227,7 @@ def _measure_labels(truth: Dataset, labels: Dataset, settings: Settings) -> Meas
 
 def use_synthetic(settings: Settings, folder: str) -> Settings:
     """Make the synthetic data set in `folder` (once) and return settings that use it."""
-    from i3cl.data.synthetic_set import write_synthetic_set
+    from i3cl.data.synthetic.plain_set import write_synthetic_set
 
     assert settings.synthetic is not None
     write_synthetic_set(settings.synthetic, folder)

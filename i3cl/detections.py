@@ -62,9 +62,7 @@ class Detections:
     def filter(self, score_threshold: float) -> Detections:
         """Those with a score above the threshold."""
         keep = np.flatnonzero(self.scores > score_threshold)
-        return replace(
-            self, polygons=[self.polygons[i] for i in keep], scores=self.scores[keep], boxes=self.boxes[keep]
-        )
+        return replace(self, polygons=[self.polygons[i] for i in keep], scores=self.scores[keep], boxes=self.boxes[keep])
 
     def to_coco(self, image_id: int | None = None) -> list[dict[str, Any]]:
         """COCO results: image_id, category_id 1, bbox [x, y, width, height], segmentation, score.
@@ -105,9 +103,7 @@ class Detections:
         for polygon, score in self:
             ring = _whole_ring(polygon)
             if ring is not None:
-                lines.append(
-                    ",".join(map(str, ring.ravel().tolist())) + (f",{score:.4f}" if with_score else "")
-                )
+                lines.append(",".join(map(str, ring.ravel().tolist())) + (f",{score:.4f}" if with_score else ""))
         return "".join(line + "\n" for line in lines)
 
     def draw(

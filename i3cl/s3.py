@@ -24,7 +24,7 @@ from botocore import exceptions as failures
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
 """A connection that takes longer, or an answer of which nothing comes for so long, has failed."""

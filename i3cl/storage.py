@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from i3cl import s3
-from i3cl.config import UserError
+from i3cl.errors import UserError
 from i3cl.s3 import AccessError, Changed, Missing, NoAnswer
 
 __all__ = ["AccessError", "NoAnswer"]

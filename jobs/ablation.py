@@ -1,32 +1,6 @@
 """Train all variants of a recipe (the other files of its folder) with several seeds and print a table of their scores."""
 
-import argparse
-from pathlib import Path
-
-from i3cl.config import Settings, UserError, load_settings
-from i3cl.job import run
-
-
-def work(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl import storage
-    from i3cl.ablation import ablation, table
-
-    if not options.config:
-        raise UserError("--config: names no recipe; give the baseline, e.g. configs/ablation/plain.yaml")
-    baseline = Path(options.config)
-    others = sorted(path for path in baseline.parent.glob("*.yaml") if path.name != baseline.name)
-    variants = {path.stem: load_settings(path, options.overrides) for path in others}
-    print(table(ablation({baseline.stem: settings, **variants}, options.seeds)), end="")
-    print(f"results: {storage.join(settings.storage, settings.name, 'ablation.json')}")
-
-
-def _seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")]
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="seeds of every variant")
-
+from i3cl.cli.ablation import main
 
 if __name__ == "__main__":
-    run(work, __doc__, arguments)
+    main()

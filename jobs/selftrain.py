@@ -1,19 +1,6 @@
 """The whole circle: teachers, pseudo labels, student, evaluation, report. The same command continues where it stopped."""
 
-import argparse
-
-from i3cl.config import Settings
-from i3cl.job import run
-
-
-def work(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl import storage
-    from i3cl.circle import print_table, selftrain
-
-    summary = selftrain(settings)
-    print_table(summary)
-    print(f"report: {storage.join(storage.absolute(settings.storage), settings.name, 'report.html')}")
-
+from i3cl.cli.selftrain import main
 
 if __name__ == "__main__":
-    run(work, __doc__)
+    main()

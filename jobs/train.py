@@ -1,18 +1,6 @@
 """Train one recipe with Ray Train; the same command continues a run that was stopped."""
 
-import argparse
-
-from i3cl.config import Settings
-from i3cl.job import run
-
-
-def work(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl.training.launch import train
-
-    result = train(settings)
-    score = f", F {result.metrics['hmean']:.3f}" if "hmean" in result.metrics else ""
-    print(f"best checkpoint (step {result.metrics.get('step')}{score}): {result.checkpoint}")
-
+from i3cl.cli.train import main
 
 if __name__ == "__main__":
-    run(work, __doc__)
+    main()

@@ -36,9 +36,9 @@ def tiny_set(tmp_path_factory) -> Path:
     """Twelve 96-pixel images with words: set.json, the folder images/, and unlabelled.json without annotations."""
     import cv2
 
-    from i3cl.data.coco import write_coco
-    from i3cl.data.records import ImageRecord, Instance
-    from i3cl.data.synthetic import make_split
+    from i3cl.data.formats.coco import write_coco
+    from i3cl.data.formats.records import ImageRecord, Instance
+    from i3cl.data.synthetic.plain import make_split
 
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "images").mkdir()
@@ -107,7 +107,7 @@ def tiny_checkpoints(tiny_settings, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests that run in this process."""
-    from i3cl.job import connect
+    from i3cl.runtime.cluster import connect
 
     connect()
     yield

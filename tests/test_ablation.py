@@ -5,7 +5,8 @@ import json
 import pytest
 
 from i3cl.ablation import COLUMNS, ablation, table
-from i3cl.config import UserError, with_overrides
+from i3cl.config import with_overrides
+from i3cl.errors import UserError
 
 
 def test_table_shows_mean_and_spread():

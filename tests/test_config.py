@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from i3cl.config import Settings, SettingsError, load_settings, to_yaml, with_overrides
+from i3cl.config import (
+    Settings,
+    load_settings,
+    to_yaml,
+    with_overrides,
+)
+from i3cl.errors import SettingsError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "datasets.yaml")
@@ -148,9 +154,7 @@ def test_bad_overrides_name_the_command_line(override):
 
 
 def test_with_overrides_checks_and_keeps_the_rest():
-    settings = with_overrides(
-        load_settings(), {"train.seed": 5, "data.validation": {"annotations": "a", "images": "b"}}, "here"
-    )
+    settings = with_overrides(load_settings(), {"train.seed": 5, "data.validation": {"annotations": "a", "images": "b"}}, "here")
     assert settings.train.seed == 5
     assert settings.data.validation is not None
     with pytest.raises(SettingsError, match=r"here: train\.sed.*train\.seed"):
@@ -159,7 +163,7 @@ def test_with_overrides_checks_and_keeps_the_rest():
 
 def test_every_setting_is_explained():
     """A field's meaning stands under it: a bare default would leave the reader guessing."""
-    lines = (Path(__file__).parents[1] / "i3cl" / "config.py").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "i3cl" / "config" / "settings.py").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("class BackboneSettings"))
     end = next(i for i, line in enumerate(lines) if line.startswith("# ---") and "files and overrides" in line)
     self_evident = {

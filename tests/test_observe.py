@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i3cl import job, observe
-from i3cl.config import UserError
+from i3cl import observe
+from i3cl.cli import command_line
+from i3cl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "cluster" / "grafana" / "i3cl.json").read_text())
@@ -146,7 +147,7 @@ def test_a_job_prints_nothing_but_json(form, monkeypatch, capsys):
         raise UserError("a.json: is no file; give another")
 
     with pytest.raises(SystemExit) as stop:
-        job.run(work, "", argv=["name=toy"], prog="evaluate.py")
+        command_line.run(work, "", argv=["name=toy"], prog="evaluate.py")
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     if form == "text":

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from i3cl.config import Settings, UserError, ViewSettings
-from i3cl.predict import detect_arrays, load
+from i3cl.config import Settings, ViewSettings
+from i3cl.errors import UserError
+from i3cl.inference.predictor import detect_arrays, load
 
 
 class OneBox(nn.Module):

@@ -11,9 +11,15 @@ import pytest
 import torch
 import yaml
 
-from i3cl import job
-from i3cl.config import Settings, UserError, load_settings, to_yaml, with_overrides
-from i3cl.data.records import record_from_row
+from i3cl.cli import command_line
+from i3cl.config import (
+    Settings,
+    load_settings,
+    to_yaml,
+    with_overrides,
+)
+from i3cl.data.formats.records import record_from_row
+from i3cl.errors import UserError
 from i3cl.model import backbone
 from i3cl.model.network import I3CL
 from i3cl.training.launch import _check_data, located
@@ -33,7 +39,10 @@ STAGES = {
 RECIPES = [(family, stage) for family, stages in STAGES.items() for stage in stages]
 BEFORE = {"mixtrain": "pretrain", "finetune": "mixtrain", "ssl": "mixtrain", "ssl_finetune": "ssl"}
 BACKBONES = {family: family for family in STAGES} | {
-    "r50": "resnet50", "r50_regioncl": "resnet50", "r50_regioncl_unsupervised": "resnet50", "vitae": "vitaev2_s"
+    "r50": "resnet50",
+    "r50_regioncl": "resnet50",
+    "r50_regioncl_unsupervised": "resnet50",
+    "vitae": "vitaev2_s",
 }
 
 LSVT_MLT = ["lsvt/train1", "lsvt/train2", "icdar2019_mlt/train1", "icdar2019_mlt/train2"]
@@ -108,7 +117,7 @@ def test_numbers_are_the_papers(family, stage):
 @pytest.mark.parametrize(("family", "stage"), RECIPES, ids=lambda v: v)
 def test_dry_run(family, stage, capsys):
     path = str(path_of(family, stage))
-    job.run(lambda settings, options: pytest.fail("a dry run starts nothing"), "", argv=["--config", path, "--dry-run"])
+    command_line.run(lambda settings, options: pytest.fail("a dry run starts nothing"), "", argv=["--config", path, "--dry-run"])
     printed = capsys.readouterr().out
     assert Settings.model_validate(yaml.safe_load(printed)) == load_settings(path)
 
@@ -127,8 +136,11 @@ def test_network_of_full_size(family):
     widths = [64, 128, 256, 512] if family == "vitae" else [256, 512, 1024, 2048]
     assert model.backbone.channels == widths
     if family == "resnext151":
-        blocks = [len([n for n, _ in stage.named_children()]) for name, stage in model.backbone.body.named_children() if
-                  name.startswith("layer")]
+        blocks = [
+            len([n for n, _ in stage.named_children()])
+            for name, stage in model.backbone.body.named_children()
+            if name.startswith("layer")
+        ]
         assert blocks == [3, 8, 36, 3]
 
 
@@ -262,7 +274,7 @@ def test_remote_storage_keeps_a_runs_name():
 
 
 def losses_of(trainer):
-    from i3cl.data.transforms import to_target
+    from i3cl.data.loading.transforms import to_target
 
     pairs = [to_target(sample) for sample in next(trainer._batches())]
     trainer.model.train()

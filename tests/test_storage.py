@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from i3cl import storage
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import Settings, UserError
+from i3cl.config import Settings
+from i3cl.errors import UserError
 from i3cl.evaluation import run
-from i3cl.evaluation.protocols import AP_PROTOCOLS, Rules, rules_of
-from i3cl.evaluation.read import Paired, read_results, read_truth
+from i3cl.evaluation.formats.read import Paired, read_results, read_truth
+from i3cl.evaluation.metrics.protocols import AP_PROTOCOLS, Rules, rules_of
 
 
 def evaluate_files(settings: Settings, options: argparse.Namespace) -> None:
@@ -178,7 +179,8 @@ def _average_precision(settings: Settings, options: argparse.Namespace) -> None:
 
 def _over_ray(options: argparse.Namespace, rules: tuple[Rules, ...]) -> None:
     from i3cl.evaluation.shards import count_all, truth_shards
-    from i3cl.job import connect, duration, quiet
+    from i3cl.runtime.cluster import connect, quiet
+    from i3cl.runtime.pace import duration
 
     for option in ("report", "against", "choose_threshold_on", "sweep", "details", "diagnose"):
         if getattr(options, option):
@@ -219,9 +221,9 @@ def _over_ray(options: argparse.Namespace, rules: tuple[Rules, ...]) -> None:
 
 def evaluate_checkpoints(settings: Settings, options: argparse.Namespace) -> None:
     """Scores label.members on data.validation by polygon IoU and COCO mask AP."""
-    from i3cl.data.ingest import read_source
-    from i3cl.data.predictions import member_predictions
-    from i3cl.evaluation.score import measure
+    from i3cl.data.formats.predictions import member_predictions
+    from i3cl.data.loading.ingest import read_source
+    from i3cl.evaluation.metrics.score import measure
     from i3cl.labelling.predict import predict
 
     if settings.data.validation is None:

@@ -11,14 +11,31 @@ from typing import Any
 import numpy as np
 import shapely
 
-from i3cl.config import UserError
-from i3cl.evaluation import errors, stats
-from i3cl.evaluation.average_precision import RULES as AP_RULES
-from i3cl.evaluation.average_precision import polygon_ap
-from i3cl.evaluation.batch import Batch, Sample, measure
-from i3cl.evaluation.diagnose import Advice, diagnose
-from i3cl.evaluation.protocols import MMOCR_THRESHOLDS, Counts, Rules, Summary, Verdicts, judge
-from i3cl.evaluation.read import Paired, PointOrder, Source, named, pair, read_images_of, read_results, read_truth
+from i3cl.errors import UserError
+from i3cl.evaluation.analysis import error_kinds as errors
+from i3cl.evaluation.analysis import intervals as stats
+from i3cl.evaluation.analysis.advice import Advice, diagnose
+from i3cl.evaluation.formats.read import (
+    Paired,
+    PointOrder,
+    Source,
+    named,
+    pair,
+    read_images_of,
+    read_results,
+    read_truth,
+)
+from i3cl.evaluation.metrics.average_precision import RULES as AP_RULES
+from i3cl.evaluation.metrics.average_precision import polygon_ap
+from i3cl.evaluation.metrics.batch import Batch, Sample, measure
+from i3cl.evaluation.metrics.protocols import (
+    MMOCR_THRESHOLDS,
+    Counts,
+    Rules,
+    Summary,
+    Verdicts,
+    judge,
+)
 
 SWEEP = tuple(round(0.01 * k, 2) for k in range(100))
 """Score thresholds that a sweep tries."""
@@ -294,7 +311,7 @@ def average_precision(paired: Paired, protocol: str, max_detections: int | None 
         value = polygon_ap(measure(samples), iou)
         return {"protocol": protocol, "AP": value, **counts, "rules": AP_RULES.format(iou=iou)}
 
-    from i3cl.evaluation.coco_ap import ImageRecord, coco_box_ap, coco_mask_ap
+    from i3cl.evaluation.metrics.coco_ap import ImageRecord, coco_box_ap, coco_mask_ap
 
     fullest = max((len(s.detections) for s in samples), default=0)
     limit = max(100, fullest) if max_detections is None else max_detections

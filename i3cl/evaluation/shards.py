@@ -15,12 +15,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data import predictions
-from i3cl.data.records import IMAGE_SCHEMA, from_table
-from i3cl.evaluation.batch import measure
-from i3cl.evaluation.protocols import Counts, Rules
-from i3cl.evaluation.read import Found, found_of_row, sample_of, truth_of_record
+from i3cl.data.formats import predictions
+from i3cl.data.formats.records import IMAGE_SCHEMA, from_table
+from i3cl.errors import UserError
+from i3cl.evaluation.formats.read import (
+    Found,
+    found_of_row,
+    sample_of,
+    truth_of_record,
+)
+from i3cl.evaluation.metrics.batch import measure
+from i3cl.evaluation.metrics.protocols import Counts, Rules
 
 Shard = dict[str, Any]
 """A part file of the truth and one of its row groups: {"part": path, "row_group": number}."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from i3cl import observe, storage
 from i3cl.config import ViewSettings
-from i3cl.data.images import ImageError, decode_image
-from i3cl.data.predictions import to_table
+from i3cl.data.formats.predictions import to_table
+from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
 from i3cl.labelling.ledger import Attempt, Failure, Ledger
 
@@ -144,7 +144,7 @@ class Labeller:
 
     def _use(self, group: int) -> None:
         """Hold the members of this group, and no others."""
-        from i3cl.predict import load
+        from i3cl.inference.predictor import load
 
         if group != self.group:
             self.models = {}
@@ -225,7 +225,7 @@ class Labeller:
         return [result for image in images for result in self._detect([image])]
 
     def _detect_batch(self, images: list[NDArray[np.uint8]]) -> list[Views]:
-        from i3cl.predict import detect_arrays
+        from i3cl.inference.predictor import detect_arrays
 
         results: list[Views] = [{} for _ in images]
         if not images:

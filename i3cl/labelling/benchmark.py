@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import LabelSettings, Settings, UserError
-from i3cl.data.images import decode_image
-from i3cl.data.records import Dataset, ImageRecord
+from i3cl.config import LabelSettings, Settings
+from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.data.loading.images import decode_image
+from i3cl.errors import UserError
 from i3cl.labelling.actor import machine_cores
 from i3cl.labelling.predict import predict
 
@@ -31,7 +32,7 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
     """
     import torch
 
-    from i3cl.predict import load
+    from i3cl.inference.predictor import load
 
     names = [name for name in storage.list_dir(images) if name.lower().endswith(_SUFFIXES)]
     if not names:
@@ -69,7 +70,7 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
 
 def _loop(model: object, images: Sequence[NDArray[np.uint8]], batch: int) -> float:
     """Seconds that a plain loop takes."""
-    from i3cl.predict import detect_arrays
+    from i3cl.inference.predictor import detect_arrays
 
     started = time.perf_counter()
     for start in range(0, len(images), batch):

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from i3cl import storage
-from i3cl.config import FusionSettings, UserError
+from i3cl.config import FusionSettings
+from i3cl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Calibration:
                 "calibrate again with jobs/label.py trust"
             )
         if self.fusion != fusion:
-            raise UserError(
-                f"{path}: learned with other label.fusion settings; calibrate again with jobs/label.py trust"
-            )
+            raise UserError(f"{path}: learned with other label.fusion settings; calibrate again with jobs/label.py trust")
 
 
 def active_members(members: Iterable[str], fusion: FusionSettings) -> list[str]:
@@ -69,9 +68,7 @@ def fit_calibration(
     return Calibration(*knots, tuple(sorted(members)), fusion or FusionSettings(), len(x))
 
 
-def cross_calibrated(
-    scores: ArrayLike, right: ArrayLike, groups: ArrayLike, folds: int = 5
-) -> NDArray[np.float64]:
+def cross_calibrated(scores: ArrayLike, right: ArrayLike, groups: ArrayLike, folds: int = 5) -> NDArray[np.float64]:
     """(N,) expected precision of each instance by a calibration that has not seen its image.
 
     groups: (N,) image ids. An instance whose fold has no other one to learn from keeps its score.

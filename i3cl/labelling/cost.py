@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from i3cl import storage
-from i3cl.job import duration
+from i3cl.runtime.pace import duration
 
 
 @dataclass

@@ -85,9 +85,7 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
     return fuse_images([predictions], settings)[0]
 
 
-def fuse_images(
-    images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings
-) -> list[FusedInstances]:
+def fuse_images(images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings) -> list[FusedInstances]:
     """`fuse` of many images; dozens at once take less time than one by one."""
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
@@ -125,9 +123,7 @@ class _Candidates:
     members: list[str]
 
 
-def _candidates(
-    images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings
-) -> list[_Candidates]:
+def _candidates(images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings) -> list[_Candidates]:
     rings: list[Ring] = []
     rows: list[tuple[int, float, float, str, int]] = []  # image, score, share, member, view
     for number, predictions in enumerate(images):
@@ -288,9 +284,7 @@ def _draft(found: _Candidates, pairs: _Pairs, limit: float) -> list[_Cluster]:
     alive = _best_of_overlapping(len(found.polygons), pairs.above(limit, own_view))
     partners: list[list[tuple[float, int]]] = [[] for _ in found.polygons]
     other = ~own_view
-    for i, j, iou in zip(
-        pairs.first[other].tolist(), pairs.second[other].tolist(), pairs.iou[other].tolist()
-    ):
+    for i, j, iou in zip(pairs.first[other].tolist(), pairs.second[other].tolist(), pairs.iou[other].tolist()):
         partners[i].append((iou, j))
         partners[j].append((iou, i))
     return [
@@ -303,9 +297,7 @@ def _draft(found: _Candidates, pairs: _Pairs, limit: float) -> list[_Cluster]:
     ]
 
 
-def _clusters(
-    partners: Sequence[Sequence[tuple[float, int]]], view: Sequence[int], alive: Sequence[bool]
-) -> list[list[int]]:
+def _clusters(partners: Sequence[Sequence[tuple[float, int]]], view: Sequence[int], alive: Sequence[bool]) -> list[list[int]]:
     """Ascending numbers of the polygons in each cluster of those `alive`, by the rules of `fuse`.
 
     partners: for each polygon IoU and number of those of other views that overlap it enough.

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import storage
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 _WORK = "_work"
 

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from i3cl.config import UserError
-from i3cl.data.records import Dataset
+from i3cl.data.formats.records import Dataset
+from i3cl.errors import UserError
 
-SCHEMA = pa.schema(
-    [("image_id", pa.int64()), ("file_name", pa.string()), ("height", pa.int32()), ("width", pa.int32())]
-)
+SCHEMA = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("height", pa.int32()), ("width", pa.int32())])
 _CHUNK = 16384
 """Records that are Python objects at a time."""
 
@@ -49,9 +47,7 @@ class Manifest:
             slices = [self.table.slice(shard * rows, rows) for _, _, shard in chosen]
             offsets = pa.array(np.cumsum([0, *(len(s) for s in slices)]), pa.int32())
             images = pa.concat_tables(slices).combine_chunks()
-            columns = {
-                name: pa.ListArray.from_arrays(offsets, pa.concat_arrays(images[name].chunks)) for name in SCHEMA.names
-            }
+            columns = {name: pa.ListArray.from_arrays(offsets, pa.concat_arrays(images[name].chunks)) for name in SCHEMA.names}
             parts = pa.array([part for part, _, _ in chosen], pa.string())
             groups = pa.array([group for _, group, _ in chosen], pa.int32())
             yield pa.table({"part": parts, "group": groups, **columns})

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.config import LabelSettings, Settings, UserError
-from i3cl.data.records import Dataset
-from i3cl.job import connect, inside, quiet
+from i3cl.config import LabelSettings, Settings
+from i3cl.data.formats.records import Dataset
+from i3cl.errors import UserError, inside
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, machine_cores, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
+from i3cl.runtime.cluster import connect, quiet
 
 _CHECKPOINT = ("settings.yaml", "weights.safetensors")
 """The files of a checkpoint that decide what it predicts."""
@@ -173,8 +174,10 @@ class _Job:
             self._say(f"skipped {failure.reason}", level="WARNING")
         errors = storage.join(self.ledger.out, "errors.csv")
         self.ledger.finish({"images": len(self.manifest), "failed": len(failures)})
-        text = f"{len(self.manifest)} images labelled" if not failures else (
-            f"{len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}"
+        text = (
+            f"{len(self.manifest)} images labelled"
+            if not failures
+            else (f"{len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}")
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
 
@@ -196,9 +199,7 @@ class _Job:
         total = len(self.manifest) * len(self.groups)
         to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
         before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0
-        meter = Meter(
-            total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour
-        )
+        meter = Meter(total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour)
         self._say(
             f"{len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
             + (f" in {len(self.groups)} passes" if len(self.groups) > 1 else "")

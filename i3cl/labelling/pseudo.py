@@ -21,14 +21,20 @@ from numpy.typing import NDArray
 
 from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings
-from i3cl.data.coco import write_coco
-from i3cl.data.predictions import polygons_of, read_batches, read_predictions
-from i3cl.data.records import ImageRecord, Instance, from_table, to_table
-from i3cl.data.table import write_parquet
-from i3cl.job import connect, duration
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.predictions import polygons_of, read_batches, read_predictions
+from i3cl.data.formats.records import (
+    ImageRecord,
+    Instance,
+    from_table,
+    to_table,
+)
+from i3cl.data.formats.table import write_parquet
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.select import SelectionSummary, select
+from i3cl.runtime.cluster import connect
+from i3cl.runtime.pace import duration
 
 _TOGETHER = 64
 """Images fused in one call."""

@@ -35,9 +35,7 @@ class Selected:
         return len(self.polygons)
 
 
-def select(
-    fused: FusedInstances, settings: SelectSettings, calibration: Calibration | None = None
-) -> Selected:
+def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibration | None = None) -> Selected:
     """A verdict for every instance, by the thresholds of `settings`.
 
     With a `calibration` the scores are mapped to expected precision first, and all that follows is in its units.

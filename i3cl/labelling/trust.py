@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.config import EvaluateSettings, LabelSettings, UserError
-from i3cl.data.coco import write_coco
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.evaluation.iou import DROPPED, IouMetric, assign
+from i3cl.config import EvaluateSettings, LabelSettings
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.errors import UserError
+from i3cl.evaluation.metrics.iou import DROPPED, IouMetric, assign
 from i3cl.geometry import short_side
 from i3cl.labelling.calibration import (
     Calibration,
@@ -83,9 +84,7 @@ def dispute(fused: FusedInstances, members: int) -> float:
     return float((fused.scores * (1 - np.minimum(fused.votes / max(members, 1), 1))).sum())
 
 
-def measure_trust(
-    predictions: str, truth: Sequence[ImageRecord], settings: LabelSettings, evaluate: EvaluateSettings
-) -> Trust:
+def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: LabelSettings, evaluate: EvaluateSettings) -> Trust:
     """Fused labels of stored predictions against the truth of the same images; images without prediction count as missed.
 
     UserError when no image of the truth has predictions or nothing was found in any of them.

@@ -24,9 +24,9 @@ def region_levels(boxes: Tensor) -> Tensor:
 
 def with_batch_index(boxes: Sequence[Tensor]) -> Tensor:
     """(N, 5) float32 regions: the image's index in the batch, then the box; images in order."""
-    return torch.cat([
-        torch.cat([b.new_full((len(b), 1), i, dtype=torch.float32), b.float()], dim=1) for i, b in enumerate(boxes)
-    ])
+    return torch.cat(
+        [torch.cat([b.new_full((len(b), 1), i, dtype=torch.float32), b.float()], dim=1) for i, b in enumerate(boxes)]
+    )
 
 
 class RegionReader:
@@ -46,8 +46,7 @@ class RegionReader:
         order = level.argsort(stable=True)
         counts = torch.bincount(level, minlength=len(STRIDES)).tolist()
         parts = [
-            sparse_roi_align(x, part, side, 1 / stride) if self._sparse
-            else roi_align(x, part, side, 1 / stride, 0, True)
+            sparse_roi_align(x, part, side, 1 / stride) if self._sparse else roi_align(x, part, side, 1 / stride, 0, True)
             for x, part, stride in zip(self._maps, regions[order].split(counts), STRIDES, strict=True)
         ]
         return torch.cat(parts)[order.argsort()]

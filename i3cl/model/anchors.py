@@ -34,9 +34,9 @@ class Anchors:
         if key not in self._kept:
             if len(self._kept) >= 16:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = torch.cat([
-                self._level(level, height, width) for level, (height, width) in enumerate(sizes)
-            ]).to(device)
+            self._kept[key] = torch.cat([self._level(level, height, width) for level, (height, width) in enumerate(sizes)]).to(
+                device
+            )
         return self._kept[key]
 
     def _level(self, level: int, height: int, width: int) -> Tensor:
@@ -49,9 +49,7 @@ class Anchors:
         """Anchors of each level."""
         return [height * width * self.per_cell for height, width in sizes]
 
-    def valid(
-        self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int], device: torch.device
-    ) -> Tensor | None:
+    def valid(self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int], device: torch.device) -> Tensor | None:
         """(A_total,) bool: anchors whose cell begins inside an image padded to `padded` (H, W) pixels; None
         when all are.
 

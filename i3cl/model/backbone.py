@@ -8,7 +8,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from i3cl.config import BackboneSettings, UserError
+from i3cl.config import BackboneSettings
+from i3cl.errors import UserError
 from i3cl.model.pretrained import load_initial
 from i3cl.model.vitae import ViTAEv2
 
@@ -55,9 +56,7 @@ class Backbone(nn.Module):
         named = list(self.body.named_parameters())
         ends = [i for i, (name, _) in enumerate(named) if name.startswith(prefixes)]
         if not ends:
-            raise UserError(
-                f"model.backbone.frozen_stages: cannot tell the stages of {self.settings.name} apart; set it to 0"
-            )
+            raise UserError(f"model.backbone.frozen_stages: cannot tell the stages of {self.settings.name} apart; set it to 0")
         return (parameter for _, parameter in named[: ends[-1] + 1])
 
     def train(self, mode: bool = True) -> Backbone:

@@ -114,9 +114,7 @@ def torchvision_step(scene: Scene, frozen: bool, num_classes: int = 64) -> Step:
     side = scene.image.shape[-1]
     size = {"min_size": side, "max_size": side, "num_classes": num_classes}
     if frozen:
-        backbone = resnet_fpn_backbone(
-            backbone_name="resnet50", weights=None, trainable_layers=3, norm_layer=FrozenBatchNorm2d
-        )
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3, norm_layer=FrozenBatchNorm2d)
         model = MaskRCNN(backbone, **size)
     else:
         model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **size)

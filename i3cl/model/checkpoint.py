@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 from i3cl.model.original import to_our_names
 
 WEIGHTS = "weights.safetensors"
@@ -127,9 +127,7 @@ def read_tensors(path: str | os.PathLike[str], source: str | None = None) -> dic
     return tensors
 
 
-def load_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()
-) -> LoadReport:
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> LoadReport:
     """Copies the tensors whose name and shape fit into `module`.
 
     Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin

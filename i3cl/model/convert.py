@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from i3cl import storage
-from i3cl.config import BackboneSettings, ModelSettings, Settings, UserError, to_yaml
+from i3cl.config import (
+    BackboneSettings,
+    ModelSettings,
+    Settings,
+    to_yaml,
+)
+from i3cl.errors import UserError
 from i3cl.model.checkpoint import load_tensors, read_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
@@ -52,9 +58,7 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
     if unused:
         text += f"; {unused} that nothing computes with are left out"
     if settings.num_classes < before:
-        text += (
-            f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose thresholds anew"
-        )
+        text += f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose thresholds anew"
     return text
 
 

@@ -150,14 +150,10 @@ class Heads(nn.Module):
             boxes = torch.cat([truth.boxes, boxes])
             assigned = torch.cat([torch.arange(len(truth.boxes), device=boxes.device), assigned])
             drawn = sample(assigned, settings.box_samples, 0.25, self.choose)
-            samples.append(
-                RegionSample(boxes[torch.cat([drawn.positive, drawn.negative])], assigned[drawn.positive])
-            )
+            samples.append(RegionSample(boxes[torch.cat([drawn.positive, drawn.negative])], assigned[drawn.positive]))
         return samples
 
-    def losses(
-        self, levels: Sequence[Tensor], samples: Sequence[RegionSample], truths: Sequence[Truth]
-    ) -> dict[str, Tensor]:
+    def losses(self, levels: Sequence[Tensor], samples: Sequence[RegionSample], truths: Sequence[Truth]) -> dict[str, Tensor]:
         """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's
         samples.
 
@@ -180,9 +176,7 @@ class Heads(nn.Module):
         cross_entropy = F.cross_entropy(logits, label, reduction="none")
         loss_cls = (cross_entropy * weight).sum() / (weight > 0).sum().clamp(min=1)
         boxes = [s.boxes[: s.positives] for s in samples]
-        wanted = encode(
-            torch.cat(boxes), torch.cat([t.boxes[s.matches] for s, t in zip(samples, truths, strict=True)]), BOX_STDS
-        )
+        wanted = encode(torch.cat(boxes), torch.cat([t.boxes[s.matches] for s, t in zip(samples, truths, strict=True)]), BOX_STDS)
         own = offsets.reshape(len(offsets), -1, 4)[index, positive_label]
         loss_box = (positive_weight * (own - wanted).abs().sum(1)).sum() / max(len(label), 1)
         result = {"loss_cls": loss_cls, "loss_box": loss_box}
@@ -190,10 +184,9 @@ class Heads(nn.Module):
             result["loss_mask"] = self._untouched_mask_branch()
             return result
         predicted = self.mask(self.mask_regions(reader, levels, boxes), positive_label)
-        target = torch.cat([
-            mask_targets(t, b, s.matches, predicted.shape[-1])
-            for t, b, s in zip(truths, boxes, samples, strict=True)
-        ])
+        target = torch.cat(
+            [mask_targets(t, b, s.matches, predicted.shape[-1]) for t, b, s in zip(truths, boxes, samples, strict=True)]
+        )
         error = F.binary_cross_entropy_with_logits(predicted, target, reduction="none").mean(dim=(1, 2))
         if self.settings.weight_mask_loss:
             error = error * positive_weight

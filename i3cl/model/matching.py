@@ -56,9 +56,7 @@ def assign(
         # overlaps are kept when one piece holds them all and made twice when memory would not allow it
         pieces = candidates.split(step)
         first = iou(truths, pieces[0])
-        best_of_truth = torch.stack(
-            [first.amax(1), *(iou(truths, piece).amax(1) for piece in pieces[1:])]
-        ).amax(0)
+        best_of_truth = torch.stack([first.amax(1), *(iou(truths, piece).amax(1) for piece in pieces[1:])]).amax(0)
         rescuable = best_of_truth >= rescue_iou
         order = torch.arange(len(truths), device=candidates.device)[:, None]
         results = []
@@ -72,10 +70,9 @@ def assign(
             results.append(torch.where(last_claim >= 0, last_claim, result))
         assigned = torch.cat(results)
     if ignored is not None and ignore_iof is not None and len(ignored) and len(candidates):
-        covered = torch.cat([
-            (iof(piece, ignored) >= ignore_iof).any(1)
-            for piece in candidates.split(max(1, PAIRS_AT_ONCE // len(ignored)))
-        ])
+        covered = torch.cat(
+            [(iof(piece, ignored) >= ignore_iof).any(1) for piece in candidates.split(max(1, PAIRS_AT_ONCE // len(ignored)))]
+        )
         assigned = torch.where(covered & (assigned == NEGATIVE), UNUSED, assigned)
     return assigned
 

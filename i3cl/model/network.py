@@ -105,7 +105,10 @@ class I3CL(nn.Module):
         return self.losses_of(self.features(self.batch(images)), sizes, truths)
 
     def losses_of(
-        self, levels: Sequence[Tensor], sizes: Sequence[Size], truths: Sequence[Truth],
+        self,
+        levels: Sequence[Tensor],
+        sizes: Sequence[Size],
+        truths: Sequence[Truth],
         proposals: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The losses from feature maps; `proposals` (n, 4 or more) replace the network's own as the second stage's input."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 from i3cl.model.intra import ROUNDS
 from i3cl.model.vitae import STAGES, WINDOW
 

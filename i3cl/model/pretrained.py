@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from i3cl import storage
-from i3cl.config import BackboneSettings, UserError
+from i3cl.config import BackboneSettings
+from i3cl.errors import UserError
 from i3cl.model.checkpoint import LoadReport, load_tensors, read_tensors
 from i3cl.model.original import original_name
 

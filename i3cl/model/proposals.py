@@ -76,9 +76,7 @@ class Proposals(nn.Module):
             image_box = clip(box[i], height, width)
             usable = (image_box[:, 2:] > image_box[:, :2]).all(dim=1)
             image_box, image_score, image_group = image_box[usable], score[i][usable], group[usable]
-            kept = grouped_nms(
-                image_box, image_score, image_group, settings.proposal_nms, settings.proposals_per_image
-            )
+            kept = grouped_nms(image_box, image_score, image_group, settings.proposal_nms, settings.proposals_per_image)
             results.append(torch.cat([image_box[kept], image_score[kept, None]], dim=1))
         return results
 
@@ -112,9 +110,7 @@ class Proposals(nn.Module):
             samples.append(drawn if index is None else Sample(index[drawn.positive], index[drawn.negative]))
         return samples, matches
 
-    def losses(
-        self, levels: Sequence[Tensor], truths: Sequence[Truth], padded: Sequence[Size]
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, levels: Sequence[Tensor], truths: Sequence[Truth], padded: Sequence[Size]) -> tuple[Tensor, Tensor]:
         """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the
         loss.
 
@@ -171,8 +167,7 @@ class Proposals(nn.Module):
         order = level.argsort(stable=True)
         level_counts = torch.bincount(level, minlength=len(levels)).tolist()
         patches = [
-            neighbourhoods(x, image[members], cell[members])
-            for x, members in zip(levels, order.split(level_counts), strict=True)
+            neighbourhoods(x, image[members], cell[members]) for x, members in zip(levels, order.split(level_counts), strict=True)
         ]
         patch = torch.cat(patches)[order.argsort()]
         hidden = F.linear(patch, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias).relu_()

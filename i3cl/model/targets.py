@@ -45,8 +45,13 @@ def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
     corners = [(0, 0)] * count if origins is None else [(int(x), int(y)) for x, y in torch.as_tensor(origins).tolist()]
     ignore = target.get("ignore")
     dropped = [False] * count if ignore is None else torch.as_tensor(ignore, dtype=torch.bool).tolist()
-    lengths = {"labels": len(labels), "masks": len(masks), "lossweight": len(weights), "ignore": len(dropped),
-               "mask_origins": len(corners)}
+    lengths = {
+        "labels": len(labels),
+        "masks": len(masks),
+        "lossweight": len(weights),
+        "ignore": len(dropped),
+        "mask_origins": len(corners),
+    }
     for name, length in lengths.items():
         if length != count:
             raise ValueError(f"target: {length} {name} for {count} boxes")

@@ -134,16 +134,12 @@ class ReductionCell(nn.Module):
         self.windowed = stage.windowed
         reach = [(stage.kernel - 1) * d + 1 for d in stage.dilations]
         self.pyramid = nn.ModuleList(
-            nn.Conv2d(
-                in_channels, stage.embed, stage.kernel, stage.ratio, padding=-(-(r - stage.ratio) // 2), dilation=d
-            )
+            nn.Conv2d(in_channels, stage.embed, stage.kernel, stage.ratio, padding=-(-(r - stage.ratio) // 2), dilation=d)
             for d, r in zip(stage.dilations, reach, strict=True)
         )
         width = stage.embed * len(stage.dilations)
         strides = (2, 2, 1) if stage.ratio == 4 else (2, 1, 1)
-        self.conv = _convolutions(
-            (in_channels, stage.embed, stage.embed, stage.channels), strides, stage.reduction_groups
-        )
+        self.conv = _convolutions((in_channels, stage.embed, stage.embed, stage.channels), strides, stage.reduction_groups)
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, stage.channels, stage.reduction_heads, bias=stage.windowed)
         self.norm2 = nn.LayerNorm(stage.channels)
@@ -209,10 +205,7 @@ class ViTAEv2(nn.Module):
                 cells.append(NormalCell(stage.channels, stage.heads, stage.groups, stage.windowed, rate))
             self.stages.append(nn.Sequential(*cells))
         self.feature_info = FeatureInfo(
-            [
-                {"num_chs": stage.channels, "reduction": 4 << i, "module": f"stages.{i}"}
-                for i, stage in enumerate(STAGES)
-            ],
+            [{"num_chs": stage.channels, "reduction": 4 << i, "module": f"stages.{i}"} for i, stage in enumerate(STAGES)],
             (0, 1, 2, 3),
         )
         for module in self.modules():

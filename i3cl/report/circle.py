@@ -10,11 +10,11 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import Settings, to_yaml
-from i3cl.data.coco import read_coco
-from i3cl.data.images import decode_image
-from i3cl.data.predictions import member_predictions
-from i3cl.data.records import Dataset, ImageRecord
-from i3cl.evaluation.score import Measured
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import member_predictions
+from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.data.loading.images import decode_image
+from i3cl.evaluation.metrics.score import Measured
 from i3cl.report.html import TRUTH, Curve, OutlinedPicture, ReportData, Result, WeightedPicture, write_report
 
 _PICTURES = 12
@@ -79,9 +79,7 @@ def write_circle_report(
 
 def _result(item: Measured, kind: Any) -> Result:
     score = item.score
-    return Result(
-        score.name, kind, score.recall, score.precision, score.hmean, score.threshold, score.hmean_large, score.mask_ap
-    )
+    return Result(score.name, kind, score.recall, score.precision, score.hmean, score.threshold, score.hmean_large, score.mask_ap)
 
 
 def _curve(item: Measured) -> Curve:

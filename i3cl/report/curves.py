@@ -41,9 +41,7 @@ def precision_recall_figure(
     for name, (recall, precision, best) in curves.items():
         x, y = np.asarray(recall, float), np.asarray(precision, float)
         if x.shape != y.shape or x.ndim != 1:
-            raise ValueError(
-                f"{name}: recall and precision have shapes {x.shape} and {y.shape}, not one length"
-            )
+            raise ValueError(f"{name}: recall and precision have shapes {x.shape} and {y.shape}, not one length")
         kept = _thinned(len(x))
         lines += axes.plot(x[kept], y[kept], color=colours[name], linewidth=1.8)
         labels.append(name)
@@ -103,9 +101,7 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.floa
     pairs = [
         (float(row["step"]), float(row[key]))
         for row in rows
-        if isinstance(row.get("step"), int | float)
-        and isinstance(row.get(key), int | float)
-        and math.isfinite(row[key])
+        if isinstance(row.get("step"), int | float) and isinstance(row.get(key), int | float) and math.isfinite(row[key])
     ]
     return np.array([x for x, _ in pairs]), np.array([y for _, y in pairs])
 
@@ -176,9 +172,7 @@ def to_svg(figure: Figure) -> str:
     """The figure's <svg> element, without the ids that would clash with another figure's in one page."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "i3cl"}):
-        figure.savefig(
-            stream, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")}
-        )
+        figure.savefig(stream, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")})
     text = stream.getvalue()
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
     text = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", text)

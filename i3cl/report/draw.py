@@ -64,9 +64,7 @@ def weight_colour(weight: float | None) -> Colour:
     lab = cv2.cvtColor(_SCALE[None] / 255, cv2.COLOR_RGB2LAB)[0]
     stops = np.linspace(0, 1, len(lab))
     mixed = np.array([[[np.interp(weight, stops, lab[:, channel]) for channel in range(3)]]], np.float32)
-    red, green, blue = (
-        (cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB)[0, 0] * 255).round().clip(0, 255).astype(int).tolist()
-    )
+    red, green, blue = (cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB)[0, 0] * 255).round().clip(0, 255).astype(int).tolist()
     return red, green, blue
 
 
@@ -108,6 +106,4 @@ def _write(image: Picture, ring: NDArray[np.float32], label: str, colour: Colour
     y = int(np.clip(corner[1] - 2, height + 2, image.shape[0] - below))
     cv2.rectangle(image, (x, y - height - 2), (x + width + 3, y + below), colour, cv2.FILLED)
     bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140
-    cv2.putText(
-        image, label, (x + 2, y), font, scale, (0, 0, 0) if bright else (255, 255, 255), 1, cv2.LINE_AA
-    )
+    cv2.putText(image, label, (x + 2, y), font, scale, (0, 0, 0) if bright else (255, 255, 255), 1, cv2.LINE_AA)

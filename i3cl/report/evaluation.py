@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.images import decode_image
-from i3cl.evaluation import errors
-from i3cl.evaluation.batch import Sample
+from i3cl.data.loading.images import decode_image
+from i3cl.errors import UserError
+from i3cl.evaluation.analysis import error_kinds as errors
+from i3cl.evaluation.metrics.batch import Sample
 from i3cl.evaluation.run import Scored, details, sweep
 from i3cl.report.curves import PALETTE, precision_recall_figure
 from i3cl.report.draw import fit

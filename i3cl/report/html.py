@@ -201,9 +201,7 @@ def _curves(data: ReportData, colours: Mapping[str, str]) -> list[tuple[str, Mar
     return charts + _charts(data, colours, {"hmean": "F over training"})
 
 
-def _charts(
-    data: ReportData, colours: Mapping[str, str], titles: Mapping[str, str]
-) -> list[tuple[str, Markup]]:
+def _charts(data: ReportData, colours: Mapping[str, str], titles: Mapping[str, str]) -> list[tuple[str, Markup]]:
     """Title and SVG of the metrics, key -> title, that some run logged."""
     return [
         (title, Markup(loss_figure(data.metrics, key, colours, legend=key == "hmean")))
@@ -225,9 +223,7 @@ def _outlined(picture: OutlinedPicture) -> dict[str, Any]:
 
 def _weighted(picture: WeightedPicture) -> dict[str, Any]:
     if len(picture.polygons) != len(picture.weights):
-        raise ValueError(
-            f"{picture.caption}: {len(picture.weights)} weights for {len(picture.polygons)} polygons"
-        )
+        raise ValueError(f"{picture.caption}: {len(picture.weights)} weights for {len(picture.polygons)} polygons")
     labels = [
         {
             "points": svg_points(polygon),

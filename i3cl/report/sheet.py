@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.images import decode_image
-from i3cl.data.records import Dataset
+from i3cl.data.formats.records import Dataset
+from i3cl.data.loading.images import decode_image
+from i3cl.errors import UserError
 from i3cl.report.draw import IGNORED, Picture, draw_polygons
 
 _WORD = (60, 230, 60)

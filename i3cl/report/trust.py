@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from i3cl import storage
-from i3cl.data.images import decode_image
+from i3cl.data.loading.images import decode_image
 from i3cl.geometry import as_polygon
 from i3cl.labelling.calibration import ReliabilityBin, expected_calibration_error
 from i3cl.labelling.trust import Trust, dispute

@@ -11,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import EvaluateSettings, LabelSettings, Settings, UserError, with_overrides
-from i3cl.data.predictions import member_predictions, read_predictions
-from i3cl.data.records import ImageRecord
-from i3cl.evaluation.batch import Sample, measure
-from i3cl.evaluation.protocols import Counts, rules_of
-from i3cl.evaluation.stats import compare, hmean_interval
+from i3cl.config import (
+    EvaluateSettings,
+    LabelSettings,
+    Settings,
+    with_overrides,
+)
+from i3cl.data.formats.predictions import member_predictions, read_predictions
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
+from i3cl.evaluation.analysis.intervals import compare, hmean_interval
+from i3cl.evaluation.metrics.batch import Sample, measure
+from i3cl.evaluation.metrics.protocols import Counts, rules_of
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.pseudo import make_pseudo_labels, members_of, with_pseudo_labels

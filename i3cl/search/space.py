@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from i3cl.config import RangeSettings, Settings, SettingsError, with_overrides
+from i3cl.config import RangeSettings, Settings, with_overrides
+from i3cl.errors import SettingsError
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from i3cl import observe, storage
-from i3cl.config import Settings, UserError, load_settings, with_overrides
-from i3cl.data.coco import write_coco
-from i3cl.data.ingest import read_source
-from i3cl.data.records import Dataset, ImageRecord
-from i3cl.data.splits import split_of
-from i3cl.evaluation.protocols import Counts
-from i3cl.job import connect
+from i3cl.config import Settings, load_settings, with_overrides
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.data.loading.ingest import read_source
+from i3cl.data.tools.splits import split_of
+from i3cl.errors import UserError
+from i3cl.evaluation.metrics.protocols import Counts
+from i3cl.runtime.cluster import connect
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.objectives import (
     StoredLabels,

@@ -12,7 +12,7 @@ from ray import tune
 
 from i3cl import observe
 from i3cl.config import Settings, with_overrides
-from i3cl.job import duration
+from i3cl.runtime.pace import duration
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.space import COPY, SHARE
 
@@ -37,7 +37,7 @@ class SelectTrial(tune.Trainable):
     """Reads the stored predictions once and answers for one setting after the other; the actor is used again."""
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # by tune.with_parameters
-        from i3cl.data.coco import read_coco
+        from i3cl.data.formats.coco import read_coco
         from i3cl.search.objectives import StoredLabels
 
         validation = job.settings.data.validation

@@ -16,9 +16,11 @@ import yaml
 from pydantic import ValidationError
 
 from i3cl import observe, storage
-from i3cl.config import Settings, UserError, to_yaml, with_overrides
-from i3cl.data.ingest import mix, read_source
-from i3cl.job import connect, duration
+from i3cl.config import Settings, to_yaml, with_overrides
+from i3cl.data.loading.ingest import mix, read_source
+from i3cl.errors import UserError
+from i3cl.runtime.cluster import connect
+from i3cl.runtime.pace import duration
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",

@@ -27,13 +27,14 @@ import torch
 from torch import nn
 
 from i3cl import observe, storage
-from i3cl.config import Settings, UserError, to_yaml
-from i3cl.data.ingest import mix, read_source, training_batches
-from i3cl.data.transforms import Sample, to_target
-from i3cl.evaluation.iou import IouMetric, mark_small
+from i3cl.config import Settings, to_yaml
+from i3cl.data.loading.ingest import mix, read_source, training_batches
+from i3cl.data.loading.transforms import Sample, to_target
+from i3cl.errors import UserError
+from i3cl.evaluation.metrics.iou import IouMetric, mark_small
+from i3cl.inference.predictor import detect_records
 from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
-from i3cl.predict import detect_records
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 REMOTE_EVERY = 30.0

@@ -20,13 +20,18 @@ import yaml
 
 import i3cl
 from cluster.nodes import descendants
-from i3cl.config import UserError, load_settings, to_yaml, with_overrides
+from i3cl.config import load_settings, to_yaml, with_overrides
+from i3cl.errors import UserError
 from i3cl.model.checkpoint import load_weights
 from i3cl.model.convert import convert_original
 from i3cl.model.network import I3CL
 
 ROOT = Path(__file__).parents[2]
-_JOB = "from i3cl.job import connect, run; run(lambda settings, options: connect(), 'joins')"
+_JOB = """
+from i3cl.cli.command_line import run
+from i3cl.runtime.cluster import connect
+run(lambda settings, options: connect(), 'joins')
+"""
 
 
 def status_of(address: str, token: str | None) -> int:
@@ -137,7 +142,7 @@ import json, os
 from pathlib import Path
 os.environ["AWS_SECRET_ACCESS_KEY"] = "of the laptop"
 from cluster.nodes import descendants
-from i3cl.job import connect
+from i3cl.runtime.cluster import connect
 connect()
 import ray
 secret = ray.remote(lambda: os.environ.get("AWS_SECRET_ACCESS_KEY"))

@@ -21,12 +21,13 @@ NEEDS_GPU = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_a
 
 DRIVER = """
 import sys
-from i3cl import job, observe
+from i3cl import observe
+from i3cl.runtime import cluster
 observe.REFRESH = 0.5
 observe.begin("toy", "selftrain")
 circle = observe.stage("teachers")
 circle.__enter__()
-job.connect()
+cluster.connect()
 import ray
 
 @ray.remote(num_cpus=1, max_restarts=0)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from i3cl.config import UserError, to_yaml, with_overrides
-from i3cl.job import travelling
+from i3cl.config import to_yaml, with_overrides
+from i3cl.errors import UserError
+from i3cl.runtime.cluster import travelling
 
 ROOT = Path(__file__).parents[2]
 

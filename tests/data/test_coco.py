@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_codec
 
 from i3cl import geometry
-from i3cl.config import UserError
-from i3cl.data import checks
-from i3cl.data import records as records_module
-from i3cl.data.coco import read_coco, write_coco
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.table import write_parquet
+from i3cl.data.formats import checks
+from i3cl.data.formats import records as records_module
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.formats.table import write_parquet
+from i3cl.errors import UserError
 
 SQUARE = [10, 20, 30, 20, 30, 40, 10, 40]
 
@@ -375,11 +375,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path):
     content = json.loads((tmp_path / "new" / "out.json").read_text())
     assert content["info"]["version"] == "2" and content["categories"] == [{"id": 1, "name": "text"}]
     assert [a["lossweight"] for a in content["annotations"]] == [1, 0.5, 1]
-    assert (
-        [a["iscrowd"] for a in content["annotations"]]
-        == [a["ignore"] for a in content["annotations"]]
-        == [0, 1, 0]
-    )
+    assert [a["iscrowd"] for a in content["annotations"]] == [a["ignore"] for a in content["annotations"]] == [0, 1, 0]
     assert "score" not in content["annotations"][0]
 
 
@@ -391,12 +387,7 @@ def test_what_is_written_is_coco_for_others(tmp_path):
     annotation = loaded.loadAnns([1])[0]
     x, y, width, height = annotation["bbox"]
     rows, columns = np.nonzero(loaded.annToMask(annotation))
-    assert (
-        columns.min() >= x - 1
-        and columns.max() <= x + width
-        and rows.min() >= y - 1
-        and rows.max() <= y + height
-    )
+    assert columns.min() >= x - 1 and columns.max() <= x + width and rows.min() >= y - 1 and rows.max() <= y + height
     assert annotation["area"] == pytest.approx(loaded.annToMask(annotation).sum(), rel=0.1)
 
 
@@ -476,16 +467,12 @@ ODD = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.sampled_from(
-        [0, -1, 10**30, 1e308, math.nan, math.inf, "", "text", [], {}, [[]], [[[]]], {"size": [60, 100]}]
-    ),
+    st.sampled_from([0, -1, 10**30, 1e308, math.nan, math.inf, "", "text", [], {}, [[]], [[[]]], {"size": [60, 100]}]),
     st.floats(),
     st.text(max_size=5),
     st.lists(st.one_of(st.integers(-100, 200), st.floats()), max_size=9),
     st.lists(st.lists(st.floats(-200, 200), max_size=9), max_size=3),
-    st.builds(
-        lambda c: {"size": [60, 100], "counts": c}, st.text(max_size=12) | st.lists(st.integers(), max_size=5)
-    ),
+    st.builds(lambda c: {"size": [60, 100], "counts": c}, st.text(max_size=12) | st.lists(st.integers(), max_size=5)),
 )
 
 
@@ -501,9 +488,7 @@ PLACES = [p for p in places(small()) if p]
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=3), skip_bad=st.booleans()
-)
+@given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=3), skip_bad=st.booleans())
 def test_any_mutation_is_an_error_or_a_right_reading(read, changes, skip_bad):
     content = small()
     for path, value in changes:
@@ -533,9 +518,7 @@ def test_any_mutation_is_an_error_or_a_right_reading(read, changes, skip_bad):
 def test_any_damage_to_the_text_is_an_error_or_a_right_reading(read, cut, put, keep):
     text = json.dumps(small())
     cut %= len(text)
-    damaged = text[:cut] + (
-        put.encode("ascii", "backslashreplace").decode() + text[cut + 1 :] if keep else ""
-    )
+    damaged = text[:cut] + (put.encode("ascii", "backslashreplace").decode() + text[cut + 1 :] if keep else "")
     try:
         read(damaged, check_files=False)
     except UserError as error:
@@ -547,13 +530,9 @@ def test_twenty_thousand_annotations_take_a_second_or_two(tmp_path):
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 1000, "width": 1000} for i in range(2_000)]
     corners = rng.uniform(0, 800, (20_000, 1, 2)) + rng.uniform(1, 200, (20_000, 4, 2))
     square = [np.round([*p[0], 900, *p[1][1:], *p[2], *p[3]], 1).tolist() for p in corners]
-    annotations = [
-        {"id": i, "image_id": i // 10, "category_id": 1, "segmentation": [s]} for i, s in enumerate(square)
-    ]
+    annotations = [{"id": i, "image_id": i // 10, "category_id": 1, "segmentation": [s]} for i, s in enumerate(square)]
     path = tmp_path / "big.json"
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "text"}]})
-    )
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "text"}]}))
     started = time.process_time()
     data = read_coco(str(path), str(tmp_path), check_files=False)
     seconds = time.process_time() - started

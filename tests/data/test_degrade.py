@@ -7,11 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-from i3cl.config import UserError
-from i3cl.data.coco import read_coco, write_coco
-from i3cl.data.degrade import degrade, write_degraded
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.synthetic import make_image
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.synthetic.plain import make_image
+from i3cl.data.tools.degrade import degrade, write_degraded
+from i3cl.errors import UserError
 
 KINDS = ("light", "noise", "sig")
 

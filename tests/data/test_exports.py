@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from i3cl.config import UserError
-from i3cl.data import predictions
-from i3cl.data.coco import read_coco, write_coco
 from i3cl.data.exports.corrections import READERS, import_corrections
 from i3cl.data.exports.formats import FORMATS, export_labels
 from i3cl.data.exports.sources import read_labels
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.table import write_shards
+from i3cl.data.formats import predictions
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.formats.table import write_shards
+from i3cl.errors import UserError
 
 CURVE = np.array([[10.1, 20], [60.7, 12.3], [110, 20], [108, 44], [60, 36], [12, 44.9]], np.float32)
 BOX = np.array([[5, 50], [30, 50], [30, 60], [5, 60]], np.float32)

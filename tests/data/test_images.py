@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from i3cl.config import UserError
-from i3cl.data import images
-from i3cl.data.images import ImageError, decode_image
+from i3cl.data.loading import images
+from i3cl.data.loading.images import ImageError, decode_image
+from i3cl.errors import UserError
 
 
 def picture(height: int = 30, width: int = 40) -> np.ndarray:
@@ -66,9 +66,7 @@ def test_16_bit_keeps_its_brightness():
     encoded, png = cv2.imencode(".png", deep)
     assert encoded
     np.testing.assert_array_equal(decode_image(png.tobytes())[..., 1], picture()[..., 0])
-    np.testing.assert_array_equal(
-        decode_image(encode(Image.fromarray(deep), "TIFF"))[..., 1], picture()[..., 0]
-    )
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(deep), "TIFF"))[..., 1], picture()[..., 0])
     encoded, png = cv2.imencode(".png", picture()[..., ::-1].astype(np.uint16) * 257)
     assert encoded
     assert np.abs(decode_image(png.tobytes()).astype(int) - picture()).max() <= 1
@@ -96,9 +94,7 @@ def test_transparency_lies_on_white():
     rgba[:2, :, 3] = 255
     rgba[2, :, 3] = 128
     pixels = decode_image(encode(Image.fromarray(rgba), "PNG"))
-    assert (
-        (pixels[:2] == 0).all() and (pixels[3] == 255).all() and (abs(pixels[2].astype(int) - 127) <= 1).all()
-    )
+    assert (pixels[:2] == 0).all() and (pixels[3] == 255).all() and (abs(pixels[2].astype(int) - 127) <= 1).all()
     keyed = encode(Image.fromarray(np.zeros((4, 4), np.uint8)), "PNG", transparency=0)
     assert (decode_image(keyed) == 255).all()
 
@@ -200,11 +196,7 @@ def test_resize():
     for scale in (0.3, 0.7, 2.0):
         resized = images.resize(image, scale)
         assert resized.dtype == np.uint8
-        assert (
-            resized.shape
-            == (*images.scaled_size(31, 41, scale), 3)
-            == (round(31 * scale), round(41 * scale), 3)
-        )
+        assert resized.shape == (*images.scaled_size(31, 41, scale), 3) == (round(31 * scale), round(41 * scale), 3)
         # The same gradient at another size.
         assert abs(resized.astype(float).mean() - image.mean()) < 3
     assert images.resize(image, 0.001).shape == (1, 1, 3)

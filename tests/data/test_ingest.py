@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from i3cl.config import SourceSettings, UserError, with_overrides
-from i3cl.data.ingest import Mixture, mix, training_batches
+from i3cl.config import SourceSettings, with_overrides
+from i3cl.data.loading.ingest import Mixture, mix, training_batches
+from i3cl.errors import UserError
 
 
 def mixture(*weights: float) -> Mixture:
@@ -90,7 +91,7 @@ def test_ray_data_gives_the_same_batches_as_threads(tiny_settings, ray_cluster):
 def test_skip_bad_lists_and_counts(tiny_set, tmp_path, capsys):
     import json
 
-    from i3cl.data.ingest import read_source
+    from i3cl.data.loading.ingest import read_source
 
     tree = json.loads((tiny_set / "set.json").read_text())
     tree["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]

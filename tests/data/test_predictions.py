@@ -3,9 +3,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from i3cl.config import UserError
-from i3cl.data import predictions
-from i3cl.data.predictions import PREDICTION_SCHEMA, read_batches, read_predictions, to_table
+from i3cl.data.formats import predictions
+from i3cl.data.formats.predictions import (
+    PREDICTION_SCHEMA,
+    read_batches,
+    read_predictions,
+    to_table,
+)
+from i3cl.errors import UserError
 
 TRIANGLE = np.array([[0.5, 0], [4, 0], [4, 3]], np.float32)
 
@@ -144,9 +149,7 @@ def broken(kind, path):
         pq.write_table(table.set_column(7, "scores", pa.array([scores], pa.list_(pa.float32()))), path)
 
 
-@pytest.mark.parametrize(
-    "kind", ["text", "cut off", "no column", "other type", "no id", "odd", "short", "nan", "count"]
-)
+@pytest.mark.parametrize("kind", ["text", "cut off", "no column", "other type", "no id", "odd", "short", "nan", "count"])
 def test_a_broken_part_is_named(tmp_path, kind):
     broken(kind, tmp_path / "0.parquet")
     with pytest.raises(UserError, match=str(tmp_path)) as caught:

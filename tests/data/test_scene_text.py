@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import shapely
 
-from i3cl.config import SceneTextSettings, UserError
-from i3cl.data.coco import read_coco
-from i3cl.data.parts import _task
-from i3cl.data.scenes import compose, fonts, words
-from i3cl.data.scenes.backgrounds import background
-from i3cl.data.scenes.compose import make_scene
-from i3cl.data.scenes.write import write_scene_text
+from i3cl.config import SceneTextSettings
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.synthetic import compose, fonts, words
+from i3cl.data.synthetic.backgrounds import background
+from i3cl.data.synthetic.compose import make_scene
+from i3cl.data.synthetic.write import write_scene_text
+from i3cl.errors import UserError
 from i3cl.geometry import clip_polygon, short_side, to_shapely
 from i3cl.report.sheet import contact_sheet, write_contact_sheet
+from i3cl.runtime.parts import _task
 
 SMALL = SceneTextSettings(width=256, height=192, size=18, images_per_part=2)
 

@@ -9,11 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from i3cl.config import UserError
-from i3cl.data.coco import read_coco, write_coco
-from i3cl.data.records import ImageRecord
-from i3cl.data.splits import near_pairs, parse_fractions, read_removals, report_duplicates, split_of, write_splits
-from i3cl.data.table import write_shards
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import ImageRecord
+from i3cl.data.formats.table import write_shards
+from i3cl.data.tools.splits import (
+    near_pairs,
+    parse_fractions,
+    read_removals,
+    report_duplicates,
+    split_of,
+    write_splits,
+)
+from i3cl.errors import UserError
 
 HALVES = ["train=0.5", "val=0.5"]
 

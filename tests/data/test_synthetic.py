@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import shapely
 
-from i3cl.data import synthetic
-from i3cl.data.synthetic import contact_sheet, make_image, make_split
+from i3cl.data.synthetic import plain as synthetic
+from i3cl.data.synthetic.plain import contact_sheet, make_image, make_split
 from i3cl.geometry import clockwise, mask_crop, overlaps, short_side
 
 SIDE = 256

@@ -8,11 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from i3cl.config import SourceSettings, UserError
-from i3cl.data.coco import read_coco, write_coco
-from i3cl.data.ingest import mix, read_source
-from i3cl.data.records import ImageRecord, Instance, TableRecords, to_table
-from i3cl.data.table import write_parquet, write_shards
+from i3cl.config import SourceSettings
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import (
+    ImageRecord,
+    Instance,
+    TableRecords,
+    to_table,
+)
+from i3cl.data.formats.table import write_parquet, write_shards
+from i3cl.data.loading.ingest import mix, read_source
+from i3cl.errors import UserError
 
 BOX = np.array([[5, 50], [30, 50], [30, 60], [5, 60]], np.float32)
 

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from i3cl import geometry
-from i3cl.config import TransformSettings, UserError
-from i3cl.data import transforms
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.transforms import EvalTransform, Sample, TrainTransform, to_target
+from i3cl.config import TransformSettings
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.loading import transforms
+from i3cl.data.loading.transforms import (
+    EvalTransform,
+    Sample,
+    TrainTransform,
+    to_target,
+)
+from i3cl.errors import UserError
 
 POLICIES = ("rotate", "colour", "colour_rotate", "resize_only")
 
@@ -87,9 +93,7 @@ def test_polygons_follow_pixels(policy, flips, crop, monkeypatch):
 def test_polygons_follow_pixels_when_shrunk_much():
     image, record = scene(1200, 1600, blob(700, 600, 500))
     for seed in range(3):
-        sample = TrainTransform(settings(short_sides=(150,), policies=("rotate",)))(
-            image, record, np.random.default_rng(seed)
-        )
+        sample = TrainTransform(settings(short_sides=(150,), policies=("rotate",)))(image, record, np.random.default_rng(seed))
         assert sample.image.shape == (150, 200, 3)
         grey = sample.image[..., 0] > 190
         assert iou(grey, drawn(sample)) > 0.95
@@ -155,17 +159,13 @@ def test_a_quarter_of_the_area_by_hand():
 
 def test_the_long_side_is_capped():
     image, record = scene(60, 100)
-    sample = TrainTransform(settings(short_sides=(600,), long_cap=150))(
-        image, record, np.random.default_rng(0)
-    )
+    sample = TrainTransform(settings(short_sides=(600,), long_cap=150))(image, record, np.random.default_rng(0))
     assert sample.image.shape == (90, 150, 3)
 
 
 def test_equal_generators_give_equal_samples():
     image, record = scene(120, 160, blob(80, 60, 50))
-    transform = TrainTransform(
-        settings(policies=POLICIES, crop=64, short_sides=(90, 120), flip_horizontal=0.5)
-    )
+    transform = TrainTransform(settings(policies=POLICIES, crop=64, short_sides=(90, 120), flip_horizontal=0.5))
     for seed in range(5):
         a, b = (transform(image, record, np.random.default_rng(seed)) for _ in range(2))
         np.testing.assert_array_equal(a.image, b.image)
@@ -181,9 +181,7 @@ def angles_of(policy: str) -> np.ndarray:
     return np.degrees([np.arctan2(m[1, 0], m[0, 0]) for m in matrices])
 
 
-@pytest.mark.parametrize(
-    ("policy", "most"), [("rotate", 10), ("colour_rotate", 15), ("colour", 0), ("resize_only", 0)]
-)
+@pytest.mark.parametrize(("policy", "most"), [("rotate", 10), ("colour_rotate", 15), ("colour", 0), ("resize_only", 0)])
 def test_angles_of_the_policies(policy, most):
     angles = angles_of(policy)
     assert np.abs(angles).max() <= most
@@ -195,9 +193,7 @@ def test_angles_of_the_policies(policy, most):
 def test_flips_and_policies_are_drawn_by_their_share():
     image, record = scene(60, 100)
     image[:] = 90
-    transform = TrainTransform(
-        settings(flip_horizontal=0.5, flip_vertical=0.25, policies=("colour", "resize_only"))
-    )
+    transform = TrainTransform(settings(flip_horizontal=0.5, flip_vertical=0.25, policies=("colour", "resize_only")))
     samples = [transform(image, record, np.random.default_rng(seed)) for seed in range(400)]
     assert np.mean([s.matrix[0, 0] < 0 for s in samples]) == pytest.approx(0.5, abs=0.08)
     assert np.mean([s.matrix[1, 1] < 0 for s in samples]) == pytest.approx(0.25, abs=0.08)
@@ -262,9 +258,7 @@ def test_a_word_larger_than_the_window_fills_it():
 def test_ignore_regions_do_not_attract_crops():
     image, record = scene(200, 300, [[250, 150], [270, 150], [270, 160], [250, 160]], ignore=True)
     transform = TrainTransform(settings(short_sides=(200,), crop=64))
-    seen = np.mean(
-        [bool(transform(image, record, np.random.default_rng(s)).record.instances) for s in range(200)]
-    )
+    seen = np.mean([bool(transform(image, record, np.random.default_rng(s)).record.instances) for s in range(200)])
     assert seen < 0.4
 
 
@@ -325,9 +319,7 @@ def test_weights_stay_with_their_instance():
     )
     record = ImageRecord(1, "a.jpg", 300, 300, instances)
     image = np.zeros((300, 300, 3), np.uint8)
-    transform = TrainTransform(
-        settings(short_sides=(300,), crop=128, policies=("rotate",), flip_horizontal=0.5)
-    )
+    transform = TrainTransform(settings(short_sides=(300,), crop=128, policies=("rotate",), flip_horizontal=0.5))
     dropped = 0
     for seed in range(20):
         sample = transform(image, record, np.random.default_rng(seed))
@@ -399,9 +391,7 @@ def test_an_image_of_another_size_is_the_users_error():
         lambda i: TrainTransform(settings())(i, record, np.random.default_rng(0)),
         lambda i: EvalTransform(60, 100)(i, record),
     ):
-        with pytest.raises(
-            UserError, match=r"a\.jpg: the image is 99 x 60 but its annotation says 100 x 60;"
-        ):
+        with pytest.raises(UserError, match=r"a\.jpg: the image is 99 x 60 but its annotation says 100 x 60;"):
             transform(image[:, :99])
         with pytest.raises(UserError, match="turned: pixels count as stored"):
             transform(image.transpose(1, 0, 2))

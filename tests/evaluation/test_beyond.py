@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from i3cl.evaluation import run, stats
-from i3cl.evaluation.batch import Sample, measure
-from i3cl.evaluation.diagnose import diagnose
-from i3cl.evaluation.errors import breakdown, kinds
-from i3cl.evaluation.protocols import PROTOCOLS, judge
+from i3cl.evaluation import run
+from i3cl.evaluation.analysis import intervals as stats
+from i3cl.evaluation.analysis.advice import diagnose
+from i3cl.evaluation.analysis.error_kinds import breakdown, kinds
+from i3cl.evaluation.metrics.batch import Sample, measure
+from i3cl.evaluation.metrics.protocols import PROTOCOLS, judge
 
 ICDAR = PROTOCOLS["icdar"][0]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from i3cl.evaluation.coco_ap import ImageRecord, coco_box_ap, coco_mask_ap
+from i3cl.evaluation.metrics.coco_ap import ImageRecord, coco_box_ap, coco_mask_ap
 
 
 def box(x0, y0, x1, y1):

@@ -11,12 +11,17 @@ import cv2
 import numpy as np
 import pytest
 
-from i3cl.data import predictions
-from i3cl.data.records import ImageRecord, Instance, from_table, to_table
+from i3cl.data.formats import predictions
+from i3cl.data.formats.records import (
+    ImageRecord,
+    Instance,
+    from_table,
+    to_table,
+)
 from i3cl.evaluation import run
-from i3cl.evaluation.batch import measure
-from i3cl.evaluation.protocols import PROTOCOLS, Counts
-from i3cl.evaluation.read import read_results, read_truth
+from i3cl.evaluation.formats.read import read_results, read_truth
+from i3cl.evaluation.metrics.batch import measure
+from i3cl.evaluation.metrics.protocols import PROTOCOLS, Counts
 from i3cl.evaluation.shards import count_shard, truth_shards
 
 ROOT = Path(__file__).parents[2]

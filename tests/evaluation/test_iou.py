@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i3cl.evaluation.iou import DROPPED, UNMATCHED, IouMetric, Matching, assign, mark_small
+from i3cl.evaluation.metrics.iou import (
+    DROPPED,
+    UNMATCHED,
+    IouMetric,
+    Matching,
+    assign,
+    mark_small,
+)
 from i3cl.geometry import overlaps
 
 MATCHINGS: list[Matching] = ["first", "best_gt", "max", "greedy"]

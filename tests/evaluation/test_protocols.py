@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import shapely
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 from i3cl.evaluation import run
-from i3cl.evaluation.average_precision import polygon_ap
-from i3cl.evaluation.batch import Sample, measure
-from i3cl.evaluation.protocols import PROTOCOLS, Counts, rules_of
+from i3cl.evaluation.metrics.average_precision import polygon_ap
+from i3cl.evaluation.metrics.batch import Sample, measure
+from i3cl.evaluation.metrics.protocols import PROTOCOLS, Counts, rules_of
 
 BOW_TIE = np.array([[0, 0], [10, 10], [10, 0], [0, 10]], float)
 FLAT = np.array([[1, 1], [5, 5], [8, 8]], float)

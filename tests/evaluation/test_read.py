@@ -7,12 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from i3cl.config import UserError
-from i3cl.data import predictions
-from i3cl.data.coco import write_coco
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.table import write_parquet
-from i3cl.evaluation.read import pair, read_results, read_truth
+from i3cl.data.formats import predictions
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.formats.table import write_parquet
+from i3cl.errors import UserError
+from i3cl.evaluation.formats.read import pair, read_results, read_truth
 
 SQUARE = "0,0,100,0,100,20,0,20"
 RING = [[0, 0], [100, 0], [100, 20], [0, 20]]
@@ -286,7 +286,7 @@ def test_zips_that_lie(tmp_path, monkeypatch):
 
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.txt", " " * 300_000)
-    monkeypatch.setattr("i3cl.evaluation.read.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("i3cl.evaluation.formats.read.MAX_FILE_BYTES", 100_000)
     with pytest.raises(UserError, match="unpacks to more"):
         read_results(str(tmp_path / "bomb.zip"))
 

@@ -136,7 +136,7 @@ def test_circle_leaves_summary_report_and_table(circle):
 
 
 def test_pseudo_labels_are_coco_with_weights(circle, tiny_set):
-    from i3cl.data.coco import read_coco
+    from i3cl.data.formats.coco import read_coco
 
     folder, _, _ = circle
     dataset = read_coco(str(folder / "runs" / "circle" / "pseudo.json"), str(tiny_set / "images"))
@@ -210,7 +210,7 @@ def test_predict_and_evaluate_with_the_students_checkpoint(circle, tiny_set, tmp
 
 @pytest.mark.slow
 def test_a_corrupt_image_costs_one_line_not_the_job(circle, tiny_settings, tiny_set, tmp_path):
-    from i3cl.data.predictions import read_predictions
+    from i3cl.data.formats.predictions import read_predictions
 
     folder, _, _ = circle
     shutil.copytree(tiny_set / "images", tmp_path / "images")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from i3cl.config import to_yaml, with_overrides
-from i3cl.data.coco import write_coco
-from i3cl.data.predictions import read_batches
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.predictions import read_batches
+from i3cl.data.formats.records import ImageRecord
 
 ROOT = Path(__file__).parents[2]
 VIEWS = [{"short_side": 64}, {"short_side": 64, "flip": True}]

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from i3cl.config import load_settings, to_yaml, with_overrides
-from i3cl.data.coco import read_coco
-from i3cl.data.predictions import to_table
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import to_table
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from i3cl.config import FusionSettings, UserError
+from i3cl.config import FusionSettings
+from i3cl.errors import UserError
 from i3cl.labelling.calibration import (
     Calibration,
     cross_calibrated,

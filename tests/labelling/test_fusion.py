@@ -24,9 +24,7 @@ def word(rng, centre):
     angle, bend = rng.uniform(-np.pi, np.pi), rng.uniform(-0.3, 0.3)
     along = np.linspace(-0.5, 0.5, 7)
     sag = bend * width * (4 * along**2 - 1)
-    ring = np.concatenate(
-        [np.stack([along * width, sag - height / 2], 1), np.stack([along * width, sag + height / 2], 1)[::-1]]
-    )
+    ring = np.concatenate([np.stack([along * width, sag - height / 2], 1), np.stack([along * width, sag + height / 2], 1)[::-1]])
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return ring @ turn + centre
 
@@ -43,13 +41,8 @@ def scene(seed, views=(1, 1, 2), words=6, side=400.0, decimals=2):
         for _ in range(count):
             seen = [truth for truth in truths if rng.random() < 0.8]
             seen += [word(rng, rng.uniform(0, side, 2)) for _ in range(rng.integers(0, 3))]
-            polygons = [
-                (ring + rng.normal(0, 3, 2) + rng.normal(0, 0.7, ring.shape)).astype(np.float32)
-                for ring in seen
-            ]
-            predictions.append(
-                MemberPrediction(f"m{number}", polygons, rng.uniform(0, 1, len(polygons)).round(decimals))
-            )
+            polygons = [(ring + rng.normal(0, 3, 2) + rng.normal(0, 0.7, ring.shape)).astype(np.float32) for ring in seen]
+            predictions.append(MemberPrediction(f"m{number}", polygons, rng.uniform(0, 1, len(polygons)).round(decimals)))
     return predictions
 
 
@@ -76,9 +69,7 @@ short = hypothesis_settings(max_examples=25, deadline=None)
 
 def test_members_that_agree():
     ring = box(10, 10, 110, 40)
-    result = fuse(
-        [MemberPrediction(name, [ring], [score]) for name, score in (("a", 0.9), ("b", 0.6))], SETTINGS
-    )
+    result = fuse([MemberPrediction(name, [ring], [score]) for name, score in (("a", 0.9), ("b", 0.6))], SETTINGS)
     assert result.scores == pytest.approx([0.75])
     assert result.votes.tolist() == [2]
     assert area_iou(result.polygons[0], ring) > 0.97
@@ -169,18 +160,13 @@ def test_one_polygon_of_a_view_in_a_cluster():
     """b sees the line as two words that both overlap it enough: only the better one votes for the line."""
     line, left, right = box(0, 0, 100, 20), box(0, 0, 58, 20), box(44, 0, 100, 20)
     settings = FusionSettings(iou=0.5)
-    result = fuse(
-        [MemberPrediction("a", [line], [0.9]), MemberPrediction("b", [left, right], [0.5, 0.5])], settings
-    )
+    result = fuse([MemberPrediction("a", [line], [0.9]), MemberPrediction("b", [left, right], [0.5, 0.5])], settings)
     assert result.scores[0] == pytest.approx(0.7)
     assert result.votes[0] == 2
 
 
 def test_shape_is_the_mean_of_three():
-    parts = [
-        MemberPrediction(n, [box(0, 0, right, 20)], [0.8])
-        for n, right in (("a", 100), ("b", 110), ("c", 120))
-    ]
+    parts = [MemberPrediction(n, [box(0, 0, right, 20)], [0.8]) for n, right in (("a", 100), ("b", 110), ("c", 120))]
     (polygon,) = fuse(parts, SETTINGS).polygons
     assert area_iou(polygon, box(0, 0, 110, 20)) > 0.97
 
@@ -285,9 +271,7 @@ def test_bad_input():
 
 
 @short
-@given(
-    seed=seeds, order=st.permutations(range(4)), weights=st.tuples(*[st.sampled_from([0.3, 1.0, 2.0])] * 3)
-)
+@given(seed=seeds, order=st.permutations(range(4)), weights=st.tuples(*[st.sampled_from([0.3, 1.0, 2.0])] * 3))
 def test_order_and_names_do_not_matter(seed, order, weights):
     settings = FusionSettings(member_weights={f"m{k}": weight for k, weight in enumerate(weights)})
     parts = scene(seed)
@@ -354,9 +338,7 @@ def test_only_the_ratio_of_weights_counts(seed, factor):
     parts = scene(seed, decimals=9)
     weights = {"m0": 1.0, "m1": 2.0, "m2": 0.5}
     one = fuse(parts, FusionSettings(member_weights=weights))
-    other = fuse(
-        parts, FusionSettings(member_weights={name: factor * weight for name, weight in weights.items()})
-    )
+    other = fuse(parts, FusionSettings(member_weights={name: factor * weight for name, weight in weights.items()}))
     assert one.scores == pytest.approx(other.scores)
     assert one.votes.tolist() == other.votes.tolist()
 
@@ -374,10 +356,7 @@ def test_members_that_see_nothing_only_lower_the_scores(seed):
 @given(seed=seeds, scale=st.sampled_from([0.125, 0.5, 4.0]), shift=st.sampled_from([0.0, 256.0, 2048.0]))
 def test_moves_and_scales_with_the_image(seed, scale, shift):
     parts = scene(seed, decimals=9)
-    moved = [
-        MemberPrediction(p.member, [np.asarray(ring) * scale + shift for ring in p.polygons], p.scores)
-        for p in parts
-    ]
+    moved = [MemberPrediction(p.member, [np.asarray(ring) * scale + shift for ring in p.polygons], p.scores) for p in parts]
     one, other = fuse(parts, SETTINGS), fuse(moved, SETTINGS)
     assert one.scores == pytest.approx(other.scores)
     assert one.votes.tolist() == other.votes.tolist()
@@ -429,9 +408,7 @@ def test_shapes_neither_grow_nor_shrink():
     ratios = []
     for _ in range(100):
         ring = word(rng, (200, 200))
-        parts = [
-            MemberPrediction(n, [(ring + rng.normal(0, 1, 2)).astype(np.float32)], [0.8]) for n in "abc"
-        ]
+        parts = [MemberPrediction(n, [(ring + rng.normal(0, 1, 2)).astype(np.float32)], [0.8]) for n in "abc"]
         (polygon,) = fuse(parts, FusionSettings(iou=0.2)).polygons
         ratios.append(shapely.Polygon(polygon).area / shapely.Polygon(ring).area)
     assert np.mean(ratios) == pytest.approx(1, abs=0.01)

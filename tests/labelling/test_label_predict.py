@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from i3cl.config import LabelSettings, Settings, UserError, ViewSettings
-from i3cl.data.predictions import read_predictions
-from i3cl.data.records import Dataset, ImageRecord
-from i3cl.job import inside
+from i3cl.config import LabelSettings, Settings, ViewSettings
+from i3cl.data.formats.predictions import read_predictions
+from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.errors import UserError, inside
 from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name
@@ -174,8 +174,11 @@ def test_the_actor_writes_every_image_member_and_view_once(tiny_checkpoints, tmp
     assert sorted(found) == [1, 2, 3, 4, 5, 6, 7]
     wanted = {(m, v) for m in ("a", "b") for v in ("s64", "s64-flip")}
     assert all(set(rows) == wanted for rows in found.values())
-    assert all(r["error"] is None and (r["height"], r["width"]) == (96, 96 + (i - 1) % 3) for i, rows in found.items()
-               for r in rows.values())
+    assert all(
+        r["error"] is None and (r["height"], r["width"]) == (96, 96 + (i - 1) % 3)
+        for i, rows in found.items()
+        for r in rows.values()
+    )
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
     again = [row for table in blocks(data, 3) for row in labeller(table).to_pylist()]
     assert [r["images"] for r in again] == [3, 3, 1]
@@ -250,17 +253,17 @@ def test_bad_images_are_rows_with_an_error(tiny_checkpoints, tmp_path):
 
 
 def test_an_image_that_the_network_refuses_costs_only_itself(tiny_checkpoints, tmp_path, monkeypatch):
-    import i3cl.predict
+    import i3cl.inference.predictor
 
     names = write_images(tmp_path / "images", 5)
-    real = i3cl.predict.detect_arrays
+    real = i3cl.inference.predictor.detect_arrays
 
     def small_memory(model, images, settings, view=None):
         if any(image.shape[1] == 98 for image in images):
             raise RuntimeError("out of memory\nin lines")
         return real(model, images, settings, view)
 
-    monkeypatch.setattr(i3cl.predict, "detect_arrays", small_memory)
+    monkeypatch.setattr(i3cl.inference.predictor, "detect_arrays", small_memory)
     labeller = Labeller(plan(tmp_path / "images", tmp_path / "out", tiny_checkpoints, batch=5))
     for table in blocks(dataset(tmp_path / "images", names), 5):
         labeller(table)

@@ -9,8 +9,8 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.config import ViewSettings
-from i3cl.data.predictions import read_predictions
-from i3cl.data.records import Dataset, ImageRecord
+from i3cl.data.formats.predictions import read_predictions
+from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.labelling.actor import Labeller, Plan
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import make_manifest

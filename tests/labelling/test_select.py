@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from i3cl.config import LabelSettings, SelectSettings, UserError
-from i3cl.data.coco import read_coco
-from i3cl.data.predictions import to_table
+from i3cl.config import LabelSettings, SelectSettings
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import to_table
+from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, write_calibration
 from i3cl.labelling.fusion import FusedInstances
 from i3cl.labelling.pseudo import bundles, make_pseudo_labels, pseudo_path
@@ -84,9 +85,7 @@ def test_the_fused_instances_stay_as_they_are():
     scores=st.lists(st.floats(0, 1), max_size=10).map(sorted),
 )
 def test_weight_never_falls_with_the_score(thresholds, min_weight, scores):
-    settings = SelectSettings(
-        ignore=thresholds[0], low=thresholds[1], high=thresholds[2], min_weight=min_weight
-    )
+    settings = SelectSettings(ignore=thresholds[0], low=thresholds[1], high=thresholds[2], min_weight=min_weight)
     chosen = select(fused(*scores), settings)
     weights = chosen.lossweight
     assert (np.diff(weights) >= 0).all()
@@ -171,8 +170,7 @@ def test_json_and_shards_hold_the_same_labels(tmp_path):
     other = read_coco(str(tmp_path / "pseudo"), "", check_files=False)
     assert [r.id for r in one.records] == sorted(r.id for r in other.records) == [0, 1, 3, 4, 6, 7, 9, 10]
     both = [
-        [(i.polygon.tolist(), i.lossweight, i.score, i.votes) for i in r.instances]
-        for r in (one.records[0], other.records[0])
+        [(i.polygon.tolist(), i.lossweight, i.score, i.votes) for i in r.instances] for r in (one.records[0], other.records[0])
     ]
     assert both[0][0][0] == both[1][0][0]
     assert both[0][0][1:] == pytest.approx(both[1][0][1:], abs=1e-6)

@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from i3cl.config import EvaluateSettings, FusionSettings, LabelSettings, UserError
-from i3cl.data.coco import read_coco
-from i3cl.data.predictions import to_table
-from i3cl.data.records import ImageRecord, Instance
+from i3cl.config import EvaluateSettings, FusionSettings, LabelSettings
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import to_table
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.errors import UserError
 from i3cl.labelling.trust import dispute, measure_trust, write_disputed
 
 EVALUATE = EvaluateSettings()

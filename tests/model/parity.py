@@ -92,9 +92,7 @@ class Parity:
 
     def target(self, spec: dict[str, int], weights: list[float] | None = None) -> dict[str, Tensor]:
         boxes, labels, masks, _ = self.maker.ground_truth(spec["seed"], spec["height"], spec["width"], spec["n_gt"])
-        target = {
-            "boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "masks": torch.from_numpy(masks)
-        }
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "masks": torch.from_numpy(masks)}
         if weights is not None:
             target["lossweight"] = torch.tensor(weights)
         return target

@@ -13,7 +13,8 @@ from parity import Parity
 from torch import Tensor
 
 import i3cl
-from i3cl.config import BackboneSettings, ModelSettings, UserError
+from i3cl.config import BackboneSettings, ModelSettings
+from i3cl.errors import UserError
 from i3cl.model.align import RegionReader
 from i3cl.model.checkpoint import load_weights
 from i3cl.model.convert import convert_original, recognise
@@ -77,9 +78,7 @@ def plain() -> I3CL:
 def test_a_checkpoint_of_the_pretrain_stage(plain: I3CL, tmp_path: Path) -> None:
     source = original_file(tmp_path / "pretrain.pth", to_original(plain.state_dict()))
     command = [sys.executable, "jobs/prepare.py", "convert", "--source", source, "--out"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "resnet50, 3 classes, neither intra nor inter blocks" in done.stdout and str(tmp_path / "out") in done.stdout
     model = i3cl.load(str(tmp_path / "out"), "cpu")
@@ -98,7 +97,9 @@ def test_incomplete_and_foreign_files_are_refused(plain: I3CL, tmp_path: Path) -
     foreign = {name: tensor for name, tensor in state.items() if not name.startswith("roi_head.mask_head")}
     shallow = {name: tensor for name, tensor in state.items() if ".layer3.5." not in name}
     for content, words in (
-        (less, "is not complete: 2 tensors"), (foreign, "is no checkpoint"), (shallow, r"\[3, 4, 5, 3\]"),
+        (less, "is not complete: 2 tensors"),
+        (foreign, "is no checkpoint"),
+        (shallow, r"\[3, 4, 5, 3\]"),
         ({"backbone.bottom_up.res2.0.conv1.weight": torch.zeros(1)}, "detectron2"),
     ):
         source = original_file(tmp_path / "bad.pth", content)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from i3cl.config import BackboneSettings, ModelSettings, UserError
+from i3cl.config import BackboneSettings, ModelSettings
+from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
 from i3cl.model.benchmark import model_report
 from i3cl.model.checkpoint import load_tensors, load_weights, save_checkpoint
@@ -20,10 +21,22 @@ from i3cl.model.targets import read_truths
 
 def settings(**changes: object) -> ModelSettings:
     values: dict[str, object] = {
-        "backbone": {"name": "resnet10t"}, "num_classes": 1, "pyramid_channels": 32, "box_head_channels": 64,
-        "mask_head_channels": 16, "mask_head_convs": 2, "inter_channels": 4, "inter_heads": 2,
-        "inter_feedforward": 32, "inter_dropout": 0.0, "proposals_per_image": 100, "proposals_per_level_train": 200,
-        "proposals_per_level_test": 100, "box_samples": 64, "rpn_samples": 64, "detections_per_image": 20,
+        "backbone": {"name": "resnet10t"},
+        "num_classes": 1,
+        "pyramid_channels": 32,
+        "box_head_channels": 64,
+        "mask_head_channels": 16,
+        "mask_head_convs": 2,
+        "inter_channels": 4,
+        "inter_heads": 2,
+        "inter_feedforward": 32,
+        "inter_dropout": 0.0,
+        "proposals_per_image": 100,
+        "proposals_per_level_train": 200,
+        "proposals_per_level_test": 100,
+        "box_samples": 64,
+        "rpn_samples": 64,
+        "detections_per_image": 20,
     }
     return ModelSettings.model_validate({**values, **changes})
 
@@ -52,7 +65,8 @@ def target(height: int, width: int, **more: torch.Tensor) -> dict[str, torch.Ten
 
 def empty_target(height: int, width: int) -> dict[str, torch.Tensor]:
     return {
-        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
         "masks": torch.zeros(0, height, width, dtype=torch.uint8),
     }
 

@@ -15,10 +15,12 @@ from i3cl.model.original import UNUSED, from_original, original_name, our_name, 
 from i3cl.model.targets import mask_targets, read_truths
 
 CASES = [
-    *(("r50", case) for case in (
-        "one_plain", "one_weighted", "one_zero", "two_plain", "two_weighted", "onefirst_plain", "onefirst_weighted"
-    )),
-    ("vitae", "one_plain"), ("vitae", "one_weighted"),
+    *(
+        ("r50", case)
+        for case in ("one_plain", "one_weighted", "one_zero", "two_plain", "two_weighted", "onefirst_plain", "onefirst_weighted")
+    ),
+    ("vitae", "one_plain"),
+    ("vitae", "one_weighted"),
 ]
 
 
@@ -140,9 +142,7 @@ def scene_b(parity: Parity, network: str, model: I3CL) -> tuple[list[Tensor], tu
 
 
 @torch.no_grad()
-def test_proposals(
-    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
-) -> None:
+def test_proposals(parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]) -> None:
     recorded = parity.npz(f"detect_{network}.npz")
     levels, size = scene_b
     logits, offsets = fresh.proposals.predict(levels)
@@ -166,9 +166,7 @@ def test_proposals(
 
 
 @torch.no_grad()
-def test_heads_on_fixed_regions(
-    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
-) -> None:
+def test_heads_on_fixed_regions(parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]) -> None:
     recorded = parity.npz(f"detect_{network}.npz")
     levels, _ = scene_b
     regions = torch.from_numpy(recorded["fixed_rois"])
@@ -191,9 +189,7 @@ def test_heads_on_fixed_regions(
 
 
 @torch.no_grad()
-def test_detections(
-    parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]
-) -> None:
+def test_detections(parity: Parity, network: str, fresh: I3CL, scene_b: tuple[list[Tensor], tuple[int, int]]) -> None:
     codec = pytest.importorskip("pycocotools.mask")
     recorded, text = parity.npz(f"detect_{network}.npz"), parity.json(f"detect_{network}.json")
     levels, size = scene_b
@@ -206,7 +202,8 @@ def test_detections(
     assert relative_error(fresh.heads.mask(regions, labels), recorded["det.mask_logits"]) < 1e-4
     scale = torch.from_numpy(recorded["scale_factor"])
     for kind, (height, width), factor in (
-        ("plain", text["img_shape"][:2], torch.ones(4)), ("rescaled", text["ori_shape"][:2], scale)
+        ("plain", text["img_shape"][:2], torch.ones(4)),
+        ("rescaled", text["ori_shape"][:2], scale),
     ):
         assert relative_error(boxes / factor, recorded[f"det.{kind}.boxes"]) < 1e-5
         pasted = paste_masks(found["masks"], found["boxes"] / factor, height, width).numpy() >= 0.5
@@ -247,9 +244,7 @@ def test_training_losses(parity: Parity, network: str, fresh: I3CL, case: str) -
     assert relative_error(torch.cat([s.boxes for s in regions]), plain["rcnn.rois"][:, 1:]) < 1e-6
     for i, s in enumerate(regions):
         assert s.matches.tolist() == plain[f"rcnn.pos_assigned_gt_inds.{i}"].tolist()
-    masks = torch.cat([
-        mask_targets(t, s.boxes[: s.positives], s.matches, 28) for t, s in zip(truths, regions, strict=True)
-    ])
+    masks = torch.cat([mask_targets(t, s.boxes[: s.positives], s.matches, 28) for t, s in zip(truths, regions, strict=True)])
     wanted = np.unpackbits(plain["mask.targets_packed"], axis=1)[:, : 28 * 28].reshape(masks.shape)
     assert np.count_nonzero(masks.numpy() != wanted) <= 2
     second = fresh.heads.losses(levels, regions, truths)

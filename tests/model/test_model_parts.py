@@ -142,9 +142,9 @@ def test_sparse_roi_align_is_roi_align() -> None:
     x = torch.randn(2, 5, 13, 17)
     corner = torch.rand(60, 2) * 70 - 10
     regions = torch.cat([torch.arange(60)[:, None] % 2, corner, corner + torch.rand(60, 2) * 60], 1)
-    odd = torch.tensor([
-        [0, 3, 3, 3, 9], [1, 3, 3, 9, 3], [0, 500, 500, 520, 520], [0, -90, -90, -80, -80], [1, -40, 4, 200, 9.0]
-    ])
+    odd = torch.tensor(
+        [[0, 3, 3, 3, 9], [1, 3, 3, 9, 3], [0, 500, 500, 520, 520], [0, -90, -90, -80, -80], [1, -40, 4, 200, 9.0]]
+    )
     regions = torch.cat([regions, odd])
     for side in (7, 14):
         results = []
@@ -172,9 +172,7 @@ def test_crops_and_full_bitmaps_give_identical_mask_targets() -> None:
     labels = torch.zeros(3, dtype=torch.int64)
     crops = [m[int(y0) : int(y1), int(x0) : int(x1)] for m, (x0, y0, x1, y1) in zip(full, frames.tolist())]
     whole = read_truth({"boxes": frames, "labels": labels, "masks": full}, CPU)
-    cut = read_truth(
-        {"boxes": frames, "labels": labels, "masks": crops, "mask_origins": frames[:, :2].long()}, CPU
-    )
+    cut = read_truth({"boxes": frames, "labels": labels, "masks": crops, "mask_origins": frames[:, :2].long()}, CPU)
     torch.manual_seed(0)
     indices = torch.arange(60) % 3
     shifted = frames[indices] + torch.cat([torch.zeros(3, 4), torch.randn(57, 4) * 4])
@@ -188,8 +186,10 @@ def test_a_bad_target_is_refused() -> None:
     good = {"boxes": boxes((0, 0, 4, 4)), "labels": torch.zeros(1, dtype=torch.int64), "masks": torch.ones(1, 8, 8)}
     read_truth(good, CPU)
     for wrong in (
-        {"labels": torch.zeros(2, dtype=torch.int64)}, {"masks": torch.ones(2, 8, 8)},
-        {"lossweight": torch.ones(3)}, {"boxes": boxes((4, 0, 4, 4))},
+        {"labels": torch.zeros(2, dtype=torch.int64)},
+        {"masks": torch.ones(2, 8, 8)},
+        {"lossweight": torch.ones(3)},
+        {"boxes": boxes((4, 0, 4, 4))},
     ):
         with pytest.raises(ValueError, match="target"):
             read_truth({**good, **wrong}, CPU)
@@ -225,8 +225,6 @@ def test_inter_block_sees_one_image_at_a_time() -> None:
     assert block(rois[:0], levels, [0, 0, 0]).shape == (0, 16, 14, 14)
     context = block.expand(block.instance_tokens(rois[:2], [2]).reshape(2, 4, 3, 3))
     context = torch.nn.functional.interpolate(context, size=14, mode="bilinear", align_corners=True)
-    image = sum(
-        torch.nn.functional.conv2d(x[:1], c.weight, padding=1).mean((2, 3)) for c, x in zip(block.context, levels)
-    )
+    image = sum(torch.nn.functional.conv2d(x[:1], c.weight, padding=1).mean((2, 3)) for c, x in zip(block.context, levels))
     y = block.conv1(block.conv3(rois[:2] + context + image[:, :, None, None]))
     assert torch.allclose(first, block.norm(y).relu(), atol=1e-5)

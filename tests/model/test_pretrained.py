@@ -12,7 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from i3cl.config import BackboneSettings, UserError
+from i3cl.config import BackboneSettings
+from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
 from i3cl.model.checkpoint import read_tensors
 from i3cl.model.original import to_original
@@ -34,9 +35,7 @@ def complete(body: nn.Module, named: dict[str, Tensor]) -> bool:
     return all(name in named and named[name].shape == tensor.shape for name, tensor in own.items())
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "backbone.", "module.encoder_q."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.encoder_q."])
 def test_torchvision_weights_behind_any_prefix_give_torchvisions_maps(prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(weights=None).eval()
@@ -123,7 +122,9 @@ def test_a_vitae_classifier_loads(prefix: str, tmp_path: Path) -> None:
     other = loaded("vitaev2_s", tmp_path / "classifier.pth")
     assert other.report is not None and not other.report.missing
     assert {name.rpartition(".")[2] for name in other.report.unexpected} == {
-        "weight", "relative_position_bias_table", "relative_position_index"
+        "weight",
+        "relative_position_bias_table",
+        "relative_position_index",
     }
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), other.parameters(), strict=True))
 
@@ -147,8 +148,11 @@ def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     for name, words in (
-        ("objects.pth", "_Unknown"), ("text.pth", "cannot be read"), ("broken.safetensors", "safetensors"),
-        ("empty.pth", "no named tensors"), ("absent.pth", "no such"),
+        ("objects.pth", "_Unknown"),
+        ("text.pth", "cannot be read"),
+        ("broken.safetensors", "safetensors"),
+        ("empty.pth", "no named tensors"),
+        ("absent.pth", "no such"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             read_tensors(tmp_path / name)
@@ -164,7 +168,8 @@ def test_a_pickle_that_runs_commands_is_refused(tmp_path: Path, legacy: bool) ->
             return (os.system, (f"touch {tmp_path / 'sprung'}",))
 
     torch.save(
-        {"state_dict": {"a": torch.zeros(1)}, "meta": Trap()}, tmp_path / "bad.pth",
+        {"state_dict": {"a": torch.zeros(1)}, "meta": Trap()},
+        tmp_path / "bad.pth",
         _use_new_zipfile_serialization=not legacy,
     )
     with pytest.raises(UserError, match=r"bad\.pth: holds a .*system"):

@@ -9,7 +9,8 @@ import torch
 from parity import default_directory
 from torch import Tensor
 
-from i3cl.config import BackboneSettings, UserError
+from i3cl.config import BackboneSettings
+from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
 from i3cl.model.vitae import STAGES, Attention, NormalCell, ViTAEv2, window_attention
 

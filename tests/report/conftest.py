@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from i3cl.data.synthetic import make_split
+from i3cl.data.synthetic.plain import make_split
 from i3cl.report.html import TRUTH, Curve, OutlinedPicture, ReportData, Result, WeightedPicture
 
 NAMES = ("teacher-a", "teacher-b", "student")

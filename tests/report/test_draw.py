@@ -32,9 +32,7 @@ def test_one_colour_each() -> None:
 def test_no_polygons_and_three_polygons_of_one_colour() -> None:
     assert np.array_equal(draw_polygons(blank(), [], RED), blank())
     assert np.array_equal(draw_polygons(blank(), [], [], labels=[]), blank())
-    assert np.array_equal(
-        draw_polygons(blank(), [SQUARE] * 3, RED), draw_polygons(blank(), [SQUARE] * 3, [RED] * 3)
-    )
+    assert np.array_equal(draw_polygons(blank(), [SQUARE] * 3, RED), draw_polygons(blank(), [SQUARE] * 3, [RED] * 3))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (50, 60)])

@@ -119,9 +119,7 @@ def test_large_pictures_are_shrunk_but_keep_the_pixels_of_their_outlines() -> No
 def test_24_noisy_pictures_stay_under_3_megabytes() -> None:
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (24, 60, 80, 3), np.uint8)
-    pictures = [
-        OutlinedPicture("p", np.asarray(Image.fromarray(small).resize((1280, 960))), {}) for small in smooth
-    ]
+    pictures = [OutlinedPicture("p", np.asarray(Image.fromarray(small).resize((1280, 960))), {}) for small in smooth]
     assert len(render_report(ReportData("r", validation=pictures))) < 3e6
 
 
@@ -137,9 +135,7 @@ def test_24_noisy_pictures_stay_under_3_megabytes() -> None:
         ("curves", {}, set()),
     ],
 )
-def test_what_is_missing_leaves_its_section_out(
-    report: ReportData, field: str, empty: Any, gone: set[str]
-) -> None:
+def test_what_is_missing_leaves_its_section_out(report: ReportData, field: str, empty: Any, gone: set[str]) -> None:
     page = Page(render_report(dataclasses.replace(report, **{field: empty})))
     assert page.sections == SECTIONS - gone
 
@@ -196,9 +192,7 @@ def test_weights_are_told_by_colour_and_text() -> None:
 
 
 BROKEN: dict[str, Callable[[], ReportData]] = {
-    "1 weights for 0": lambda: ReportData(
-        "r", pseudo_labels=[WeightedPicture("p", np.zeros((5, 5, 3), np.uint8), [], [1.0])]
-    ),
+    "1 weights for 0": lambda: ReportData("r", pseudo_labels=[WeightedPicture("p", np.zeros((5, 5, 3), np.uint8), [], [1.0])]),
     "between 0 and 1": lambda: ReportData(
         "r", pseudo_labels=[WeightedPicture("p", np.zeros((5, 5, 3), np.uint8), [SQUARE], [2.0])]
     ),

@@ -16,9 +16,9 @@ import pytest
 from s3.proxy import DROPS, Faults
 
 from i3cl import s3, storage
-from i3cl.config import UserError
-from i3cl.data.checks import PresentFiles
-from i3cl.data.images import decode_image, image_size
+from i3cl.data.formats.checks import PresentFiles
+from i3cl.data.loading.images import decode_image, image_size
+from i3cl.errors import UserError
 from i3cl.storage import AccessError, NoAnswer
 from i3cl.training.launch import Progress
 from i3cl.training.loop import MetricsLog

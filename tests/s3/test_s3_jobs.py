@@ -17,7 +17,7 @@ from s3.proxy import Faults
 
 from i3cl import storage
 from i3cl.config import Settings, to_yaml, with_overrides
-from i3cl.data.predictions import read_batches
+from i3cl.data.formats.predictions import read_batches
 from i3cl.model.checkpoint import read_tensors
 from i3cl.training.loop import prepare
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from i3cl.config import EvaluateSettings
-from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.search.ledger import Ledger
 from i3cl.search.objectives import count, scores, verdict
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i3cl.config import Settings, SettingsError
+from i3cl.config import Settings
+from i3cl.errors import SettingsError
 from i3cl.search.space import SHARE, Space
 
 RANGES = {

@@ -25,7 +25,7 @@ def test_steps_on_a_gpu_keep_the_weights_finite(tiny_settings, tmp_path, precisi
 
 
 def test_losses_on_a_gpu_are_those_on_a_cpu(tiny_settings, tmp_path):
-    from i3cl.data.transforms import to_target
+    from i3cl.data.loading.transforms import to_target
 
     settings = with_overrides(tiny_settings, {"model.inter_dropout": 0.0, "train.precision": "float32"}, "test")
     torch.manual_seed(0)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from i3cl.config import with_overrides
-from i3cl.data.images import decode_image
-from i3cl.data.records import record_from_row
-from i3cl.data.transforms import EvalTransform, to_target
+from i3cl.data.formats.records import record_from_row
+from i3cl.data.loading.images import decode_image
+from i3cl.data.loading.transforms import EvalTransform, to_target
 from i3cl.model.network import I3CL
 from i3cl.model.targets import read_truths
 from i3cl.training.loop import Trainer, TrainingStopped

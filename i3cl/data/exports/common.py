@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.checks import shown
-from i3cl.data.records import ImageRecord, Instance
+from i3cl.data.formats.checks import shown
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.errors import UserError
 
 TEXT = "text"
 """Label of a text instance; every other label is an ignore region."""

@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from i3cl.config import UserError
-from i3cl.data.checks import CATEGORY, BadItem, Faults, checked_instance, shown
-from i3cl.data.coco import read_for_command, write_coco
 from i3cl.data.exports import cvat, label_studio, labelme, paddle
 from i3cl.data.exports.common import TEXT, UNREADABLE, ImageNames, Region, Reviewed
-from i3cl.data.records import ImageRecord, Instance, Problem
-from i3cl.data.table import write_shards
+from i3cl.data.formats.checks import (
+    CATEGORY,
+    BadItem,
+    Faults,
+    checked_instance,
+    shown,
+)
+from i3cl.data.formats.coco import read_for_command, write_coco
+from i3cl.data.formats.records import ImageRecord, Instance, Problem
+from i3cl.data.formats.table import write_shards
+from i3cl.errors import UserError
 
 READERS: dict[str, Callable[[str], Iterator[Reviewed]]] = {
     "label-studio": label_studio.read,

@@ -16,10 +16,10 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.checks import shown
 from i3cl.data.exports.common import Region, Reviewed, box_points, label_of, points_of, with_size
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.checks import shown
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
 
 _MAX_XML = 4 << 30
 """Bytes; a zip that unpacks to more is refused."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from i3cl.data.coco import write_coco
 from i3cl.data.exports import cvat, label_studio, labelme, paddle
 from i3cl.data.exports.common import with_size
 from i3cl.data.exports.sources import read_labels
 from i3cl.data.exports.submissions import write_art, write_coco_results, write_icdar
-from i3cl.data.table import write_shards
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.table import write_shards
 
 FORMATS = ("art", "coco", "coco-results", "cvat", "icdar", "label-studio", "labelme", "paddle", "parquet")
 _ART_SCORE = 0.45

@@ -10,8 +10,6 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from i3cl import geometry, storage
-from i3cl.config import UserError
-from i3cl.data.checks import kind_of, shown
 from i3cl.data.exports.common import (
     IGNORE,
     TEXT,
@@ -25,7 +23,9 @@ from i3cl.data.exports.common import (
     parse_json,
     with_size,
 )
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
 
 MANY_POINTS = 64
 """A polygon of more points is simplified: the page stalls when it must draw thousands."""
@@ -42,9 +42,7 @@ def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
     )
 
 
-def write(
-    out: str, records: Iterable[ImageRecord], prefix: str = "", from_name: str = "label", to_name: str = "image"
-) -> int:
+def write(out: str, records: Iterable[ImageRecord], prefix: str = "", from_name: str = "label", to_name: str = "image") -> int:
     """Tasks with predictions as one json; return their number.
 
     prefix: what stands before the file name in the image's URL. from_name, to_name: as in the project's labelling interface;

@@ -9,8 +9,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.checks import kind_of, shown
 from i3cl.data.exports.common import (
     Region,
     Reviewed,
@@ -23,7 +21,9 @@ from i3cl.data.exports.common import (
     points_of,
     with_size,
 )
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
 
 
 def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:

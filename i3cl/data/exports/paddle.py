@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.checks import kind_of, shown
 from i3cl.data.exports.common import IGNORE, TEXT, UNREADABLE, Region, Reviewed, dumps, flat_points, parse_json, points_of
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
 
 
 def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.coco import read_for_command
-from i3cl.data.predictions import read_batches, read_predictions
-from i3cl.data.records import ImageRecord, Instance
-from i3cl.data.table import is_table
+from i3cl.data.formats.coco import read_for_command
+from i3cl.data.formats.predictions import read_batches, read_predictions
+from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.formats.table import is_table
 from i3cl.detections import Detections
+from i3cl.errors import UserError
 
 
 def read_labels(
@@ -73,5 +73,3 @@ def detections_of(record: ImageRecord) -> Detections:
     scores = np.array([1.0 if i.score is None else i.score for i in kept], np.float32)
     size = max(1, record.height), max(1, record.width)
     return Detections([i.polygon for i in kept], scores, *size, image_id=record.id, name=record.file_name)
-
-

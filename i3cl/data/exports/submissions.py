@@ -10,10 +10,10 @@ from pathlib import PurePosixPath
 from pycocotools import mask as mask_codec
 
 from i3cl import storage
-from i3cl.config import UserError
 from i3cl.data.exports.common import dumps
 from i3cl.data.exports.sources import detections_of
-from i3cl.data.records import ImageRecord
+from i3cl.data.formats.records import ImageRecord
+from i3cl.errors import UserError
 
 
 def write_art(out: str, records: Iterable[ImageRecord]) -> int:

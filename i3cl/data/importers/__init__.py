@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from i3cl.config import UserError
 from i3cl.data.importers.art import ART
 from i3cl.data.importers.base import Folder, Importer, LabelledImage, LabelledInstance
 from i3cl.data.importers.ctw1500 import CTW1500
@@ -18,6 +17,7 @@ from i3cl.data.importers.rctw import RCTW
 from i3cl.data.importers.rects import RECTS
 from i3cl.data.importers.synthtext import SYNTHTEXT
 from i3cl.data.importers.totaltext import TOTALTEXT
+from i3cl.errors import UserError
 
 __all__ = ["IMPORTERS", "Importer", "LabelledImage", "LabelledInstance", "read_labels"]
 
@@ -38,9 +38,7 @@ IMPORTERS: dict[str, Importer] = {
 }
 
 
-def read_labels(
-    name: str, source: str, split: str = "train", problems: list[str] | None = None
-) -> Iterator[LabelledImage]:
+def read_labels(name: str, source: str, split: str = "train", problems: list[str] | None = None) -> Iterator[LabelledImage]:
     """The labels of a data set, image by image in a fixed order. Images are not opened and need not be there.
 
     name: a key of IMPORTERS; source: folder, local or s3://, laid out as docs/datasets.md says; split: 'train' or 'test'.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from i3cl import storage
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_BYTES = 256 << 30

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import geometry, storage
-from i3cl.config import UserError
 from i3cl.data.importers import parse
+from i3cl.errors import UserError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 """Compared in lower case: Total-Text has .JPG, MLT .gif and .png."""
@@ -148,9 +148,7 @@ def by_key(names: Iterable[str], key: Callable[[str], str], folder: Folder) -> d
     return found
 
 
-def paired(
-    folder: Folder, split: str, label_endings: Sequence[str], key: Callable[[str], str], layout: str
-) -> list[Item]:
+def paired(folder: Folder, split: str, label_endings: Sequence[str], key: Callable[[str], str], layout: str) -> list[Item]:
     """Images with their label files, matched by `key` of the names, ordered by file name.
 
     Labels without an image, in a folder where others have one, and images without labels come too: the caller decides.
@@ -175,9 +173,7 @@ def join_pairs(folder: Folder, split: str, images: dict[str, str], labels: dict[
     )
 
 
-def whole_set(
-    folder: Folder, label_name: str, images: Sequence[str], entries: dict[str, object], layout: str
-) -> Iterator[Item]:
+def whole_set(folder: Folder, label_name: str, images: Sequence[str], entries: dict[str, object], layout: str) -> Iterator[Item]:
     """Items of a set whose labels are one object, image stem -> labels, ordered by file name.
 
     Images that the object does not name come with label None; the others' is what ``own_entries`` reads.

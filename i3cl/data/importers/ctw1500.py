@@ -12,7 +12,6 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
     Folder,
@@ -26,6 +25,7 @@ from i3cl.data.importers.base import (
     required_label,
     stem,
 )
+from i3cl.errors import UserError
 
 _LAYOUT = "images and <dddd>.xml or <dddd>.txt, e.g. train_images/1001.jpg, ctw1500_train_labels/1001.xml"
 _MARK = ",####"

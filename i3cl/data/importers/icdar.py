@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
     Folder,
@@ -18,6 +17,7 @@ from i3cl.data.importers.base import (
     paired,
     stem,
 )
+from i3cl.errors import UserError
 
 _LAYOUT = "<image>.jpg and gt_<image>.txt, e.g. train_images/img_1.jpg, train_gt/gt_img_1.txt"
 _BOX = re.compile(r"([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)([^ ,]+)(?: *, *| +)(.*)")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from i3cl.config import UserError
 from i3cl.data.importers import art
 from i3cl.data.importers.base import IMAGE_ENDINGS, Folder, Importer, Item, files, one_file, whole_set
+from i3cl.errors import UserError
 
 _LAYOUT = "train_full_labels.json and train_full_images_0/gt_<n>.jpg, train_full_images_1/..."
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from i3cl.config import UserError
 from i3cl.data.importers import art, parse
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, clean, one_file, own_entries, whole_set
 from i3cl.data.importers.lsvt import images_of
+from i3cl.errors import UserError
 
 _LAYOUT = "train_weak_labels.json and train_weak_images_<k>/gt_<n>.jpg"
 

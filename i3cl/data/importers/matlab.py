@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 MAX_CELL_BYTES = 16 << 20
 """Of one cell, or of a variable that is read at once."""

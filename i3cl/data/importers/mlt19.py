@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
     Folder,
@@ -16,6 +15,7 @@ from i3cl.data.importers.base import (
     paired,
     stem,
 )
+from i3cl.errors import UserError
 
 _LAYOUT = "<image>.jpg and gt_<image>.txt or <image>.txt, e.g. ImagesPart1/tr_img_00001.jpg, train_gt/tr_img_00001.txt"
 _SCRIPTS = ("Arabic", "Latin", "Chinese", "Japanese", "Korean", "Bangla", "Hindi", "Symbols", "Mixed", "None")

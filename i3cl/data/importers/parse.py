@@ -14,7 +14,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
-from i3cl.config import UserError
+from i3cl.errors import UserError
 
 MAX_COORDINATE = 1_000_000
 """Pixels; beyond any image, so a mistake."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from i3cl.config import UserError
 from i3cl.data.importers.base import IMAGE_ENDINGS, Folder, Importer, Item, LabelledImage
+from i3cl.errors import UserError
 
 
 def items(folder: Folder, split: str) -> list[Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
     Folder,
@@ -16,6 +15,7 @@ from i3cl.data.importers.base import (
     paired,
     stem,
 )
+from i3cl.errors import UserError
 
 _LAYOUT = "image_<n>.jpg and image_<n>.txt, e.g. train_images/image_0.jpg, train_gts/image_0.txt"
 

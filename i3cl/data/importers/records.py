@@ -12,11 +12,18 @@ import shapely
 from numpy.typing import NDArray
 
 from i3cl import geometry
-from i3cl.config import UserError
-from i3cl.data.checks import BadItem, checked_file_name
-from i3cl.data.images import image_size
+from i3cl.data.formats.checks import BadItem, checked_file_name
+from i3cl.data.formats.records import (
+    IMAGE_SCHEMA,
+    ImageRecord,
+    Instance,
+    Problem,
+    record_from_row,
+    to_table,
+)
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, degenerate
-from i3cl.data.records import IMAGE_SCHEMA, ImageRecord, Instance, Problem, record_from_row, to_table
+from i3cl.data.loading.images import image_size
+from i3cl.errors import UserError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,9 +62,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def to_record(
-    labelled: LabelledImage, image_id: int, height: int, width: int, source: str
-) -> tuple[ImageRecord, list[Problem]]:
+def to_record(labelled: LabelledImage, image_id: int, height: int, width: int, source: str) -> tuple[ImageRecord, list[Problem]]:
     """The record of an image of height x width pixels, and what was mended or left out of it."""
     instances: list[Instance] = []
     problems: list[Problem] = []
@@ -70,9 +75,7 @@ def to_record(
     return ImageRecord(image_id, labelled.file_name, height, width, tuple(instances), source), problems
 
 
-def mend(
-    polygon: NDArray[np.float32], height: int, width: int
-) -> tuple[NDArray[np.float32] | None, list[tuple[str, str]]]:
+def mend(polygon: NDArray[np.float32], height: int, width: int) -> tuple[NDArray[np.float32] | None, list[tuple[str, str]]]:
     """A simple ring inside the image of height x width pixels, or None, and (kind, message) of everything done to it.
 
     Vertices that repeat the one before are dropped. Of a crossing ring of four points, nearly always two points in the wrong

@@ -15,15 +15,16 @@ from typing import TypeVar
 import pyarrow as pa
 
 from i3cl import storage
-from i3cl.config import UserError
-from i3cl.data.coco import write_coco
+from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.records import ImageRecord, Problem
+from i3cl.data.formats.table import write_parquet
 from i3cl.data.importers import IMPORTERS
 from i3cl.data.importers.archives import is_archive, unpack
 from i3cl.data.importers.base import Folder, Importer, Item, stem
 from i3cl.data.importers.records import Outcome, outcomes_of, outcomes_table, read_image
-from i3cl.data.records import ImageRecord, Problem
-from i3cl.data.table import write_parquet
-from i3cl.job import connect, duration, quiet
+from i3cl.errors import UserError
+from i3cl.runtime.cluster import connect, quiet
+from i3cl.runtime.pace import duration
 
 _CHUNK = 16_384
 """Images handed out at a time, and rows of a Parquet part."""

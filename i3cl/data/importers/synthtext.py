@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, clean, instance, required_label
 from i3cl.data.importers.matlab import MatFile
+from i3cl.errors import UserError
 
 _LAYOUT = "gt.mat and <folder>/<image>.jpg beside it"
 

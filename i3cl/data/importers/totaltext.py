@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.config import UserError
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import (
     IMAGE_ENDINGS,
@@ -33,6 +32,7 @@ from i3cl.data.importers.base import (
     stem,
 )
 from i3cl.data.importers.matlab import MatFile
+from i3cl.errors import UserError
 
 _LAYOUT = "img<n>.jpg and poly_gt_img<n>.mat or .txt, e.g. Images/Train/img1.jpg, Groundtruth/Polygon/Train/poly_gt_img1.mat"
 _MARK = ",####"

@@ -100,7 +100,7 @@ def ctw1500(root: Path) -> list[Path]:
         + flat(RING14)
         + '</segs><pts x="20" y="30"/></box>'
     )
-    xml = "<Annotations>\n<image file=\"0200.jpg\">\n{}\n</image>\n</Annotations>\n"
+    xml = '<Annotations>\n<image file="0200.jpg">\n{}\n</image>\n</Annotations>\n'
     return [
         text(root / "ctw1500_train_labels/0200.xml", xml.format(box.format("HELLO &amp; Co") + box.format("###"))),
         text(root / "ctw1500_train_labels/0201.xml", xml.format("")),

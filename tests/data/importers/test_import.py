@@ -20,13 +20,13 @@ from importer_samples import QUAD, SAMPLES, flat, image, text
 from PIL import Image
 
 from i3cl import geometry, storage
-from i3cl.config import UserError
-from i3cl.data.coco import read_coco
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.records import to_table
 from i3cl.data.importers import archives, run
 from i3cl.data.importers.base import degenerate
 from i3cl.data.importers.records import mend
 from i3cl.data.importers.run import import_dataset
-from i3cl.data.records import to_table
+from i3cl.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from importer_samples import QUAD, RING, RING14, SAMPLES, flat, image, pairs, text
 
-from i3cl.config import UserError
 from i3cl.data.importers import IMPORTERS, LabelledImage, read_labels
+from i3cl.errors import UserError
 
 
 def sample(name: str, root: Path, split: str = "train") -> list[LabelledImage]:
@@ -311,7 +311,7 @@ def art_with(**changes) -> bytes:
         ("art", b'{"gt_7": [], "gt_7": []}', "'gt_7' occurs twice"),
         ("art", b'{"../gt_7": []}', "is not an image's name"),
         ("art", b'{"gt_7": {}, "gt_8": []}', "expected a list"),
-        ("art", b'\xff\xfe{\0}\0', "not UTF-8 text"),
+        ("art", b"\xff\xfe{\0}\0", "not UTF-8 text"),
         ("art", art_with(points=[[1, 2], [3, float("nan")], [5, 5]]), "not finite or beyond any image"),
         ("art", art_with(points=[[1, 2], [3, 10**400], [5, 5]]), "not finite or beyond any image"),
         ("art", art_with(points=[[1, 2], [3, True], [5, 5]]), "True is not a number"),

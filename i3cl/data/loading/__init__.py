@@ -1,0 +1,1 @@
+"""From a data set on disk to the batches that training sees: decoding, augmentation, Ray Data."""

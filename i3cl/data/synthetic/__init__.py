@@ -1,0 +1,1 @@
+"""Generated scene text: simple shapes for the quickstart, street scenes for pre-training."""

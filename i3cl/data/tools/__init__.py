@@ -1,0 +1,1 @@
+"""Splits, near-duplicates and degraded copies of data sets."""

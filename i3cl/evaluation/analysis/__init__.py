@@ -1,0 +1,1 @@
+"""What lies behind a score: kinds of errors, likely causes, confidence intervals."""

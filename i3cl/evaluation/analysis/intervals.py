@@ -1,0 +1,76 @@
+"""How sure a score is: bootstrap intervals over images and tests of one result against another on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i3cl.evaluation.metrics.protocols import rates
+
+RESAMPLES = 2000
+Rows = NDArray[np.float64]
+"""(I, 4) recall hits, truths, precision hits, detections of each image (`Counts.ratios`)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """F of result A minus F of result B on the same images."""
+
+    difference: float
+    interval: Interval
+    """95 % by paired bootstrap: both results on the same drawn images."""
+    p_value: float
+    """Permutation test: how often swapping A and B in random images gives a difference at least as large."""
+
+
+def hmean_interval(rows: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % percentile interval of F over images drawn with replacement."""
+    return _percentiles(_resampled(rows, resamples, seed, _f))
+
+
+def compare(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """A against B; rows of the same images in the same order. ValueError when their numbers differ."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} images against {len(b)}: a paired test needs the same images")
+    difference = float(_f(a.sum(axis=0)) - _f(b.sum(axis=0)))
+    both = np.concatenate([a, b], axis=1)
+    drawn = _resampled(both, resamples, seed, lambda totals: _f(totals[..., :4]) - _f(totals[..., 4:]))
+
+    rng = np.random.default_rng(seed + 1)
+    gap = b - a
+    swapped = np.zeros(resamples)
+    for k in range(resamples):
+        moved = gap[rng.random(len(a)) < 0.5].sum(axis=0)
+        swapped[k] = _f(a.sum(axis=0) + moved) - _f(b.sum(axis=0) - moved)
+    # One is added to both: the arrangement seen belongs to the possible ones.
+    as_large = int(np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-12))
+    return Comparison(difference, _percentiles(drawn), (as_large + 1) / (resamples + 1))
+
+
+def _f(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    return rates(totals)[2]
+
+
+def _resampled(
+    rows: NDArray[np.float64], resamples: int, seed: int, statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    totals = np.zeros((resamples, rows.shape[1]))
+    if len(rows):
+        for k in range(resamples):
+            totals[k] = np.bincount(rng.integers(0, len(rows), len(rows)), minlength=len(rows)) @ rows
+    return statistic(totals)
+
+
+def _percentiles(values: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
