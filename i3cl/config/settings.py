@@ -338,6 +338,12 @@ class SelectSettings(_Settings):
     """Members that must have seen an instance; fewer make it an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
+    outline_low: Fraction = 0.0
+    """Agreement of the fused outlines (mean IoU of the members' and views' polygons) below which a pseudo label teaches that there
+    is text, but not its box and mask."""
+    outline_high: Fraction = 0.0
+    """Agreement from which box and mask are taught at full weight; between outline_low and this the weight grows linearly. 0 for
+    both: outlines always count fully."""
     drop_empty: bool = True
     """Leave out images without a single pseudo label."""
     format: Literal["auto", "json", "parquet"] = "auto"
@@ -347,6 +353,8 @@ class SelectSettings(_Settings):
     def _ordered(self) -> SelectSettings:
         if not self.ignore <= self.low <= self.high:
             raise ValueError(f"low: thresholds must satisfy ignore <= low <= high, not {self.ignore}, {self.low}, {self.high}")
+        if not self.outline_low <= self.outline_high:
+            raise ValueError(f"outline_low: must not be above outline_high, {self.outline_low} is above {self.outline_high}")
         return self
 
 

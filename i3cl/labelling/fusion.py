@@ -58,6 +58,9 @@ class FusedInstances:
     """(n,) 0-1."""
     votes: NDArray[np.int64]
     """(n,) members (not views) that saw the instance, >= 1."""
+    agreement: NDArray[np.float64]
+    """(n,) 0-1, how well the outlines agree: the mean IoU over all pairs of polygons (members and views) that were fused; 0 when
+    only one polygon was found, so that nothing confirms its outline."""
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -77,6 +80,7 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
       is zero: true to about a hundredth of the length, and inside the union of the cluster's polygons (to the
       rounding of float32). Of a polygon that nobody joined it is the polygon itself; where the mean is positive
       nowhere, the polygon of the largest weight.
+    - Agreement: the mean IoU over the pairs of polygons in the cluster.
     - Of results that overlap by more than `settings.iou` the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
@@ -90,24 +94,47 @@ def fuse_images(images: Sequence[Sequence[MemberPrediction]], settings: FusionSe
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
     drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
-    outlines = iter(_valid(_mean_outlines([cluster for draft in drafts for cluster in draft])))
+    clusters = [cluster for draft in drafts for cluster in draft]
+    outlines = iter(_valid(_mean_outlines(clusters)))
+    agreements = iter(_agreements(clusters).tolist())
 
     fused = []
     for draft in drafts:
-        rows = [(c.score, c.votes, ring) for c in draft if (ring := next(outlines)) is not None]
-        fused.append(sorted(rows, key=lambda row: (-row[0], -row[1], row[2].tobytes())))
-    overlapping = _overlapping([[ring for _, _, ring in rows] for rows in fused], settings.iou)
+        drawn = [(c.score, c.votes, next(agreements), next(outlines)) for c in draft]
+        rows = [(score, votes, agreement, ring) for score, votes, agreement, ring in drawn if ring is not None]
+        fused.append(sorted(rows, key=lambda row: (-row[0], -row[1], row[3].tobytes())))
+    overlapping = _overlapping([[row[3] for row in rows] for rows in fused], settings.iou)
     return [_best(rows, pairs, settings.iou) for rows, pairs in zip(fused, overlapping)]
 
 
-def _best(rows: Sequence[tuple[float, int, Ring]], pairs: _Pairs, limit: float) -> FusedInstances:
+def _best(rows: Sequence[tuple[float, int, float, Ring]], pairs: _Pairs, limit: float) -> FusedInstances:
     stays = _best_of_overlapping(len(rows), pairs.above(limit))
     kept = [row for row, stay in zip(rows, stays) if stay]
     return FusedInstances(
-        polygons=[ring for _, _, ring in kept],
-        scores=np.array([score for score, _, _ in kept], np.float64),
-        votes=np.array([votes for _, votes, _ in kept], np.int64),
+        polygons=[ring for *_, ring in kept],
+        scores=np.array([row[0] for row in kept], np.float64),
+        votes=np.array([row[1] for row in kept], np.int64),
+        agreement=np.array([row[2] for row in kept], np.float64),
     )
+
+
+def _agreements(clusters: Sequence[_Cluster]) -> NDArray[np.float64]:
+    """(n,) mean IoU over the pairs of polygons of each cluster; 0 for a cluster of one polygon."""
+    rings = [ring for cluster in clusters for ring in cluster.polygons]
+    sizes = [len(cluster.polygons) for cluster in clusters]
+    first, second, owner = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for number, (size, end) in enumerate(zip(sizes, accumulate(sizes))):
+        if size > 1:
+            a, b = np.triu_indices(size, 1)
+            first.append(a + end - size)
+            second.append(b + end - size)
+            owner.append(np.full(len(a), number))
+    pair, other, cluster = np.concatenate(first), np.concatenate(second), np.concatenate(owner)
+    _, areas = _boxes_and_areas(rings)
+    common = intersection_areas(rings, pair, other)
+    iou = common / (areas[pair] + areas[other] - common) if len(pair) else np.zeros(0)
+    count = np.bincount(cluster, minlength=len(clusters))
+    return np.minimum(np.bincount(cluster, iou, len(clusters)) / np.maximum(count, 1), 1.0)
 
 
 @dataclass(frozen=True)

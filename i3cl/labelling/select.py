@@ -22,6 +22,8 @@ class Selected:
     """n polygons (P, 2) float32 in pixels."""
     lossweight: NDArray[np.float64]
     """(n,) 0-1, as the settings say, for pseudo labels; 0 for ignore regions."""
+    outline_weight: NDArray[np.float64]
+    """(n,) 0-1, how strongly a pseudo label teaches box and mask, beside its lossweight; 1 for ignore regions."""
     ignore: NDArray[np.bool_]
     """(n,) True for ignore regions."""
     scores: NDArray[np.float64]
@@ -44,6 +46,7 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
     ignore <= score < low: ignore region, and so is what would
     be a pseudo label but has fewer than min_votes votes or a short side under min_side pixels. score <
     ignore: dropped.
+    agreement >= outline_high: box and mask are taught fully; < outline_low: not at all; linear between.
     """
     scores = np.asarray(fused.scores, np.float64) if calibration is None else calibration(fused.scores)
     sides = np.array([short_side(polygon) for polygon in fused.polygons], np.float64)
@@ -55,10 +58,15 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
         weight = scores
     weight = np.where(scores >= settings.high, 1.0, weight)
 
+    # Equal thresholds are a gate: what reaches them has reached the higher one.
+    outline = (fused.agreement - settings.outline_low) / max(settings.outline_high - settings.outline_low, 1e-12)
+    outline = np.where(fused.agreement >= settings.outline_high, 1.0, np.clip(outline, 0, 1))
+
     kept = np.flatnonzero(scores >= settings.ignore)
     return Selected(
         polygons=[fused.polygons[k] for k in kept],
         lossweight=np.where(label, weight, 0.0)[kept],
+        outline_weight=np.where(label, outline, 1.0)[kept],
         ignore=~label[kept],
         scores=scores[kept],
         votes=fused.votes[kept],

@@ -94,7 +94,7 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
     if not images:
         raise UserError(f"{predictions}: has no image of the truth; predictions and --truth must be of one data set")
     names = active_members({part.member for item in images.values() for part in item.members}, settings.fusion)
-    nothing = FusedInstances([], np.zeros(0), np.zeros(0, np.int64))
+    nothing = FusedInstances([], np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
     fused = {i: images[i].fused if i in images else nothing for i in known}
 
     rows: list[NDArray[np.float64]] = []

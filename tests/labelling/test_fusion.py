@@ -52,6 +52,7 @@ def same(one: FusedInstances, other: FusedInstances):
         and all(np.array_equal(a, b) for a, b in zip(one.polygons, other.polygons))
         and np.array_equal(one.scores, other.scores)
         and np.array_equal(one.votes, other.votes)
+        and np.array_equal(one.agreement, other.agreement)
     )
 
 
@@ -73,6 +74,16 @@ def test_members_that_agree():
     assert result.scores == pytest.approx([0.75])
     assert result.votes.tolist() == [2]
     assert area_iou(result.polygons[0], ring) > 0.97
+
+
+def test_agreement_is_the_mean_iou_of_the_outlines():
+    rings = [box(0, 0, 100, 20), box(0, 0, 80, 20), box(20, 0, 100, 20)]
+    result = fuse([MemberPrediction(name, [ring], [0.9]) for name, ring in zip("abc", rings)], SETTINGS)
+    assert len(result) == 1
+    assert result.agreement == pytest.approx([(0.8 + 0.8 + 0.6) / 3])
+    views = [MemberPrediction("a", [rings[0]], [0.9], view="one"), MemberPrediction("a", [rings[1]], [0.9], view="two")]
+    assert fuse(views, SETTINGS).agreement == pytest.approx([0.8])
+    assert fuse([MemberPrediction("a", [rings[0]], [0.9])], SETTINGS).agreement.tolist() == [0]
 
 
 def test_a_member_that_saw_nothing_counts_zero():

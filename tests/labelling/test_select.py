@@ -19,15 +19,26 @@ def box(width=100.0, height=20.0):
     return np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
 
 
-def fused(*scores, votes=None, polygons=None):
+def fused(*scores, votes=None, polygons=None, agreement=None):
     return FusedInstances(
         polygons=[box() for _ in scores] if polygons is None else polygons,
         scores=np.array(scores, float),
         votes=np.full(len(scores), 3) if votes is None else np.array(votes),
+        agreement=np.zeros(len(scores)) if agreement is None else np.array(agreement, float),
     )
 
 
 SETTINGS = SelectSettings(high=0.8, low=0.4, ignore=0.2, min_weight=0.2, min_votes=2, min_side=5)
+
+
+def test_outlines_that_the_members_dispute_teach_less():
+    settings = SETTINGS.model_copy(update={"outline_low": 0.6, "outline_high": 0.8})
+    chosen = select(fused(0.9, 0.9, 0.9, 0.9, 0.3, agreement=[0.59, 0.65, 0.8, 0.95, 0.1]), settings)
+    assert chosen.outline_weight == pytest.approx([0, 0.25, 1, 1, 1])
+    assert chosen.ignore.tolist() == [False] * 4 + [True]
+    gate = select(fused(0.9, 0.9, agreement=[0.69, 0.7]), SETTINGS.model_copy(update={"outline_low": 0.7, "outline_high": 0.7}))
+    assert gate.outline_weight.tolist() == [0, 1]
+    assert select(fused(0.9, 0.9), SETTINGS).outline_weight.tolist() == [1, 1]
 
 
 def test_thresholds_are_inclusive():
