@@ -1,7 +1,7 @@
 """Which job a folder belongs to: what it was begun with is written into it, and anything else is refused.
 
-A run directory holds `settings.yaml`, and `annotations.json` with a hash of the content of every annotation file that the settings
-name, so that labels which were replaced under a run are noticed before it continues. Other folders hold one JSON file.
+A run directory holds `settings.yaml`, and `annotations.json` with a hash of the content of every annotation file that the
+settings name, so that labels which were replaced under a run are noticed before it continues. Other folders hold one JSON file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ensemble prediction: Ray Data hands shards of images to actors that hold the members.
 
-The result is Parquet with one row for each image, member and view. Paths travel through the cluster, pixels do not. Every image is
-labelled exactly once, whatever is killed and when (see ``i3cl.labelling.ledger``). An image that cannot be read does not stop the
-job: the reason is written into the `error` column of its rows and into errors.csv.
+The result is Parquet with one row for each image, member and view. Paths travel through the cluster, pixels do not. Every image
+is labelled exactly once, whatever is killed and when (see ``i3cl.labelling.ledger``). An image that cannot be read does not stop
+the job: the reason is written into the `error` column of its rows and into errors.csv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From stored predictions to pseudo labels: fusion and selection, written as COCO json or Parquet. Never needs a GPU.
 
-The predictions of a large corpus go in bundles of parts to Ray tasks, each of which writes its own shard, so that no process holds
-more than one bundle. A small set is done in this process, which takes less time than starting Ray.
+The predictions of a large corpus go in bundles of parts to Ray tasks, each of which writes its own shard, so that no process
+holds more than one bundle. A small set is done in this process, which takes less time than starting Ray.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Bundles:
 def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     """Groups of parts with at least `least` images each (the last one may have fewer).
 
-    Normally all rows of an image are in one part. Where they are not, for example in parts of several runs, everything becomes one
-    group. UserError when there is no part, or one that does not hold predictions.
+    Normally all rows of an image are in one part. Where they are not, for example in parts of several runs, everything becomes
+    one group. UserError when there is no part, or one that does not hold predictions.
     """
     if storage.is_file(predictions):
         paths = [predictions]
