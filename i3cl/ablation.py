@@ -1,7 +1,7 @@
-"""What each part of the network and of the training brings: variants of one recipe, several seeds each, one table.
+"""What each part of the network and of the training gains: variants of one recipe, several seeds each, one table.
 
-All variants start from the same initial weights and train the same number of steps on the same data. The last checkpoint counts,
-so that no variant is chosen on the images that it is measured on.
+All variants start from the same initial weights and train for the same number of steps on the same data. The last checkpoint
+counts, so that no variant is chosen on the images on which it is scored.
 """
 
 from __future__ import annotations
@@ -13,26 +13,35 @@ from statistics import mean, stdev
 from typing import Any
 
 from i3cl import storage
-from i3cl.circle import use_synthetic
+from i3cl.claims import claim_run
 from i3cl.config import Settings, with_overrides
-from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.loading.ingest import read_source
+from i3cl.data.synthetic.recipe import use_synthetic
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.score import measure
-from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels, with_pseudo_labels
-from i3cl.training.launch import claim, train_all
+from i3cl.inference.recipe import AS_TRAINED
+from i3cl.labelling.label import label_images, unlabelled_images
+from i3cl.labelling.pseudo import with_pseudo_labels
+from i3cl.labelling.scoring import score_checkpoints
+from i3cl.training.launch import train_all
 
 COLUMNS = ("recall", "precision", "hmean", "hmean_large")
 
 
 def ablation(variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str, Any]:
-    """Train every variant with every seed in <storage>/<name>/VARIANT-SEED, measure it, and write ablation.json and .txt.
+    """Train every variant with every seed, score them all, and write ablation.json and ablation.txt.
 
-    variants: the first is the baseline, whose name, storage, validation and unlabelled images count for all. A variant whose
-    selftrain.teachers names another one learns from that one's pseudo labels of the same seed too. Returns what the json holds:
-    for each variant the runs' scores and their mean and standard deviation. What is done already is not done again.
-    UserError for missing data sets and for a teacher that is no variant, or a student itself.
+    The runs are in <storage>/<name>/VARIANT-SEED. What is done already is not done again.
+
+    Args:
+        variants: The first is the baseline; its name, storage, validation and unlabelled images count for all. A variant whose
+            selftrain.teachers names another variant learns also from that one's pseudo labels of the same seed.
+        seeds: Of train.seed.
+
+    Returns:
+        What the json holds: for each variant the scores of its runs, and their mean and standard deviation.
+
+    Raises:
+        UserError: A data set is missing, or a teacher is not a variant or is itself pseudo-labelled.
     """
     base = next(iter(variants.values()))
     run = storage.join(storage.absolute(base.storage), base.name)
@@ -45,7 +54,7 @@ def ablation(variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str
     validation = read_source(base.data.validation, base.data_root, base.data.skip_bad)
 
     for name, settings in variants.items():
-        claim(storage.join(run, name), settings, ("synthetic", "data", "label", "selftrain"))
+        claim_run(storage.join(run, name), settings, ("synthetic", "data", "label", "selftrain"))
 
     def run_of(name: str, seed: int, changes: dict[str, Any]) -> Settings:
         own = {"storage": run, "name": f"{name}-{seed}", "train.seed": seed, "data.validation": None}
@@ -64,10 +73,9 @@ def ablation(variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str
     for seed in seeds:
         members = {name: results[name, seed].checkpoint for name in variants}
         out = storage.join(run, "predictions", f"validation-{seed}")
-        found = predict(validation, members, base, out, f"evaluation, seed {seed}")
+        found = score_checkpoints(validation, members, base, out, f"evaluation, seed {seed}", AS_TRAINED).members
         for name in variants:
-            score = measure(name, validation.records, member_predictions(found, name), base.evaluate).score
-            scores[name].append({"seed": seed, **{k: v for k, v in asdict(score).items() if k != "name"}})
+            scores[name].append({"seed": seed, **{k: v for k, v in asdict(found[name].score).items() if k != "name"}})
     summary = {
         "steps": base.train.steps,
         "images": len(validation.records),
@@ -79,7 +87,7 @@ def ablation(variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary as lines of text: a variant a line, mean ± standard deviation over its seeds in per cent."""
+    """The summary as text: one line for each variant, mean ± standard deviation over its seeds in per cent."""
     names = {"recall": "recall", "precision": "precision", "hmean": "F", "hmean_large": "F, large"}
     width = max(map(len, summary["variants"]))
     lines = [" " * width + "".join(f"{names[column]:>14}" for column in COLUMNS)]
@@ -96,21 +104,26 @@ def _teacher(name: str, variants: Mapping[str, Settings]) -> str:
     teacher = variants[name].selftrain.teachers[0].name
     if teacher not in variants or variants[teacher].selftrain.teachers:
         plain = [other for other, settings in variants.items() if not settings.selftrain.teachers]
-        raise UserError(f"{name}: selftrain.teachers: {teacher} is no variant without a teacher; there are {', '.join(plain)}")
+        raise UserError(
+            f"{name}: selftrain.teachers: {teacher} must name a variant that is not itself pseudo-labelled; available: "
+            f"{', '.join(plain)}"
+        )
     return teacher
 
 
 def _with_pseudo_labels(student: Settings, run: str, teacher: str, checkpoint: str) -> list[dict[str, Any]]:
-    """The student's sources and the pseudo labels that one teacher makes of the unlabelled images, once."""
-    if student.label.source is None:
-        raise UserError("label.source: names no unlabelled images; add {annotations: …, images: …}")
-    unlabelled = read_source(student.label.source, student.data_root, student.data.skip_bad)
-    found = predict(unlabelled, {teacher: checkpoint}, student, storage.join(run, "predictions", teacher), f"labels of {teacher}")
-    pseudo = storage.join(run, f"pseudo-{teacher}.json")
-    counts = make_pseudo_labels(found, student.label, pseudo)
-    if not counts["instances"]:
-        raise UserError(f"label.select: no prediction of {teacher} passed the thresholds; lower label.select.low or train longer")
-    return with_pseudo_labels(student, pseudo, unlabelled.images_root)
+    """The student's data.train: its own sources and the pseudo labels that one teacher makes of the unlabelled images, once."""
+    labels = label_images(
+        unlabelled_images(student),
+        {teacher: checkpoint},
+        student,
+        run,
+        f"labels of {teacher}",
+        part=teacher,
+        name=f"pseudo-{teacher}",
+        given=AS_TRAINED,
+    )
+    return with_pseudo_labels(student, labels.path, labels.images_root)
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The whole circle: data, teachers, pseudo labels, student, evaluation, report. Every stage is done once and kept."""
+"""The whole circle: data, teachers, pseudo labels, student, evaluation, report. Each stage is done once and its result kept."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from i3cl import observe, storage
+from i3cl.claims import claim_run
 from i3cl.config import Settings, TeacherSettings, with_overrides
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
+from i3cl.data.synthetic.recipe import use_synthetic
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.score import Measured, Score, measure
-from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, with_pseudo_labels
+from i3cl.evaluation.metrics.score import Measured, Score
+from i3cl.inference.recipe import AS_TRAINED
+from i3cl.labelling.label import PseudoLabels, label_images, unlabelled_images
+from i3cl.labelling.pseudo import with_pseudo_labels
+from i3cl.labelling.scoring import score_checkpoints, score_labels
 from i3cl.runtime.pace import duration
-from i3cl.training.launch import TrainResult, claim, train_all
+from i3cl.training.launch import TrainResult, train_all
 
 
 class Stages:
-    """Remembers in the run directory which stages are done and how long each took."""
+    """Keeps in the run directory how long each stage took, over all runs of the same command."""
 
     def __init__(self, run: str) -> None:
         self.path = storage.join(run, "stages.json")
@@ -39,7 +40,7 @@ class Stages:
         with observe.stage(name):
             yield
         spent = time.monotonic() - started
-        # A stage that was done before returns at once: keep the time that it really took.
+        # A stage that was done before returns at once: keep the time that it took then.
         self.seconds[name] = round(max(spent, self.seconds.get(name, 0.0)), 1)
         storage.write_text_atomic(self.path, json.dumps(self.seconds, indent=1))
         observe.say(f"== {name}: {duration(spent)}", stage=name, seconds=spent)
@@ -57,64 +58,54 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     if settings.synthetic is not None:
         with stages("data"):
             settings = use_synthetic(settings, storage.join(run, "data"))
-    if settings.label.source is None:
-        raise UserError("label.source: names no unlabelled images; add {annotations: …, images: …}")
+    unlabelled = unlabelled_images(settings)
     if settings.data.validation is None:
         raise UserError("data.validation: names no data set; teachers and student are compared on it")
-    unlabelled = read_source(settings.label.source, settings.data_root, settings.data.skip_bad, check_files=False)
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
-    # More rounds and a control may be added to a run that is done.
+    # More rounds and a control may be added to a finished run.
     once = {"rounds": 1, "min_gain": 0.0, "control": False}
     same = settings.model_copy(update={"selftrain": settings.selftrain.model_copy(update=once)})
-    claim(run, same, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
+    claim_run(run, same, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
     with stages("teachers"):
         names = [teacher.name for teacher in settings.selftrain.teachers]
         variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
         teachers = dict(zip(names, train_all(variants), strict=True))
     with stages("labels"):
-        predictions = predict(
-            unlabelled,
-            {name: t.checkpoint for name, t in teachers.items()},
-            settings,
-            storage.join(run, "predictions", "unlabelled"),
-            "labels",
-        )
-        pseudo = pseudo_path(run, predictions, settings.label)
-        counts = make_pseudo_labels(predictions, settings.label, pseudo, unlabelled.images_root)
+        checkpoints = {name: t.checkpoint for name, t in teachers.items()}
+        labels = label_images(unlabelled, checkpoints, settings, run, "labels", given=AS_TRAINED)
+        counts = labels.counts
         observe.say(
             f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
             f"mean weight {counts['mean_weight']:.2f}",
             **counts,
         )
-        if not counts["instances"]:
-            raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
     with stages("student"):
-        student = train_all([_student(settings, teachers, pseudo, unlabelled.images_root)])[0]
+        student = train_all([_student(settings, teachers, labels)])[0]
     control = None
     if settings.selftrain.control:
         with stages("control"):
             control = train_all([_control(settings, teachers)])[0]
     models = {name: t.checkpoint for name, t in teachers.items()} | {settings.selftrain.student.name: student.checkpoint}
     with stages("evaluation"):
-        found = predict(validation, models, settings, storage.join(run, "predictions", "validation"), "evaluation")
-        measured = {
-            name: measure(name, validation.records, member_predictions(found, name), settings.evaluate) for name in models
-        }
+        folder = storage.join(run, "predictions", "validation")
+        scores = score_checkpoints(validation, models, settings, folder, "evaluation", AS_TRAINED)
+        measured = scores.members
         for name, each in measured.items():
             _show(name, each.score)
         pseudo_measured = None
         if settings.selftrain.unlabelled_truth is not None:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
-            pseudo_measured = _measure_labels(truth, read_coco(pseudo, unlabelled.images_root), settings)
+            kept = read_coco(labels.path, labels.images_root)
+            pseudo_measured = score_labels("pseudo labels", truth, kept, settings.evaluate)
     control_measured = None
     if control is not None:
-        # Apart from the others' predictions, so that a run which is done predicts nothing again.
+        # In a folder of its own, so that adding a control to a finished run predicts nothing else again.
         with stages("evaluation of the control"):
             name = _control_name(settings)
             folder = storage.join(run, "predictions", "control")
-            own = predict(validation, {name: control.checkpoint}, settings, folder, "control")
-            control_measured = measure(name, validation.records, member_predictions(own, name), settings.evaluate)
+            checkpoint = {name: control.checkpoint}
+            control_measured = score_checkpoints(validation, checkpoint, settings, folder, "control", AS_TRAINED).members[name]
             _show(name, control_measured.score)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
@@ -144,9 +135,9 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             pseudo_measured,
             stages.seconds,
             validation,
-            found,
-            pseudo,
-            unlabelled.images_root,
+            scores.predictions,
+            labels.path,
+            labels.images_root,
             runs,
             [row for row in [summary.get("control"), *summary.get("rounds", [])[1:]] if row is not None],
         )
@@ -164,7 +155,7 @@ def _more_rounds(
     unlabelled: Dataset,
     validation: Dataset,
 ) -> list[dict[str, Any]]:
-    """Rounds from the second on, in round-2/, round-3/, ...; a row of the student's scores for every round, the first included.
+    """The rounds from the second on, in round-2/, round-3/, ...; returns the student's scores of every round, the first included.
 
     Stops before selftrain.rounds when a student's F is not above the best so far by more than selftrain.min_gain.
     """
@@ -175,34 +166,29 @@ def _more_rounds(
     while len(rows) < circle.rounds:
         if not rises(rows[-1]["hmean"], best, circle.min_gain):
             reached = rows[-1]["hmean"]
-            observe.say(f"rounds: F {reached:.3f} is no gain over {best:.3f}; no further round", hmean=reached, best=best)
+            observe.say(f"rounds: F {reached:.3f} is not better than {best:.3f}; no further round", hmean=reached, best=best)
             break
         best = rows[-1]["hmean"]
         number = len(rows) + 1
         members[circle.student.name if number == 2 else f"{circle.student.name}-{number - 1}"] = student
-        # Everything of a round lies in its own folder, under the names of the first round.
+        # Each round has its own folder, with the same file names as the first round.
         own = settings.model_copy(update={"storage": run, "name": f"round-{number}"})
         folder = storage.join(run, f"round-{number}")
         with stages(f"round {number}: labels"):
             checkpoints = {name: model.checkpoint for name, model in members.items()}
-            predictions = storage.join(folder, "predictions", "unlabelled")
-            predict(unlabelled, checkpoints, own, predictions, f"labels of round {number}")
-            pseudo = pseudo_path(folder, predictions, own.label)
-            counts = make_pseudo_labels(predictions, own.label, pseudo, unlabelled.images_root)
-            if not counts["instances"]:
-                raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
+            labels = label_images(unlabelled, checkpoints, own, folder, f"labels of round {number}", given=AS_TRAINED)
         with stages(f"round {number}: student"):
-            student = train_all([_student(own, members, pseudo, unlabelled.images_root)])[0]
+            student = train_all([_student(own, members, labels)])[0]
         with stages(f"round {number}: evaluation"):
             name = circle.student.name
             out = storage.join(folder, "predictions", "validation")
-            found = predict(validation, {name: student.checkpoint}, own, out, f"evaluation of round {number}")
-            score = measure(name, validation.records, member_predictions(found, name), own.evaluate).score
+            checkpoint, title = {name: student.checkpoint}, f"evaluation of round {number}"
+            score = score_checkpoints(validation, checkpoint, own, out, title, AS_TRAINED).members[name].score
             _show(f"{name}-{number}", score)
         rows.append(
             _brief(score)
             | {"name": f"{name}, round {number}", "round": number}
-            | {f"pseudo_{key}": counts[key] for key in ("instances", "mean_weight")}
+            | {f"pseudo_{key}": labels.counts[key] for key in ("instances", "mean_weight")}
         )
     return rows
 
@@ -212,51 +198,23 @@ def _show(name: str, score: Score) -> None:
 
 
 def rises(hmean: float, best: float, min_gain: float) -> bool:
-    """Whether an F is worth another round."""
+    """Whether an F is good enough for another round."""
     return hmean > best + min_gain
 
 
-def _measure_labels(truth: Dataset, labels: Dataset, settings: Settings) -> Measured:
-    """The pseudo labels as the student gets them, all of them: their thresholds are chosen already."""
-    found = {}
-    for record in labels.records:
-        kept = [i for i in record.instances if not i.ignore]
-        found[record.id] = ([i.polygon for i in kept], np.array([i.score for i in kept], np.float32))
-    return measure("pseudo labels", truth.records, found, settings.evaluate.model_copy(update={"score_threshold": 0.0}))
-
-
-def use_synthetic(settings: Settings, folder: str) -> Settings:
-    """Make the synthetic data set in `folder` (once) and return settings that use it."""
-    from i3cl.data.synthetic.plain_set import write_synthetic_set
-
-    assert settings.synthetic is not None
-    write_synthetic_set(settings.synthetic, folder)
-
-    def source(name: str, images: str) -> dict[str, Any]:
-        return {"annotations": storage.join(folder, f"{name}.json"), "images": storage.join(folder, images)}
-
-    return with_overrides(
-        settings,
-        {
-            "data.train": [source("labelled", "labelled")],
-            "data.validation": source("validation", "validation"),
-            "label.source": source("unlabelled", "unlabelled"),
-            "selftrain.unlabelled_truth": source("unlabelled_truth", "unlabelled"),
-        },
-        "synthetic",
-    )
-
-
 def _variant(settings: Settings, model: TeacherSettings, index: int, changes: dict[str, Any] | None = None) -> Settings:
-    """The settings of one of the circle's models; each has its own seed, so that teachers disagree where they are unsure."""
+    """The settings of one of the circle's models. Each has its own seed, so that teachers disagree where they are unsure."""
     run = storage.join(storage.absolute(settings.storage), settings.name)
     own = {"train.seed": settings.train.seed * 100 + index + 1, **(changes or {}), **model.overrides}
     return with_overrides(settings, {**own, "storage": run, "name": model.name}, f"selftrain, overrides of {model.name}")
 
 
-def _student(settings: Settings, teachers: dict[str, TrainResult], pseudo: str, images_root: str) -> Settings:
+def _student(settings: Settings, teachers: dict[str, TrainResult], labels: PseudoLabels | None) -> Settings:
+    """The student's settings. labels: None leaves the labelled sources alone."""
     circle = settings.selftrain
-    changes: dict[str, Any] = {"data.train": with_pseudo_labels(settings, pseudo, images_root)}
+    changes: dict[str, Any] = {}
+    if labels is not None:
+        changes["data.train"] = with_pseudo_labels(settings, labels.path, labels.images_root)
     if circle.student_starts_from_best_teacher:
         best = max(teachers.values(), key=lambda t: t.metrics.get("hmean", 0.0))
         changes["train.start_from"] = best.checkpoint
@@ -269,7 +227,7 @@ def _control_name(settings: Settings) -> str:
 
 def _control(settings: Settings, teachers: dict[str, TrainResult]) -> Settings:
     """The student's recipe, start and seed without the pseudo labels."""
-    student = _student(settings, teachers, "", "")
+    student = _student(settings, teachers, None)
     labelled = [s.model_dump() for s in settings.data.train]
     return with_overrides(student, {"data.train": labelled, "name": _control_name(settings)}, "selftrain.control")
 
@@ -279,7 +237,7 @@ def _brief(score: Score) -> dict[str, Any]:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The circle's result as a table: teachers, pseudo labels, student; with I3CL_LOG=json a line each."""
+    """Show the circle's result as a table: teachers, pseudo labels, student; with I3CL_LOG=json as one line for each."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,5 +1,10 @@
-"""Label unlabelled images with an ensemble: `predict` (GPU actors, Parquet out), `select` (thresholds, COCO json or Parquet out),
-and `trust` (fused predictions of labelled images against their truth: report, calibration.json, disputed.json)."""
+"""Label unlabelled images with an ensemble.
+
+predict   the members predict the images: GPU actors, Parquet out
+select    thresholds turn the predictions into pseudo labels: COCO json or Parquet out
+all       both
+trust     compare fused predictions of labelled images with their truth: report, calibration.json, disputed.json
+"""
 
 import argparse
 
@@ -10,34 +15,28 @@ from i3cl.errors import UserError
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
-    from i3cl.data.loading.ingest import read_source
+    from i3cl.labelling.label import select_labels, unlabelled_images, unlabelled_root
     from i3cl.labelling.predict import predict
-    from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
 
     folder = storage.join(storage.absolute(settings.storage), settings.name)
     predictions = storage.join(folder, "predictions", "unlabelled")
     if options.step in ("predict", "all"):
-        if settings.label.source is None:
-            raise UserError("label.source: names no images; add {annotations: FILE.json, images: FOLDER}")
-        # A missing image is one line of errors.csv here, no reason to stop.
-        dataset = read_source(settings.label.source, settings.data_root, settings.data.skip_bad, check_files=False)
-        if dataset.problems:
-            print(dataset.summary())
-        predict(dataset, settings.label.members, settings, predictions, "predict")
+        images = unlabelled_images(settings)
+        if images.problems:
+            print(images.summary())
+        predict(images, settings.label.members, settings, predictions, "predict")
         print(f"predictions: {predictions}")
     if options.step in ("select", "all"):
-        out = pseudo_path(folder, predictions, settings.label)
-        source = settings.label.source
-        root = storage.absolute(storage.join(settings.data_root, source.images)) if source else ""
-        counts = make_pseudo_labels(predictions, settings.label, out, root)
-        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in counts.items()))
-        print(f"pseudo labels: {out}")
-
+        labels = select_labels(predictions, settings.label, folder, unlabelled_root(settings))
+        shown = [f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in labels.counts.items()]
+        print("  ".join(shown))
+        print(f"pseudo labels: {labels.path}")
     if options.step == "trust":
         trust(settings, options, folder)
 
 
 def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
+    """Measure how far the labels can be trusted; write the report, calibration.json and disputed.json."""
     from i3cl import storage
     from i3cl.config import SourceSettings
     from i3cl.data.loading.ingest import read_source
@@ -48,7 +47,7 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     source = settings.data.validation
     if options.truth or options.images:
         if not (options.truth and options.images):
-            raise UserError("--truth and --images: give both, a COCO json and the folder of its images")
+            raise UserError("--truth and --images: give both: a COCO json and the folder of its images")
         source = SourceSettings(annotations=storage.absolute(options.truth), images=storage.absolute(options.images))
     if source is None:
         raise UserError("--truth: names no labelled set; give --truth SET.json --images FOLDER or data.validation")
@@ -67,11 +66,13 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("step", choices=("predict", "select", "all", "trust"), help="what to do; select and trust need no GPU")
+    parser.add_argument(
+        "step", choices=("predict", "select", "all", "trust"), help="what to do (see above); select and trust need no GPU"
+    )
     parser.add_argument("--truth", metavar="SET.json", help="trust: labelled images, COCO json; default data.validation")
-    parser.add_argument("--images", metavar="FOLDER", help="trust: images of --truth")
+    parser.add_argument("--images", metavar="FOLDER", help="trust: folder of the images of --truth")
     parser.add_argument("--predictions", metavar="FOLDER", help="trust: stored predictions of the labelled images")
-    parser.add_argument("--out", metavar="FOLDER", help="trust: where its files go; default <run>/trust")
+    parser.add_argument("--out", metavar="FOLDER", help="trust: folder for its files; default <run>/trust")
 
 
 def main() -> None:

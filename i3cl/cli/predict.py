@@ -15,9 +15,11 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 def work(settings: Settings, options: argparse.Namespace) -> None:
     import cv2
 
-    import i3cl
     from i3cl import storage
     from i3cl.data.loading.images import ImageError, decode_image
+    from i3cl.inference.device import choose_device
+    from i3cl.inference.predictor import Predictor
+    from i3cl.inference.recipe import describe_sizes, given_size
 
     files: list[str] = []
     for given in options.images:
@@ -27,7 +29,9 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         files += [storage.join(given, name) for name in names if not name or Path(name).suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{options.images[0]}: has no image ({', '.join(sorted(SUFFIXES))})")
-    model = i3cl.load(options.checkpoint)
+    given = given_size(settings)
+    predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given)
+    print(describe_sizes({options.checkpoint: predictor.recipe}, given))
     out = options.out
     storage.make_dirs(out)
     art: dict[str, list] = {}
@@ -39,7 +43,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         except ImageError as error:
             bad.append(str(error))
             continue
-        found = i3cl.detect(model, [image], options.score)[0]
+        found = predictor.detect([image], options.score)[0]
         stem = Path(file).stem
         digits = re.findall(r"\d+", stem)
         art[f"res_{digits[-1] if digits else stem}"] = found.to_art(options.score)

@@ -8,9 +8,10 @@ from i3cl.config import Settings
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
+    from i3cl.report.search import write_search_page
     from i3cl.search.sweep import search
 
-    outcome = search(settings, options.config)
+    outcome = search(settings, options.config, write_search_page)
     summary = outcome.summary
     for title, part in (("found", summary["best"]), ("present", summary["default"])):
         values = "  ".join(f"{key}={value}" for key, value in part["values"].items())

@@ -30,8 +30,11 @@ def load_settings(config: str | Path | None = None, overrides: list[str] | tuple
 
 
 def with_overrides(settings: Settings, overrides: dict[str, Any], origin: str) -> Settings:
-    """A new tree with dotted keys changed. `origin` names, in an error, the place where the overrides stand."""
-    tree = settings.model_dump()
+    """A new tree with dotted keys changed. `origin` names, in an error, the place where the overrides stand.
+
+    Which settings were given and which are defaults stays known (pydantic's `model_fields_set`).
+    """
+    tree = settings.model_dump(exclude_unset=True)
     for key, value in overrides.items():
         tree = _merge(tree, _nested(key, value))
     return _validate(tree, origin, set())

@@ -1,1 +1,1 @@
-"""From photographs to polygons: the one place that runs a checkpoint on images."""
+"""From a checkpoint and photographs of any size to polygons in the photographs' own pixels."""

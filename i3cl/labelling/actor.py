@@ -1,15 +1,14 @@
-"""The process that labels: all members of a group on one device, fed by threads that decode ahead."""
+"""The process that labels: it holds all members of a group on one device and decodes images ahead in threads."""
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,41 +19,49 @@ from i3cl.config import ViewSettings
 from i3cl.data.formats.predictions import to_table
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
+from i3cl.inference.recipe import AS_TRAINED, Given
 from i3cl.labelling.ledger import Attempt, Failure, Ledger
 
+if TYPE_CHECKING:
+    from i3cl.inference.predictor import Predictor
+
 DEATHS = 2
-"""An image that a worker had alone in hand when it ended, this often, is not tried again."""
+"""An image on which a worker has died this often while working on it alone is not tried again."""
 
 Decoded = NDArray[np.uint8] | str
-"""(H, W, 3) RGB, or why there is none."""
+"""(H, W, 3) RGB, or the reason why there are no pixels."""
 Views = dict[tuple[str, str], Detections]
 """(member, view) -> what was found in one image."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an actor must know besides its shards."""
+    """What an actor needs to know besides its shards."""
 
     out: str
     images_root: str
     groups: tuple[dict[str, str], ...]
-    """Members that are in memory together: name -> checkpoint directory."""
+    """Members that are in memory at the same time: name -> checkpoint directory."""
     views: tuple[ViewSettings, ...]
     batch: int
     prefetch: int
     """Batches decoded ahead."""
     threads: int
-    """Of the network."""
+    """Torch threads."""
     decode_threads: int
     attempts: int
-    """Times a shard is begun as a whole."""
+    """Times that a shard is started as a whole."""
     title: str = ""
-    """Of the job, in log lines."""
+    """Name of the job in log lines."""
+    device: str = "cpu"
+    """'cuda' or 'cpu', for every network. Never chosen by what an actor can see: cluster.gpu=false leaves visible GPUs alone."""
+    given: Given = AS_TRAINED
+    """What takes the place of the checkpoints' own test size."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a shard; the sizes are the annotation file's word."""
+    """One image of a shard; its size is what the annotation file says."""
 
     image_id: int
     file_name: str
@@ -63,13 +70,13 @@ class Entry:
 
 
 class Shard:
-    """One part in the making."""
+    """One part that is being made."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.part: str = row["part"]
         self.group: int = row["group"]
         columns = (row["image_id"], row["file_name"], row["height"], row["width"])
-        # Neighbours of one size share a pass of the network.
+        # Images of similar size share a pass of the network.
         self.entries = sorted((Entry(*values) for values in zip(*columns, strict=True)), key=lambda e: (e.height, e.width))
         self.rows: list[dict[str, Any]] = []
         self.failures: list[Failure] = []
@@ -83,7 +90,7 @@ def view_name(view: ViewSettings) -> str:
 
 
 class Labeller:
-    """Called by Ray Data with tables of ``Manifest.blocks``; writes the parts itself and returns counts only."""
+    """Ray Data calls it with tables of ``Manifest.blocks``. It writes the parts itself and returns only counts."""
 
     def __init__(self, plan: Plan) -> None:
         import cv2
@@ -97,13 +104,16 @@ class Labeller:
         self.pool = ThreadPoolExecutor(plan.decode_threads, "decode")
         self.writer = ThreadPoolExecutor(1, "write")
         self.group = -1
-        self.models: dict[str, Any] = {}
+        self.predictors: dict[str, Predictor] = {}
         self.busy = 0.0
         self._use(0)
         self.ready = time.time()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Label the block's shards that are not done yet; a row a shard: part, images, errors, and the actor's clock."""
+        """Label those shards of the block that are not done yet.
+
+        Returns one row for each shard: part, images, errors, and the times of this actor.
+        """
         shards = [Shard(row) for row in block.to_pylist()]
         todo = [shard for shard in shards if not self.ledger.is_finished(shard.part)]
         busy = self.busy
@@ -118,7 +128,7 @@ class Labeller:
                     writes.append(self.writer.submit(self._write, shard))
             for write in writes:
                 write.result()
-            # Last and alone: should one of them end this process, nothing else is lost with it.
+            # Last and alone: if one of them kills this process, nothing else is lost with it.
             for shard, attempt in suspects:
                 self._label_carefully(shard, attempt)
                 self._write(shard)
@@ -143,16 +153,19 @@ class Labeller:
         )
 
     def _use(self, group: int) -> None:
-        """Hold the members of this group, and no others."""
-        from i3cl.inference.predictor import load
+        """Load the members of this group and drop all others."""
+        from i3cl.inference.predictor import Predictor
 
         if group != self.group:
-            self.models = {}
-            self.models = {name: load(checkpoint) for name, checkpoint in self.plan.groups[group].items()}
+            self.predictors = {}
+            self.predictors = {
+                name: Predictor.load(checkpoint, self.plan.device, self.plan.given)
+                for name, checkpoint in self.plan.groups[group].items()
+            }
             self.group = group
 
     def _begin(self, shards: Iterable[Shard], suspects: list[tuple[Shard, Attempt]]) -> Iterator[Shard]:
-        """The shards one after the other, each noted as begun just before its first image is read."""
+        """Yield the shards; each is recorded as started just before its first image is read."""
         for shard in shards:
             attempt = self.ledger.begin(shard.part)
             if attempt.number > self.plan.attempts:
@@ -161,7 +174,7 @@ class Labeller:
                 yield shard
 
     def _ahead(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, list[Entry], list[Future[Decoded]]]]:
-        """Batches of the shards with their images, of which `prefetch` batches are being decoded meanwhile."""
+        """Batches of the shards with their images, while the next `prefetch` batches are being decoded."""
         queue: deque[tuple[Shard, list[Entry], list[Future[Decoded]]]] = deque()
         for shard in shards:
             for start in range(0, len(shard.entries), self.plan.batch):
@@ -181,7 +194,7 @@ class Labeller:
             return f"{entry.file_name}: does not fit into memory"
 
     def _label(self, shard: Shard, entries: list[Entry], images: list[Decoded]) -> None:
-        """Add a batch's rows to its shard."""
+        """Label a batch and add its rows to its shard."""
         readable = [image for image in images if not isinstance(image, str)]
         found = iter(self._detect(readable))
         for entry, image in zip(entries, images, strict=True):
@@ -194,25 +207,25 @@ class Labeller:
         shard.left -= len(entries)
 
     def _label_carefully(self, shard: Shard, attempt: Attempt) -> None:
-        """Image by image, each noted before it is touched, so that the one that ends the process is known next time."""
+        """Label image by image, each recorded before it is read, so that the next process knows which one killed this one."""
         for entry in shard.entries:
             deaths = attempt.deaths.get(entry.image_id, 0)
             if deaths >= DEATHS:
-                self._fail(shard, entry, f"{entry.file_name}: killed the worker {deaths} times when it was alone in hand")
+                self._fail(shard, entry, f"{entry.file_name}: killed the worker {deaths} times while it was labelled alone")
                 shard.left -= 1
                 continue
             self.ledger.hold(shard.part, attempt, entry.image_id)
             self._label(shard, [entry], [self._read(entry)])
 
     def _detect(self, images: list[NDArray[np.uint8]]) -> list[Views | str]:
-        """What every member sees in every view of each image, or why an image cannot pass the network."""
+        """What every member finds in every view of each image, or the reason why the network cannot take the image."""
         import torch
 
         started = time.perf_counter()
         try:
             return list(self._detect_batch(images))
         except (RuntimeError, ValueError, MemoryError) as error:
-            # An error of the device itself leaves the process unusable.
+            # After an error of the device itself this process can do nothing more.
             if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(images) == 1:
@@ -225,26 +238,23 @@ class Labeller:
         return [result for image in images for result in self._detect([image])]
 
     def _detect_batch(self, images: list[NDArray[np.uint8]]) -> list[Views]:
-        from i3cl.inference.predictor import detect_arrays
-
         results: list[Views] = [{} for _ in images]
         if not images:
             return results
-        for member, model in self.models.items():
+        for member, predictor in self.predictors.items():
             for view in self.plan.views:
-                assert model.recipe is not None
-                for result, detections in zip(results, detect_arrays(model, images, model.recipe, view), strict=True):
+                for result, detections in zip(results, predictor(images, view), strict=True):
                     result[member, view_name(view)] = detections
         return results
 
     def _fail(self, shard: Shard, entry: Entry, reason: str) -> None:
         shard.failures.append(Failure(entry.image_id, entry.file_name, reason))
-        for member in self.models:
+        for member in self.predictors:
             for view in self.plan.views:
                 shard.rows.append(_row(entry, member, view_name(view), None, reason))
 
     def _write(self, shard: Shard) -> None:
-        assert shard.left == 0 and len(shard.rows) == len(shard.entries) * len(self.models) * len(self.plan.views)
+        assert shard.left == 0 and len(shard.rows) == len(shard.entries) * len(self.predictors) * len(self.plan.views)
         self.ledger.write(shard.part, to_table(shard.rows), shard.failures)
 
 
@@ -263,15 +273,13 @@ def _row(entry: Entry, member: str, view: str, found: Detections | None, error: 
 
 
 def automatic_threads(threads: int, actors: int, on_gpu: bool, cores: int) -> int:
-    """Torch threads of an actor: `threads` when it is set, else as label.threads says. cores: of one machine."""
+    """Torch threads of an actor: `threads` when it is set, otherwise the automatic value of label.threads.
+
+    cores: of one machine.
+    """
     if threads:
         return threads
     if on_gpu:
         return 1
-    # Actors of one thread each use cores better than one actor of many threads, but each holds all members in memory.
+    # Many actors of one thread use the cores better than one actor of many threads, but each holds all members in memory.
     return max(1, cores // actors) if actors else -(-cores // 8)
-
-
-def machine_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The labelling pipeline beside a plain Python loop over the same network and images."""
+"""The labelling pipeline compared with a plain Python loop over the same network and images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +18,31 @@ from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.data.loading.images import decode_image
 from i3cl.errors import UserError
-from i3cl.labelling.actor import machine_cores
 from i3cl.labelling.predict import predict
+from i3cl.runtime.resources import machine_cores
+
+if TYPE_CHECKING:
+    from i3cl.inference.predictor import Predictor
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def label_report(checkpoint: str, images: str, count: int, rounds: int, label: LabelSettings) -> str:
-    """Measure both in turn, `rounds` times, on `count` images of a folder (some taken again when it has fewer); a table.
+    """Measure both in turn, `rounds` times, on `count` images of a folder (some repeated when it has fewer); returns a table.
 
-    The loop has its images decoded in memory and all cores; the pipeline reads, decodes, labels and writes Parquet. The
-    loop's start is loading, the pipeline's is that of Ray and its actors: neither counts. UserError for a folder without
-    images or a checkpoint that is none.
+    The loop has decoded images in memory and all cores; the pipeline reads, decodes, labels and writes Parquet. Start-up counts
+    for neither: loading for the loop, Ray and its actors for the pipeline. UserError for a folder without images and for a
+    directory that is not a checkpoint.
     """
     import torch
 
-    from i3cl.inference.predictor import load
+    from i3cl.inference.predictor import Predictor
 
     names = [name for name in storage.list_dir(images) if name.lower().endswith(_SUFFIXES)]
     if not names:
         raise UserError(f"{images}: has no image ({', '.join(_SUFFIXES)})")
     torch.set_num_threads(machine_cores())
-    model = load(checkpoint)
+    model = Predictor.load(checkpoint)
     pixels = {name: decode_image(storage.join(images, name)) for name in names[:count]}
     chosen = [names[i % len(names)] for i in range(count)]
     shapes = [pixels[name].shape for name in chosen]
@@ -68,11 +72,9 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
     )
 
 
-def _loop(model: object, images: Sequence[NDArray[np.uint8]], batch: int) -> float:
+def _loop(model: Predictor, images: Sequence[NDArray[np.uint8]], batch: int) -> float:
     """Seconds that a plain loop takes."""
-    from i3cl.inference.predictor import detect_arrays
-
     started = time.perf_counter()
     for start in range(0, len(images), batch):
-        detect_arrays(model, images[start : start + batch], model.recipe)  # type: ignore[arg-type, attr-defined]
+        model(images[start : start + batch])
     return time.perf_counter() - started

@@ -1,14 +1,14 @@
-"""What of a labelling job is done, kept as nothing but files in its folder.
+"""How far a labelling job has come. The files in its folder say it; there is no other state.
 
-    job.json                    what the job is; another job in the folder is refused
-    part-GG-KKKKKK.parquet      the rows of shard K for group G of members; there if and only if the shard is done
+    job.json                    what the job is; another job in the same folder is refused
+    part-GG-KKKKKK.parquet      the rows of shard K for group G of members; it exists if and only if the shard is done
     errors.csv, cost.json       for people
     done.json                   written last
-    _work/tries/PART.json       how often an unfinished shard was begun
+    _work/tries/PART.json       how often an unfinished shard was started
     _work/errors/PART.json      the images of a part that could not be labelled
 
 A part has one name and appears whole, so a shard that is done twice (a repeated task, two drivers) still leaves one file.
-Which shards remain is the difference between the names that must be there and those that are.
+The shards that remain are those whose file names are missing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import storage
+from i3cl.claims import claim
 from i3cl.errors import UserError
 
 _WORK = "_work"
@@ -31,12 +32,12 @@ _WORK = "_work"
 
 @dataclass
 class Attempt:
-    """One beginning of a shard."""
+    """One start of a shard."""
 
     number: int
     """1 for the first."""
     deaths: dict[int, int] = field(default_factory=dict)
-    """Image id -> how often a worker ended while it had this image, alone, in hand."""
+    """Image id -> how often a worker died while it was working on this image alone."""
 
 
 @dataclass(frozen=True)
@@ -64,42 +65,31 @@ class Ledger:
     def claim(self, job: Mapping[str, Any]) -> None:
         """Write job.json into a new folder, compare it in an old one. UserError that names the first difference."""
         path = storage.join(self.out, "job.json")
-        if not storage.exists(path):
-            if any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
-                raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
-            storage.write_text_atomic(path, json.dumps(job, indent=1) + "\n")
-            return
-        try:
-            there = json.loads(storage.read_text(path))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}: is damaged; remove the folder to label anew") from None
-        difference = _first_difference(there, json.loads(json.dumps(job)), "")
-        if difference:
-            raise UserError(
-                f"{self.out}: holds predictions of another job ({difference}); give another name=… or remove the folder"
-            )
+        if not storage.exists(path) and any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
+            raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
+        claim(path, job, "predictions of another job")
 
     def is_done(self) -> bool:
-        """Whether the whole job is."""
+        """Whether the whole job is done."""
         return storage.exists(storage.join(self.out, "done.json"))
 
     def finished(self) -> set[str]:
-        """Names of all parts that are there: one listing."""
+        """Names of all parts that exist. Costs one listing."""
         return {name for name in storage.list_dir(self.out) if name.startswith("part-") and name.endswith(".parquet")}
 
     def failures(self) -> list[Failure]:
-        """Images that could not be labelled, by id, each once, as far as the job has come."""
+        """Images that could not be labelled so far, each once, ordered by id."""
         finished = self.finished()
         found: dict[int, Failure] = {}
         for name in storage.list_dir(storage.join(self.out, _WORK, "errors")):
             part = name.removesuffix(".json")
-            # A worker that ended between the two files leaves errors of a part that will be made anew.
+            # A worker that died between the two writes leaves errors of a part that will be made again.
             if part in finished:
                 found |= {failure.image_id: failure for failure in self.part_failures(part)}
         return [found[key] for key in sorted(found)]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write errors.csv and then done.json, which ends the job, and clear away what only an unfinished job needs."""
+        """Write errors.csv, then done.json, which ends the job, and remove what only an unfinished job needs."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image_id", "file_name", "reason"])
@@ -109,7 +99,7 @@ class Ledger:
         self.clean()
 
     def clean(self) -> None:
-        """Remove, in a finished job, its work files and what killed writers left: nobody writes there any more."""
+        """Remove a finished job's work files and what killed writers left behind. Nobody writes there any more."""
         assert self.is_done()
         for name in storage.list_dir(self.out):
             if name == _WORK or name.startswith(".tmp-"):
@@ -118,11 +108,11 @@ class Ledger:
     # --------------------------------------------------------------------------------------------------- one part
 
     def is_finished(self, part: str) -> bool:
-        """Whether this part is there."""
+        """Whether this part exists."""
         return storage.is_file(storage.join(self.out, part))
 
     def begin(self, part: str) -> Attempt:
-        """Note that this process begins a part, before it touches any image of it."""
+        """Record that this process starts a part, before it reads any of the part's images."""
         path = self._tries(part)
         before = json.loads(storage.read_text(path)) if storage.is_file(path) else {"number": 0, "at": None, "deaths": {}}
         attempt = Attempt(before["number"] + 1, {int(key): count for key, count in before["deaths"].items()})
@@ -132,7 +122,7 @@ class Ledger:
         return attempt
 
     def hold(self, part: str, attempt: Attempt, image_id: int | None) -> None:
-        """Note which image this process now has in hand, alone."""
+        """Record the one image that this process is about to work on alone; None: it has let go of it."""
         state = {"number": attempt.number, "at": image_id, "deaths": attempt.deaths}
         storage.write_text_atomic(self._tries(part), json.dumps(state))
 
@@ -156,20 +146,3 @@ class Ledger:
 
     def _errors(self, part: str) -> str:
         return storage.join(self.out, _WORK, "errors", f"{part}.json")
-
-
-def _first_difference(there: Any, here: Any, key: str) -> str | None:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in {**there, **here}:
-            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
-    return None if there == here else f"{key}: {_short(there)} there, {_short(here)} here"
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = json.dumps(value) if not isinstance(value, str) else value
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,14 +1,14 @@
-"""Ensemble prediction: Ray Data shards the images over actors that hold the members; one Parquet row an image, member and view.
+"""Ensemble prediction: Ray Data hands shards of images to actors that hold the members.
 
-Paths travel, pixels do not. Every image is labelled exactly once whatever is killed and when: see ``i3cl.labelling.ledger``. An
-image that cannot be read does not stop the job: its reason becomes its rows' `error` and a line of errors.csv.
+The result is Parquet with one row for each image, member and view. Paths travel through the cluster, pixels do not. Every image
+is labelled exactly once, whatever is killed and when (see ``i3cl.labelling.ledger``). An image that cannot be read does not stop
+the job: the reason is written into the `error` column of its rows and into errors.csv.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,19 @@ from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
-from i3cl.labelling.actor import Labeller, Plan, automatic_threads, machine_cores, view_name
+from i3cl.inference.recipe import AS_TRAINED, Given, describe_sizes, effective, given_size, recipe_of
+from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.runtime.cluster import connect, quiet
+from i3cl.runtime.pace import Every
+from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
 _CHECKPOINT = ("settings.yaml", "weights.safetensors")
-"""The files of a checkpoint that decide what it predicts."""
+"""The files of a checkpoint on which its predictions depend."""
 _TOGETHER_BYTES = 4 << 30
-"""Weights that any GPU in use today holds beside the working memory of one network."""
+"""Weights for which any GPU in use today has room beside the working memory of one network."""
 _HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
 _EARLY = 500
@@ -37,12 +40,28 @@ _COST_EVERY = 30.0
 """Seconds between two versions of cost.json."""
 
 
-def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: str, title: str) -> str:
-    """Write the members' predictions for every image of `dataset` as Parquet parts under `out`; return `out`.
+def predict(
+    dataset: Dataset, members: dict[str, str], settings: Settings, out: str, title: str, given: Given | None = None
+) -> str:
+    """Write the members' predictions for every image of `dataset` as Parquet parts under `out`.
 
-    The same call continues a job that was stopped, and returns at once when done.json says that it is done. UserError when
-    there is no member or image, when `out` holds another job (other images, weights, views or shard size), or when a larger
-    share of the images than label.max_error_share cannot be labelled.
+    The same call continues a job that was stopped, and returns at once when done.json says that it is done.
+
+    Args:
+        dataset: The images; their instances do not matter.
+        members: Name -> checkpoint directory, local or s3://.
+        settings: Of which `label` and `cluster.gpu` count.
+        out: Folder of the job.
+        title: Begins the lines of progress.
+        given: What takes the place of the checkpoints' own test sizes; None: the keys of data.test_* that the recipe or the
+            command line gives.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size or shard
+            size); or a larger share of the images than label.max_error_share cannot be labelled.
     """
     label = settings.label
     if not members:
@@ -53,32 +72,40 @@ def predict(dataset: Dataset, members: dict[str, str], settings: Settings, out: 
     manifest = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
     members = {name: storage.absolute(members[name]) for name in sorted(members)}
+    hashes = {name: checkpoint_hash(path) for name, path in members.items()}
+    recipes = {name: recipe_of(path) for name, path in members.items()}
+    given = given_size(settings) if given is None else given
     groups = _groups(members, label)
     ledger = Ledger(out)
     ledger.claim(
         {
             "images": {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root},
-            "members": {name: checkpoint_hash(path) for name, path in members.items()},
+            "members": hashes,
             "views": names,
             "label.rows_per_block": label.rows_per_block,
             "groups": [list(group) for group in groups],
+            # A size that every checkpoint has anyway makes no other job.
+            **effective(recipes, given),
         }
     )
     if ledger.is_done():
         ledger.clean()
         return out
-    job = _Job(dataset, manifest, groups, settings, ledger, title)
+    job = _Job(dataset, manifest, groups, settings, ledger, title, given, describe_sizes(recipes, given))
     job.run()
     return out
 
 
 def checkpoint_hash(path: str) -> str:
-    """SHA-256 of a checkpoint's settings and weights. UserError when it is no checkpoint or its weights are no safetensors."""
+    """SHA-256 of a checkpoint's settings and weights.
+
+    UserError when it is not a checkpoint directory or its weights are not safetensors.
+    """
     digest = hashlib.sha256()
     for name in _CHECKPOINT:
         file = storage.join(path, name)
         if not storage.is_file(file):
-            raise UserError(f"{path}: is no checkpoint (it has no {name}); give a directory that train.py wrote")
+            raise UserError(f"{path}: not a checkpoint directory (it has no {name}); give one that train.py wrote")
         with storage.open_read(file) as stream:
             while data := stream.read(1 << 22):
                 digest.update(data)
@@ -87,7 +114,7 @@ def checkpoint_hash(path: str) -> str:
 
 
 def _check_weights(file: str) -> None:
-    """UserError when a file does not begin as safetensors do: told here, before actors start and break on it."""
+    """UserError when a file does not start as safetensors do. Checked here, before actors start and fail on it."""
     with storage.open_read(file) as stream:
         size = int.from_bytes(stream.read(8), "little")
         try:
@@ -99,7 +126,7 @@ def _check_weights(file: str) -> None:
 
 
 def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, str], ...]:
-    """Members that an actor holds at the same time."""
+    """The members in groups that an actor holds at the same time."""
     apart = label.passes == "per_member"
     if label.passes == "auto" and len(members) > 1:
         apart = sum(map(_weights_bytes, members.values())) > _TOGETHER_BYTES
@@ -113,7 +140,7 @@ def _weights_bytes(checkpoint: str) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is spread."""
+    """How the work is spread over the cluster."""
 
     actors: int
     threads: int
@@ -124,7 +151,10 @@ class Layout:
 
 
 def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int) -> Layout:
-    """Automatic values filled in. gpus, cpus: of the cluster, 0 GPUs when none is to be used; cores: of one machine."""
+    """The layout with automatic values filled in.
+
+    gpus, cpus: of the cluster, 0 GPUs when none is to be used; cores: of one machine.
+    """
     threads = automatic_threads(label.threads, label.actors, gpus > 0, cores)
     actors = label.actors or gpus or max(1, int(cpus) // threads)
     actors = min(actors, shards)
@@ -134,7 +164,7 @@ def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int
         label.decode_threads or (4 if gpus else 1),
         1 if gpus else min(threads, max(1.0, cpus)),
         min(1.0, gpus / actors),
-        # A task of several shards decodes across their seams; too long tasks would leave actors idle at the end.
+        # Within a task decoding runs on from shard to shard; tasks that are too long would leave actors idle at the end.
         max(1, min(4, shards // (actors * 8))),
     )
 
@@ -150,9 +180,12 @@ class _Job:
         settings: Settings,
         ledger: Ledger,
         title: str,
+        given: Given = AS_TRAINED,
+        sizes: str = "",
     ) -> None:
+        """sizes: a line that says at which test size the members see the images."""
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, tuple(groups), ledger, title
-        self.settings, self.label = settings, settings.label
+        self.settings, self.label, self.given, self.sizes = settings, settings.label, given, sizes
         rows = self.label.rows_per_block
         self.parts = {
             part_name(group, shard): (group, shard) for group in range(len(groups)) for shard in range(manifest.shards(rows))
@@ -167,7 +200,9 @@ class _Job:
             self._label(missing)
             left = self.parts.keys() - self.ledger.finished()
             if left:
-                raise RuntimeError(f"{self.ledger.out}: {len(left)} parts are not there, e.g. {min(left)}; run it again")
+                raise RuntimeError(
+                    f"{self.ledger.out}: {len(left)} parts are missing, e.g. {min(left)}; give the same command again"
+                )
         failures = self.ledger.failures()
         self._check_share(len(failures), len(self.manifest), len(self.manifest))
         for failure in failures[:_SHOWN]:
@@ -186,24 +221,20 @@ class _Job:
 
     def _label(self, missing: list[str]) -> None:
         connect()
-        import ray
-
-        gpu = self.settings.cluster.gpu
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if gpu is True and not gpus:
+        on_gpu = use_gpu(self.settings.cluster.gpu)
+        gpus = cluster_gpus() if on_gpu else 0
+        if on_gpu and not gpus:
             raise UserError("cluster.gpu: true, but the cluster has no GPU; set cluster.gpu=auto or add one")
-        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        # A local Ray is told of more CPUs than there are.
-        cpus = sum(nodes) if len(nodes) > 1 else min(nodes[0], machine_cores())
-        spread = layout(self.label, len(missing), gpus if gpu else 0, cpus, min(machine_cores(), int(max(nodes))) or 1)
+        spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
         total = len(self.manifest) * len(self.groups)
         to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
+        self._say(self.sizes)
         before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0
         meter = Meter(total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour)
         self._say(
             f"{len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
             + (f" in {len(self.groups)} passes" if len(self.groups) > 1 else "")
-            + (f", {meter.done} of {total} done before" if meter.done else "")
+            + (f", {meter.done} of {total} done already" if meter.done else "")
             + f"; starting {spread.actors} actors of {spread.threads} threads"
             + (f", {spread.gpus_per_actor:g} GPUs each" if spread.gpus_per_actor else ""),
             images=total,
@@ -224,19 +255,18 @@ class _Job:
         self._say(line(cost, self.label.price_per_hour > 0), **numbers)
 
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
-        shown = saved = time.monotonic()
-        for report in _reports(self._plan(spread), self._blocks(missing, spread), spread):
+        show, save = Every(5), Every(_COST_EVERY)
+        for report in _reports(self.plan(spread), self._blocks(missing, spread), spread):
             meter.add(report)
             observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
             self._check_share(meter.errors, meter.done + meter.worked, meter.total)
-            if time.monotonic() - shown > 5:
-                shown = time.monotonic()
+            if show():
                 self._say(meter.line(), **meter.numbers())
-            if time.monotonic() - saved > _COST_EVERY:
-                saved = time.monotonic()
+            if save():
                 self.cost.write(meter)
 
-    def _plan(self, spread: Layout) -> Plan:
+    def plan(self, spread: Layout) -> Plan:
+        """What the actors need to know."""
         label = self.label
         return Plan(
             self.ledger.out,
@@ -249,6 +279,8 @@ class _Job:
             spread.decode_threads,
             label.attempts,
             self.title,
+            "cuda" if spread.gpus_per_actor else "cpu",
+            self.given,
         )
 
     def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:
@@ -256,18 +288,18 @@ class _Job:
         return list(self.manifest.blocks(tasks, self.label.rows_per_block, spread.shards_per_task))
 
     def _check_share(self, failed: int, seen: int, total: int) -> None:
-        """UserError when too many images fail: of those seen, or so many that the rest cannot mend it."""
+        """UserError when too many images fail: of those seen, or so many that the rest cannot make up for it."""
         allowed = self.label.max_error_share
         if failed > allowed * total or (seen >= _EARLY and failed > allowed * seen):
             example = next((f.reason for f in self.ledger.failures()), "")
             raise UserError(
                 f"{self.dataset.name}: {failed} of {seen} images cannot be labelled, e.g. {example}; "
-                f"mend them or raise label.max_error_share ({allowed:g})"
+                f"repair them or raise label.max_error_share ({allowed:g})"
             )
 
 
 def _reports(plan: Plan, blocks: list[Any], spread: Layout) -> Any:
-    """Run the actors over the blocks; what they report, shard by shard."""
+    """Run the actors over the blocks and yield what they report, shard by shard."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 

@@ -1,15 +1,13 @@
-"""From stored predictions to a pseudo-label set: fusion and selection, COCO json or Parquet out. Never needs a GPU.
+"""From stored predictions to pseudo labels: fusion and selection, written as COCO json or Parquet. Never needs a GPU.
 
-The predictions of a large corpus are shared out in bundles of parts over Ray tasks, each of which writes its own shard, so that
-no process holds more than one bundle. A small set is done in this process: it takes less time than starting Ray.
+The predictions of a large corpus go in bundles of parts to Ray tasks, each of which writes its own shard, so that no process
+holds more than one bundle. A small set is done in this process, which takes less time than starting Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from i3cl import observe, storage
+from i3cl import claims, observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.predictions import polygons_of, read_batches, read_predictions
@@ -33,21 +31,22 @@ from i3cl.data.formats.table import write_parquet
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.select import SelectionSummary, select
-from i3cl.runtime.cluster import connect
-from i3cl.runtime.pace import duration
+from i3cl.runtime.parts import fan_out
 
 _TOGETHER = 64
 """Images fused in one call."""
 _BUNDLE = 2048
-"""Images a Ray task and shard, at least."""
+"""Images of one Ray task and one shard, at least."""
 _IN_PROCESS = 4096
-"""Images up to which this process does all."""
+"""Up to this many images this process does all the work."""
 _ONE_JSON = 20_000
-"""Images up to which 'auto' writes one json."""
+"""From this many images on the format 'auto' means Parquet."""
 
 
 @dataclass(frozen=True)
 class FusedImage:
+    """The fused instances of one image."""
+
     image_id: int
     file_name: str
     height: int
@@ -58,7 +57,7 @@ class FusedImage:
 
 
 def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> Iterator[FusedImage]:
-    """Every readable image of a predictions folder, or of parts that hold all of their images, with its members fused."""
+    """Every readable image of a predictions folder, or of parts that hold all rows of their images, with its members fused."""
     paths = [predictions] if isinstance(predictions, str) else predictions
     readable = (rows for path in paths for rows in read_predictions(path) if rows[0]["error"] is None)
     for group in _batched(readable, _TOGETHER):
@@ -69,7 +68,7 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
 
 
 def members_of(rows: Sequence[Mapping[str, Any]]) -> tuple[MemberPrediction, ...]:
-    """What fusion takes, from the rows of one readable image as `read_predictions` gives them."""
+    """The input of fusion, from the rows of one readable image as `read_predictions` gives them."""
     return tuple(
         MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"]), view=row["view"] or "default")
         for row in rows
@@ -90,7 +89,7 @@ def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 def label_parts(
     parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None = None
 ) -> tuple[list[ImageRecord], SelectionSummary]:
-    """Pseudo labels of the images in some parts, in the order of their ids, and the counts."""
+    """Pseudo labels of the images in some parts, ordered by image id, and the counts."""
     summary = SelectionSummary()
     records: list[ImageRecord] = []
     for item in fused_images(parts, settings):
@@ -110,7 +109,7 @@ def label_parts(
 
 @dataclass(frozen=True)
 class Bundles:
-    """Parts of a predictions folder in groups that can be read apart from each other."""
+    """Parts of a predictions folder in groups that can be read independently."""
 
     groups: list[list[str]]
     images: int
@@ -121,8 +120,8 @@ class Bundles:
 def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     """Groups of parts with at least `least` images each (the last one may have fewer).
 
-    All rows of an image lie in one part. Where they do not, say in parts of several runs, everything becomes one group.
-    UserError when there is no part or one is not of predictions.
+    Normally all rows of an image are in one part. Where they are not, for example in parts of several runs, everything becomes
+    one group. UserError when there is no part, or one that does not hold predictions.
     """
     if storage.is_file(predictions):
         paths = [predictions]
@@ -159,26 +158,31 @@ def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:
 
 
 def with_pseudo_labels(settings: Settings, pseudo: str, images_root: str) -> list[dict[str, Any]]:
-    """data.train of a student: the labelled sources, and the pseudo-labelled one by its share selftrain.pseudo_weight."""
+    """data.train of a student: the labelled sources, and the pseudo-labelled one with weight selftrain.pseudo_weight."""
     labelled = [source.model_dump() for source in settings.data.train]
     return [*labelled, {"annotations": pseudo, "images": images_root, "weight": settings.selftrain.pseudo_weight}]
 
 
-def pseudo_path(run: str, predictions: str, settings: LabelSettings) -> str:
-    """Where the pseudo labels of a run belong: <run>/pseudo.json, or for Parquet shards the folder <run>/pseudo."""
+def pseudo_path(run: str, predictions: str, settings: LabelSettings, name: str = "pseudo") -> str:
+    """Where the pseudo labels of a run belong: <run>/<name>.json, or for Parquet shards the folder <run>/<name>."""
     form = settings.select.format
     if form == "auto":
         form = "parquet" if bundles(predictions).images >= _ONE_JSON else "json"
-    return storage.join(run, "pseudo.json" if form == "json" else "pseudo")
+    return storage.join(run, f"{name}.json" if form == "json" else name)
 
 
 def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, images_root: str = "") -> dict[str, Any]:
-    """Write the pseudo labels of stored predictions to `out` and return their counts (SelectionSummary.summary).
+    """Write the pseudo labels of stored predictions to `out` and return their counts (`SelectionSummary.summary`).
 
-    out: a name that ends in .json becomes one COCO json, whole or not at all; any other a folder of Parquet shards that
-    `read_coco` reads, complete once `_done.json` is in it: the same call continues one that was stopped. images_root: put
-    before the file names in the shards' column `path`. UserError for unreadable predictions and for a calibration
-    of other members.
+    Args:
+        predictions: Folder of predictions, or one part.
+        settings: Of which `fusion` and `select` count.
+        out: A name that ends in .json becomes one COCO json, whole or not at all. Any other becomes a folder of Parquet shards,
+            complete once `_done.json` is in it; the same call continues one that was stopped.
+        images_root: Put before the file names in the column `path` of the shards.
+
+    Raises:
+        UserError: The predictions cannot be read, or the calibration was learned from other members.
     """
     found = bundles(predictions)
     calibration = None
@@ -188,7 +192,7 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, imag
     if out.endswith(".json"):
         counts = _one_json(found, settings, calibration, out)
     else:
-        counts = _shards(found, settings, calibration, out, images_root)
+        counts = _shards(predictions, found, settings, calibration, out, images_root)
     observe.pseudo_labels(out, counts["instances"], counts["ignored"])
     return counts
 
@@ -199,7 +203,8 @@ def _one_json(found: Bundles, settings: LabelSettings, calibration: Calibration 
     if found.images <= _IN_PROCESS:
         records, summary = label_parts([part for group in found.groups for part in group], settings, calibration)
     else:
-        for table, counts in _on_ray(_labelled_table, [(group, settings, calibration) for group in found.groups], found.images):
+        calls = [(group, settings, calibration) for group in found.groups]
+        for _, (table, counts) in fan_out("select", _labelled_table, calls, in_process=0, unit="bundle"):
             records += from_table(table)
             summary.merge(counts)
     records.sort(key=lambda record: record.id)
@@ -215,19 +220,21 @@ def _labelled_table(
 
 
 def _shards(
-    found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str, images_root: str
+    predictions: str, found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str, images_root: str
 ) -> dict[str, Any]:
+    job = storage.join(predictions, "job.json")
     made_from = {
+        "predictions": hashlib.sha256(storage.read_bytes(job)).hexdigest() if storage.is_file(job) else None,
         "parts": [[part.rsplit("/", 1)[-1] for part in group] for group in found.groups],
         "fusion": settings.fusion.model_dump(),
         "select": settings.select.model_dump(),
         "calibration": None if calibration is None else [calibration.scores, calibration.precision],
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     marker = storage.join(out, "_settings.json")
-    if not storage.is_file(marker) or json.loads(storage.read_text(marker))["key"] != key:
+    if claims.first_difference(claims.read(marker), json.loads(json.dumps(made_from))):
+        # Of other settings or predictions, or of a stopped deletion: the pseudo labels of a run are those of its last `select`.
         storage.remove_tree(out)
-        storage.write_text_atomic(marker, json.dumps({"key": key} | made_from, indent=1) + "\n")
+    claims.claim(marker, made_from, "other pseudo labels")
     present = set(storage.list_dir(out))
     summary = SelectionSummary()
     waiting = []
@@ -236,12 +243,9 @@ def _shards(
             summary.merge(json.loads(storage.read_text(storage.join(out, f"_part-{number:05d}.json"))))
         else:
             waiting.append((group, settings, calibration, out, number, images_root))
-    if found.images <= _IN_PROCESS:
-        for work in waiting:
-            summary.merge(_write_shard(*work))
-    elif waiting:
-        for counts in _on_ray(_write_shard, waiting, found.images - summary.images):
-            summary.merge(counts)
+    in_process = len(waiting) if found.images <= _IN_PROCESS else 0
+    for _, counts in fan_out("select", _write_shard, waiting, in_process=in_process, unit="bundle"):
+        summary.merge(counts)
     storage.write_text_atomic(storage.join(out, "_done.json"), json.dumps(summary.summary()) + "\n")
     return summary.summary()
 
@@ -257,30 +261,6 @@ def _write_shard(
     records, summary = label_parts(parts, settings, calibration)
     write_parquet(storage.join(out, f"part-{number:05d}.parquet"), records, images_root)
     counts = summary.summary()
-    # Written after the shard: it says that the shard is done.
+    # Written after the shard, because it says that the shard is done.
     storage.write_text_atomic(storage.join(out, f"_part-{number:05d}.json"), json.dumps(counts) + "\n")
     return counts
-
-
-def _on_ray(task: Any, calls: Sequence[tuple[Any, ...]], images: int) -> Iterator[Any]:
-    """Results of task(*call) in the order in which they come; prints progress and time left."""
-    connect()
-    import ray
-
-    remote = ray.remote(num_cpus=1, max_retries=3)(task)
-    alone = len(ray.nodes()) == 1
-    # A local Ray has more logical CPUs than the machine has cores; more processes than cores only take memory.
-    room = (os.cpu_count() or 1) if alone else max(2, int(ray.cluster_resources().get("CPU", 1)))
-    started = time.monotonic()
-    waiting = list(reversed(calls))
-    running: list[Any] = []
-    done = 0
-    while waiting or running:
-        while waiting and len(running) < room:
-            running.append(remote.remote(*waiting.pop()))
-        ready, running = ray.wait(running, num_returns=1)
-        yield ray.get(ready[0])
-        done += 1
-        left = (time.monotonic() - started) / done * (len(calls) - done)
-        text = f"select: {done}/{len(calls)} bundles of {images} images  {duration(left)} left"
-        observe.say(text, stage="select", done=done, total=len(calls), images=images)

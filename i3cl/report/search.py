@@ -1,9 +1,10 @@
-"""The page of a sweep: how far it is, what was best, which settings matter. Rendered again while the sweep runs."""
+"""The page of a sweep: how far it is, what was best, which settings matter. Written again and again while the sweep runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -12,8 +13,13 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from i3cl import storage
+from i3cl.config import Settings
 from i3cl.report.curves import INK, PALETTE, new_axes, to_svg
 from i3cl.report.html import render_page
+from i3cl.search.space import Space
+from i3cl.search.sweep import importance, wanted_trials
+from i3cl.search.trial_log import TrialLog
 
 _COLOURS = matplotlib.colormaps["viridis"]
 _RELOAD = 5
@@ -34,7 +40,7 @@ def render_search(
     importance: Mapping[str, float],
     summary: Mapping[str, Any] | None,
 ) -> str:
-    """The sweep as one HTML page that needs nothing but itself.
+    """The sweep as one self-contained HTML page.
 
     wanted: trials in all; importance: settings key -> share, 0-1; summary: the verdict, None while the sweep runs.
     """
@@ -74,6 +80,16 @@ def render_search(
     )
 
 
+def write_search_page(run: str, settings: Settings, log: TrialLog, summary: Mapping[str, Any] | None = None) -> None:
+    """Write <run>/dashboard.html of the trials so far; with a summary the sweep is over and the page stops reloading itself."""
+    space = Space(settings.search.space)
+    front = log.front() if settings.search.label_count else set()
+    rows = [asdict(trial) | {"front": trial.number in front} for trial in log.trials]
+    given, wanted = settings.search, wanted_trials(settings, space)
+    page = render_search(settings.name, given.objective, rows, wanted, importance(log, space), summary)
+    storage.write_text_atomic(storage.join(run, "dashboard.html"), page)
+
+
 def _progress(rows: Sequence[Row]) -> str:
     ordered = sorted(rows, key=lambda row: row["number"])
     x = np.array([row["number"] for row in ordered])
@@ -88,7 +104,7 @@ def _progress(rows: Sequence[Row]) -> str:
         axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.text(x[-1], level, "present settings", color=INK, fontsize=7, ha="right", va="bottom")
     axes.set(xlabel="Trial", ylabel="F")
-    # The worst trials are of no interest and would flatten the rest.
+    # The worst trials do not matter and would squeeze the others together.
     low = float(np.percentile(y, 25))
     axes.set_ylim(max(0.0, low - 0.5 * (float(y.max()) - low) - 0.01), float(y.max()) + 0.01)
     return to_svg(figure)
@@ -146,7 +162,7 @@ def _heat(x_key: str, y_key: str, rows: Sequence[Row]) -> str:
     figure, axes = new_axes(4.7, 3.6)
     axes.grid(False)
     edges = np.linspace(0, 1, _BINS + 1)
-    # The worst quarter shares one colour: the question is where the good ones lie.
+    # The worst quarter shares one colour: the question is where the good trials are.
     mesh = axes.pcolormesh(edges, edges, mean, cmap=_COLOURS, vmin=float(np.percentile(scores, 25)), vmax=float(scores.max()))
     axes.scatter(xs, ys, s=9, facecolors="none", edgecolors="white", linewidths=0.5)
     best = int(scores.argmax())
@@ -172,11 +188,11 @@ def _learning(rows: Sequence[Row]) -> str:
 
 
 def _places(column: Sequence[Any]) -> tuple[NDArray[np.float64], str, str]:
-    """Where the values of one key stand on an axis from 0 to 1, and the labels of its two ends."""
+    """Positions of one key's values on an axis from 0 to 1, and the labels of its two ends."""
     levels = _levels(column)
     if levels and all(_is_number(v) for v in levels):
         values = np.array([float(v) for v in column])
-        # Ranges over orders of magnitude, such as learning rates, are read on a logarithmic axis.
+        # Ranges over orders of magnitude, such as learning rates, need a logarithmic axis.
         if values.min() > 0 and values.max() / values.min() > 30:
             return _unit(np.log(values)), f"{values.min():.2g}", f"{values.max():.2g}"
         return _unit(values), f"{values.min():.3g}", f"{values.max():.3g}"
@@ -185,7 +201,7 @@ def _places(column: Sequence[Any]) -> tuple[NDArray[np.float64], str, str]:
 
 
 def _levels(column: Sequence[Any]) -> list[Any]:
-    """The different values, numbers in their order and others by name."""
+    """The distinct values: numbers in ascending order, others by name."""
     different = list({str(v): v for v in column}.values())
     return sorted(different, key=lambda v: (0, v, "") if _is_number(v) else (1, 0, str(v)))
 

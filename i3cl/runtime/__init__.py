@@ -1,1 +1,1 @@
-"""How a process reaches Ray, shares work among processes and reports its pace."""
+"""How a process reaches Ray, how much there is to work with, how work is shared out, and how long it still takes."""

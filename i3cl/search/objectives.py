@@ -1,4 +1,4 @@
-"""What a trial measures: the F of pseudo labels from stored predictions, or of a student trained on them."""
+"""The objectives of a sweep: F of pseudo labels made from stored predictions, or F of a student trained on them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
+from i3cl.claims import claim_run
 from i3cl.config import (
     EvaluateSettings,
     LabelSettings,
@@ -25,12 +26,15 @@ from i3cl.evaluation.metrics.batch import Sample, measure
 from i3cl.evaluation.metrics.protocols import Counts, rules_of
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
-from i3cl.labelling.pseudo import make_pseudo_labels, members_of, with_pseudo_labels
+from i3cl.labelling.label import select_labels, unlabelled_root
+from i3cl.labelling.pseudo import members_of, with_pseudo_labels
 from i3cl.labelling.select import select
+from i3cl.search.space import named
+from i3cl.training.launch import IDENTITY, fit
 
 
 def count(truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings) -> Counts:
-    """Every image of `truth` counted by polygon IoU; an image that `found` lacks has no detection."""
+    """Counts of every image of `truth` by polygon IoU; an image that is not in `found` has no detections."""
     samples = [
         Sample(
             str(record.id),
@@ -75,7 +79,7 @@ class StoredLabels:
 
     @classmethod
     def read(cls, url: str, truth: Sequence[ImageRecord], evaluate: EvaluateSettings) -> StoredLabels:
-        """The predictions folder `url` for the images of `truth`. UserError when it lacks one of them."""
+        """The predictions folder `url` for the images of `truth`. UserError when an image is missing there."""
         wanted = {record.id for record in truth}
         found: dict[int, Sequence[MemberPrediction]] = {}
         unread: set[int] = set()
@@ -92,9 +96,12 @@ class StoredLabels:
             )
         return cls(truth, found, evaluate)
 
-    def measure(self, settings: LabelSettings) -> tuple[dict[str, float], Counts]:
-        """recall, precision, hmean of the pseudo labels, labels and ignored (counts), mean_weight; and the counts per image."""
-        # Thresholds do not change what is fused: most trials of a sweep share it.
+    def score(self, settings: LabelSettings) -> tuple[dict[str, float], Counts]:
+        """Score the pseudo labels that these settings make.
+
+        Returns recall, precision, hmean (0-1), labels and ignored (counts) and mean_weight (0-1); and the counts per image.
+        """
+        # Thresholds do not change the fusion: most trials of a sweep share it.
         key = settings.fusion.model_dump_json()
         if key not in self._fused:
             if len(self._fused) >= 8:
@@ -116,28 +123,38 @@ class StoredLabels:
         return {**scores(counts), "labels": len(weights), "ignored": ignored, "mean_weight": mean}, counts
 
 
-def train_student(values: Mapping[str, Any], settings: Settings, run: str, callbacks: Sequence[Any]) -> None:
-    """One student under `run`: pseudo labels from the stored predictions by the trial's settings, then a Ray Train run on labels
-    and pseudo labels. Continues what is there. `settings` come with absolute paths and the search part as data.validation.
-    """
-    from i3cl.training.launch import fit
+def student_folder(run: str, values: Mapping[str, Any], copy: int) -> str:
+    """Where the student of these values trains: named after them, so that a trial which was killed continues there."""
+    return storage.join(run, "students", named(values, copy))
 
-    assert settings.label.source is not None and settings.search.unlabelled is not None
+
+def train_student(values: Mapping[str, Any], settings: Settings, folder: str, callbacks: Sequence[Any]) -> None:
+    """Train one student in `folder`, or continue it.
+
+    It learns from the labelled sources and from pseudo labels that the trial's settings make of the stored predictions.
+
+    Args:
+        values: The trial's settings.
+        settings: With absolute paths and the search part as data.validation.
+        folder: For the pseudo labels and the run `student`.
+        callbacks: Of Ray Train.
+
+    Raises:
+        UserError: No prediction passed the thresholds, training cannot go on, or `folder` was begun with other labels.
+    """
+    assert settings.search.unlabelled is not None
     chosen = with_overrides(settings, dict(values), "search.space")
-    pseudo = storage.join(run, "pseudo.json")
-    if not storage.exists(pseudo):
-        counts = make_pseudo_labels(settings.search.unlabelled, chosen.label, pseudo)
-        if not counts["instances"]:
-            raise UserError("label.select: no prediction passed the thresholds")
-    sources = with_pseudo_labels(chosen, pseudo, storage.join(settings.data_root, settings.label.source.images))
-    student = with_overrides(chosen, {"data.train": sources, "storage": run, "name": "student"}, "search")
+    labels = select_labels(settings.search.unlabelled, chosen.label, folder, unlabelled_root(chosen)).checked()
+    sources = with_pseudo_labels(chosen, labels.path, labels.images_root)
+    student = with_overrides(chosen, {"data.train": sources, "storage": folder, "name": "student"}, "search")
+    claim_run(storage.join(folder, "student"), student, IDENTITY)
     stopped = fit(student, callbacks)
     if stopped:
         raise UserError(stopped)
 
 
-def measure_student(name: str, predictions: str, truth: Sequence[ImageRecord], settings: Settings, threshold: float) -> Counts:
-    """Counts per image of one member's stored predictions above `threshold`."""
+def student_counts(name: str, predictions: str, truth: Sequence[ImageRecord], settings: Settings, threshold: float) -> Counts:
+    """Counts per image of one member's stored predictions with a score above `threshold`."""
     found = {
         image_id: [polygons[k] for k in np.flatnonzero(scores > threshold)]
         for image_id, (polygons, scores) in member_predictions(predictions, name).items()
@@ -146,6 +163,6 @@ def measure_student(name: str, predictions: str, truth: Sequence[ImageRecord], s
 
 
 def student_metrics(run: str) -> dict[str, Any]:
-    """metrics.json of a student's best checkpoint. UserError when it has none yet."""
+    """metrics.json of a student's best checkpoint."""
     path = storage.join(run, "student", "best", "metrics.json")
     return json.loads(storage.read_text(path))

@@ -1,6 +1,6 @@
 """The space of a sweep: settings keys and their ranges, as Optuna samples them.
 
-A range that depends on another key (`above`, `below`) is sampled as a share of what is left of it: the sampler sees a parameter
+A range that depends on another key (`above`, `below`) is sampled as a share of the remaining range: the sampler sees a parameter
 ``KEY@share`` that always runs from 0 to 1, so that its model of the space does not change from trial to trial.
 """
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 SHARE = "@share"
 """Ends the sampler's name of a key whose range depends on another key."""
 COPY = "@copy"
-"""Beside the values in a trial's config: how many trials before it have the same ones."""
+"""In a trial's config beside its values: how many earlier trials have the same values."""
 
 
 class Suggest:
-    """What Ray Tune calls for a trial's values. Counts how often the same ones came, so that each trial has a name of its own."""
+    """Ray Tune calls it for a trial's values. It counts how often the same values came, so that each trial has its own name."""
 
     def __init__(self, space: Space, tried: Iterable[Mapping[str, Any]]) -> None:
         """tried: the values of the trials that are done."""
@@ -43,7 +43,7 @@ class Suggest:
 
 
 def named(values: Mapping[str, Any], copy: int = 0) -> str:
-    """A short name of values, the same in every session; `copy` tells trials of equal values apart."""
+    """A short name for values, the same in every session; `copy` distinguishes trials of equal values."""
     text = json.dumps(dict(values), sort_keys=True, default=list)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest() + (f"-{copy + 1}" if copy else "")
 
@@ -56,8 +56,10 @@ class Space:
 
     @classmethod
     def of(cls, settings: Settings) -> Space:
-        """The space of `settings.search`, checked: SettingsError for an unknown key, a key that `above` or `below` do not find
-        before it, and a present value outside its range.
+        """The space of `settings.search`, checked.
+
+        SettingsError for an unknown key, for `above` or `below` that do not name an earlier key, and for a present value outside
+        its range.
         """
         ranges = settings.search.space
         if not ranges:
@@ -77,7 +79,7 @@ class Space:
         return space
 
     def present(self, settings: Settings) -> dict[str, Any]:
-        """The values that `settings` have for the keys of the space."""
+        """The values of `settings` for the keys of the space."""
         return {key: _present(settings, key) for key in self.ranges}
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Space:
         pair = given.uniform or given.log or given.integer
         assert pair is not None
         low, high = float(pair[0]), float(pair[1])
-        # Where the other key leaves nothing of the range, the value is the other key's.
+        # Where the other key leaves no range, the value is that of the other key.
         if given.above is not None:
             low = max(low, values[given.above])
             high = max(low, high)
@@ -172,14 +174,14 @@ def _present(settings: Settings, key: str) -> Any:
     value: Any = settings
     for part in key.split("."):
         if isinstance(value, Mapping):
-            # A table such as label.fusion.member_weights: a member that it does not name weighs 1.
+            # A table such as label.fusion.member_weights: a member that is not in it weighs 1.
             value = value.get(part, 1.0)
         elif part in type(value).model_fields:
             value = getattr(value, part)
         else:
-            # The tree's own message names the nearest key.
+            # This raises the message that names the nearest key.
             with_overrides(settings, {key: None}, "search.space")
-            raise SettingsError(f"search.space.{key}: is no settings key")
+            raise SettingsError(f"search.space.{key}: not a settings key")
     return value
 
 

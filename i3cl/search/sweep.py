@@ -1,4 +1,4 @@
-"""A sweep: Ray Tune runs the trials, Optuna proposes them, the ledger remembers them, a page shows them."""
+"""A sweep: Optuna proposes trials, Ray Tune runs them, the trial log remembers them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from i3cl import observe, storage
+from i3cl.claims import claim_run
 from i3cl.config import Settings, load_settings, with_overrides
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.records import Dataset, ImageRecord
@@ -20,22 +21,28 @@ from i3cl.data.loading.ingest import read_source
 from i3cl.data.tools.splits import split_of
 from i3cl.errors import UserError
 from i3cl.evaluation.metrics.protocols import Counts
+from i3cl.inference.recipe import AS_TRAINED
+from i3cl.labelling.scoring import score_checkpoints
 from i3cl.runtime.cluster import connect
-from i3cl.search.ledger import Ledger, Trial
+from i3cl.runtime.resources import cluster_cores, cluster_gpus, use_gpu
 from i3cl.search.objectives import (
     StoredLabels,
-    measure_student,
     scores,
+    student_counts,
+    student_folder,
     student_metrics,
     train_student,
     verdict,
 )
-from i3cl.search.space import SHARE, Space, Suggest, named
-from i3cl.training.launch import claim, located, use_gpu
+from i3cl.search.space import SHARE, Space, Suggest
+from i3cl.search.trial_log import Trial, TrialLog
+from i3cl.training.launch import located
 
 _IDENTITY = ("model", "data", "train", "label", "evaluate", "selftrain", "search")
 _PAGE_EVERY = 10.0
-"""Seconds between two writings of the page while trials run."""
+"""Seconds between two versions of the page while trials run."""
+Page = Callable[[str, Settings, "TrialLog", Mapping[str, Any] | None], None]
+"""Writes the page of a sweep: (run directory, settings, trials so far, the verdict or None while trials run)."""
 
 
 @dataclass(frozen=True)
@@ -48,56 +55,49 @@ class Outcome:
     """As in summary.json."""
 
 
-def search(settings: Settings, config: str | None = None) -> Outcome:
+def search(settings: Settings, config: str | None = None, page: Page | None = None) -> Outcome:
     """Run or continue the sweep of `settings.search` in <storage>/<name>/.
 
-    config: the YAML file that `settings` came from; best.yaml extends it. UserError for an unusable space, missing predictions,
-    a directory that holds another sweep, and when no trial finished.
+    Args:
+        settings: The whole recipe.
+        config: The YAML file that `settings` came from; best.yaml extends it.
+        page: Writes the page of the sweep, again and again while trials run.
+
+    Raises:
+        UserError: The space cannot be used, predictions are missing, the directory holds another sweep, or no trial finished.
     """
+    page = page or (lambda run, settings, log, summary: None)
     settings = _located(settings)
     space = Space.of(settings)
     parts = _Parts.of(settings)
     run = storage.join(settings.storage, settings.name)
-    claim(run, settings, _IDENTITY)
+    claim_run(run, settings, _IDENTITY)
     # A student's validation, on which trials are compared, is the search part only.
     search_part = storage.join(run, "search_part.json")
     write_coco(search_part, parts.search.records)
-    ledger = Ledger(run)
-    left = _left(settings, space, ledger)
+    log = TrialLog(run)
+    left = _left(settings, space, log)
     if left > 0:
         connect()
-        _tune(settings, space, ledger, run, search_part, left)
-    best = ledger.best()
+        _tune(settings, space, log, run, search_part, left, page)
+    best = log.best()
     if best is None:
-        reason = next((t.reason for t in ledger.trials if t.reason), "the budget ended before the first")
+        reason = next((t.reason for t in log.trials if t.reason), "the budget ended before the first")
         raise UserError(f"{run}: no trial finished ({reason})")
-    summary = _judge(settings, space, ledger, best, parts, run, search_part, config)
+    summary = _judge(settings, space, log, best, parts, run, search_part, config)
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
-    write_page(run, settings, ledger, summary)
+    page(run, settings, log, summary)
     return Outcome(run, summary)
 
 
-def write_page(run: str, settings: Settings, ledger: Ledger, summary: Mapping[str, Any] | None = None) -> None:
-    """<run>/dashboard.html of the trials so far; with a summary the sweep is over and the page stops reloading itself."""
-    from i3cl.report.search import render_search
+def importance(log: TrialLog, space: Space) -> dict[str, float]:
+    """How much each settings key matters: its share, 0-1, in what separates the best quarter of the trials from the others.
 
-    space = Space(settings.search.space)
-    front = ledger.front() if settings.search.label_count else set()
-    rows = [asdict(trial) | {"front": trial.number in front} for trial in ledger.trials]
-    page = render_search(
-        settings.name, settings.search.objective, rows, _wanted(settings, space), importance(ledger, space), summary
-    )
-    storage.write_text_atomic(storage.join(run, "dashboard.html"), page)
-
-
-def importance(ledger: Ledger, space: Space) -> dict[str, float]:
-    """Settings key -> its share of what sets the best quarter of the trials apart, 0-1, by PED-ANOVA (arXiv 2304.10255).
-
-    Empty before eight trials have finished.
+    By PED-ANOVA (arXiv 2304.10255). Empty before eight trials have finished.
     """
     import optuna
 
-    measured = ledger.measured()
+    measured = log.measured()
     if len(measured) < 8:
         return {}
     study = optuna.create_study(direction="maximize")
@@ -116,7 +116,7 @@ def importance(ledger: Ledger, space: Space) -> dict[str, float]:
 
 
 def _located(settings: Settings) -> Settings:
-    """With absolute paths: a trial's working directory is not the driver's."""
+    """The settings with absolute paths, because a trial's working directory is not the driver's."""
     places: dict[str, Any] = {}
     for key in ("predictions", "unlabelled"):
         given = getattr(settings.search, key)
@@ -137,7 +137,9 @@ class _Parts:
         if given.objective == "select" and given.predictions is None:
             raise UserError("search.predictions: names no folder; make one with jobs/label.py predict on the labelled images")
         if given.objective == "student" and (given.unlabelled is None or settings.label.source is None):
-            raise UserError("search.unlabelled, label.source: a student needs the stored predictions and the images they are of")
+            raise UserError(
+                "search.unlabelled, label.source: a student needs stored predictions and the images that they belong to"
+            )
         truth = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
         shares = {"apart": given.holdout, "rest": 1 - given.holdout}
         parts: dict[str, list[ImageRecord]] = {"apart": [], "rest": []}
@@ -149,29 +151,29 @@ class _Parts:
         return cls(Dataset(truth.name, truth.images_root, rest), Dataset(truth.name, truth.images_root, apart))
 
 
-def _wanted(settings: Settings, space: Space) -> int:
-    """Trials of the whole sweep: search.trials, or fewer where the grid ends before."""
+def wanted_trials(settings: Settings, space: Space) -> int:
+    """Trials of the whole sweep: search.trials, or fewer when the grid has fewer points."""
     if settings.search.sampler != "grid":
         return settings.search.trials
-    # The present settings come first and are no point of the grid.
+    # The present settings come first and are not a point of the grid.
     return min(settings.search.trials, 1 + math.prod(len(values) for values in space.grid().values()))
 
 
-def _left(settings: Settings, space: Space, ledger: Ledger) -> int:
-    """Trials still to do, within the hours."""
+def _left(settings: Settings, space: Space, log: TrialLog) -> int:
+    """Trials still to run; 0 when search.max_hours are used up."""
     hours = settings.search.max_hours
-    if hours is not None and ledger.hours >= hours:
+    if hours is not None and log.hours >= hours:
         return 0
-    return _wanted(settings, space) - len(ledger.done())
+    return wanted_trials(settings, space) - len(log.done())
 
 
-def _study(settings: Settings, space: Space, ledger: Ledger) -> tuple[Any, Any]:
-    """Optuna's sampler and a storage with a study that knows every trial of the sessions before."""
+def _study(settings: Settings, space: Space, log: TrialLog) -> tuple[Any, Any]:
+    """Optuna's sampler, and a storage with a study that knows every trial of earlier sessions."""
     import optuna
 
     given = settings.search
     if given.sampler == "tpe":
-        # Constant liar: trials that run side by side shall not try the same place.
+        # Constant liar: trials that run at the same time should not try the same place.
         sampler: Any = optuna.samplers.TPESampler(seed=given.seed, constant_liar=True)
     elif given.sampler == "random":
         sampler = optuna.samplers.RandomSampler(seed=given.seed)
@@ -180,7 +182,7 @@ def _study(settings: Settings, space: Space, ledger: Ledger) -> tuple[Any, Any]:
     kept = optuna.storages.InMemoryStorage()
     directions: list[Any] = ["maximize", "maximize"] if given.label_count else ["maximize"]
     study = optuna.create_study(storage=kept, sampler=sampler, study_name="sweep", directions=directions)
-    for trial in ledger.done():
+    for trial in log.done():
         values = [trial.metrics[name] for name in _metrics(settings)] if trial.metrics else None
         study.add_trial(
             optuna.trial.create_trial(
@@ -197,10 +199,13 @@ def _metrics(settings: Settings) -> list[str]:
     return ["hmean", "labels"] if settings.search.label_count else ["hmean"]
 
 
-def _first_points(settings: Settings, space: Space, ledger: Ledger) -> list[dict[str, Any]]:
-    """What is tried before the sampler proposes: trials cut off by a kill; at first the present settings, then start_from's."""
-    points = [trial.values for trial in ledger.trials if trial.state == "running"]
-    if not ledger.trials:
+def _first_points(settings: Settings, space: Space, log: TrialLog) -> list[dict[str, Any]]:
+    """What is tried before the sampler proposes anything.
+
+    Trials that a kill interrupted; in a new sweep the present settings, then those of search.start_from.
+    """
+    points = [trial.values for trial in log.trials if trial.state == "running"]
+    if not log.trials:
         points = [space.present(settings)]
         if settings.search.start_from:
             points.append(space.present(load_settings(settings.search.start_from)))
@@ -210,9 +215,8 @@ def _first_points(settings: Settings, space: Space, ledger: Ledger) -> list[dict
 # ------------------------------------------------------------------------------------------------------------------ trials
 
 
-def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_part: str, left: int) -> None:
+def _tune(settings: Settings, space: Space, log: TrialLog, run: str, search_part: str, left: int, page: Page) -> None:
     import optuna
-    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
     from ray.tune.search.optuna import OptunaSearch
@@ -226,11 +230,11 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
     scheduler: Any = FIFOScheduler()
     if given.objective == "select":
         trainable: Any = tune.with_resources(tune.with_parameters(trials.SelectTrial, job=job), {"CPU": 1})
-        together = given.parallel or max(1, _cores())
+        together = given.parallel or cluster_cores()
     else:
         trainable = tune.with_resources(tune.with_parameters(trials.student_trial, job=job), {"CPU": 0.1})
-        gpus = float(settings.cluster.workers) if use_gpu(settings) else 0.0
-        room = ray.cluster_resources()["GPU"] if gpus else _cores()
+        gpus = float(settings.cluster.workers) if use_gpu(settings.cluster.gpu) else 0.0
+        room = cluster_gpus() if gpus else cluster_cores()
         together = given.parallel or max(1, int(room // settings.cluster.workers))
         validations = -(-settings.train.steps // settings.train.checkpoint_every)
         if not given.label_count and validations > given.grace:
@@ -242,27 +246,27 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
                 grace_period=given.grace,
                 reduction_factor=given.reduction,
             )
-    sampler, kept = _study(settings, space, ledger)
+    sampler, kept = _study(settings, space, log)
     names = _metrics(settings)
     algorithm = OptunaSearch(
-        space=Suggest(space, [trial.values for trial in ledger.done()]),
+        space=Suggest(space, [trial.values for trial in log.done()]),
         metric=names if len(names) > 1 else names[0],
         mode=["max"] * len(names) if len(names) > 1 else "max",
-        points_to_evaluate=_first_points(settings, space, ledger),
+        points_to_evaluate=_first_points(settings, space, log),
         sampler=sampler,
         study_name="sweep",
         storage=kept,
     )
     watch = trials.Watch(
         settings,
-        _wanted(settings, space),
+        wanted_trials(settings, space),
         space.present(settings),
-        ledger,
-        lambda: write_page(run, settings, ledger),
+        log,
+        lambda: page(run, settings, log, None),
         _PAGE_EVERY,
     )
-    hours_left = None if given.max_hours is None else max(0.0, given.max_hours - ledger.hours)
-    spent = sum(trial.seconds for trial in ledger.done()) * gpus / 3600
+    hours_left = None if given.max_hours is None else max(0.0, given.max_hours - log.hours)
+    spent = sum(trial.seconds for trial in log.done()) * gpus / 3600
     observe.say(
         f"{settings.name}: {left} trials, {together} at a time; live page: {storage.join(run, 'dashboard.html')}; "
         f"tensorboard --logdir {storage.join(run, 'tune')}",
@@ -280,7 +284,7 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
             reuse_actors=given.objective == "select",
         ),
         run_config=tune.RunConfig(
-            # A name for every session: what was done before is in the ledger, not in Tune's state.
+            # Each session has a name of its own: earlier results are in the trial log, not in Tune's state.
             name=time.strftime("%Y%m%d-%H%M%S"),
             **storage.for_ray(storage.join(run, "tune")),
             callbacks=[watch],
@@ -291,40 +295,26 @@ def _tune(settings: Settings, space: Space, ledger: Ledger, run: str, search_par
     watch.close()
 
 
-def _cores() -> int:
-    """CPUs for trials: a local Ray counts more than the machine has."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    here = os.cpu_count() or 1
-    return here if len(nodes) == 1 else int(ray.cluster_resources().get("CPU", 1))
-
-
-def student_folder(run: str, values: Mapping[str, Any], copy: int) -> str:
-    """Where the student of these values trains: named by them, so that a trial begun before a kill goes on."""
-    return storage.join(run, "students", named(values, copy))
-
-
 # ----------------------------------------------------------------------------------------------------------------- verdict
 
 
 def _judge(
     settings: Settings,
     space: Space,
-    ledger: Ledger,
+    log: TrialLog,
     best: Trial,
     parts: _Parts,
     run: str,
     search_part: str,
     config: str | None,
 ) -> dict[str, Any]:
-    """The winner and the present settings on the images that no trial saw."""
+    """Compare the winner with the present settings on the images that no trial saw."""
     present = space.present(settings)
     if settings.search.objective == "select":
         assert settings.search.predictions is not None
         labels = StoredLabels.read(settings.search.predictions, parts.held_out.records, settings.evaluate)
         (found, found_counts), (default, default_counts) = (
-            labels.measure(with_overrides(settings, dict(values), "search.space").label) for values in (best.values, present)
+            labels.score(with_overrides(settings, dict(values), "search.space").label) for values in (best.values, present)
         )
     else:
         found_counts, default_counts = _students(settings, parts, run, search_part, best, present)
@@ -333,19 +323,19 @@ def _judge(
     path = storage.join(run, "best.yaml")
     _write_best(path, settings, best.values, config)
     return {
-        "trials": {state: sum(t.state == state for t in ledger.trials) for state in ("finished", "stopped", "broken")},
+        "trials": {state: sum(t.state == state for t in log.trials) for state in ("finished", "stopped", "broken")},
         "best": {"trial": best.number, "values": best.values, "search_part": best.metrics, "held_out": found},
         "default": {"values": present, "held_out": default},
         "images": {"search": len(parts.search), "held_out": len(parts.held_out)},
         "bootstrap": verdict(found_counts, default_counts, settings.search.seed),
-        "hours": round(ledger.hours, 3),
-        "front": sorted(ledger.front()) if settings.search.label_count else [],
+        "hours": round(log.hours, 3),
+        "front": sorted(log.front()) if settings.search.label_count else [],
         "next": _next(job, path, settings.name),
     }
 
 
 def _next(job: str, path: str, name: str) -> str:
-    """The command that goes on with the winner. Recipes are read from disk only."""
+    """The command that uses the winner. Recipes are read only from disk."""
     fetch = f"fetch {path}, then " if storage.is_remote(path) else ""
     return f"{fetch}python jobs/{job} --config {path.rsplit('/', 1)[-1] if fetch else path} name={name}-best"
 
@@ -353,11 +343,10 @@ def _next(job: str, path: str, name: str) -> str:
 def _students(
     settings: Settings, parts: _Parts, run: str, search_part: str, best: Trial, present: Mapping[str, Any]
 ) -> tuple[Counts, Counts]:
-    """Counts of the winner's student and of the present settings', trained to the end, on the held-out images.
+    """Counts on the held-out images of two students trained to their end: the winner's and that of the present settings.
 
-    Each one's score threshold is the best on the search part, as its last validation there found it.
+    Each is counted at the score threshold that its last validation found best on the search part.
     """
-    from i3cl.labelling.predict import predict
     from i3cl.search import trials
 
     connect()
@@ -369,15 +358,19 @@ def _students(
             train_student(values, trials.for_student(settings, search_part), folder, ())
         thresholds[name] = student_metrics(folder)["threshold"]
         checkpoints[name] = storage.join(folder, "student", "best")
-    predictions = predict(parts.held_out, checkpoints, settings, storage.join(run, "held_out"), "held-out images")
+    out = storage.join(run, "held_out")
+    predictions = score_checkpoints(parts.held_out, checkpoints, settings, out, "held-out images", AS_TRAINED).predictions
     first, second = (
-        measure_student(name, predictions, parts.held_out.records, settings, thresholds[name]) for name in ("best", "default")
+        student_counts(name, predictions, parts.held_out.records, settings, thresholds[name]) for name in ("best", "default")
     )
     return first, second
 
 
 def _write_best(path: str, settings: Settings, values: Mapping[str, Any], config: str | None) -> None:
-    """The winner's values as a recipe that extends the sweep's own, or, where that is no neighbour on disk, as a whole recipe."""
+    """Write the winner's values as a recipe.
+
+    It extends the sweep's own recipe; on S3, where that cannot be reached, it is a whole recipe.
+    """
     tree: dict[str, Any] = {}
     for key, value in values.items():
         branch = tree

@@ -1,8 +1,9 @@
-"""The Ray Tune side of a trial, and what the driver does as trials report."""
+"""The trials as Ray Tune runs them, and what the driver does when they report."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from ray import tune
 
 from i3cl import observe
 from i3cl.config import Settings, with_overrides
-from i3cl.runtime.pace import duration
-from i3cl.search.ledger import Ledger, Trial
+from i3cl.runtime.pace import Pace
 from i3cl.search.space import COPY, SHARE
+from i3cl.search.trial_log import Trial, TrialLog
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def values_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class SelectTrial(tune.Trainable):
-    """Reads the stored predictions once and answers for one setting after the other; the actor is used again."""
+    """Reads the stored predictions once and scores one choice of settings after the other: Tune uses the actor again."""
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # by tune.with_parameters
         from i3cl.data.formats.coco import read_coco
@@ -52,7 +53,7 @@ class SelectTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         settings = with_overrides(self.job.settings, values_of(self.config), "search.space")
-        metrics, _ = self.labels.measure(settings.label)
+        metrics, _ = self.labels.score(settings.label)
         return {**metrics, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -63,11 +64,10 @@ class SelectTrial(tune.Trainable):
 
 
 def student_trial(config: dict[str, Any], job: Job) -> None:
-    """One student, a Ray Train run of its own, whose validations are this trial's reports."""
+    """One student: a Ray Train run of its own, whose validations are this trial's reports."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from i3cl.search.objectives import train_student
-    from i3cl.search.sweep import student_folder
+    from i3cl.search.objectives import student_folder, train_student
 
     values = values_of(config)
     train_student(
@@ -83,7 +83,7 @@ def for_student(settings: Settings, search_part: str) -> Settings:
 
 
 class GpuHours(tune.Stopper):
-    """Ends the sweep when its trials have used `limit` GPU-hours (None: never), `spent` of them in sessions before."""
+    """Ends the sweep when its trials have used `limit` GPU-hours (None: never), `spent` of them in earlier sessions."""
 
     def __init__(self, limit: float | None, gpus: float, spent: float) -> None:
         self.limit, self.gpus, self.spent = limit, gpus, spent
@@ -99,24 +99,23 @@ class GpuHours(tune.Stopper):
 
 
 class Watch(tune.Callback):
-    """Keeps the ledger and the page up to date and prints a line a trial. Lives in the driver."""
+    """Keeps the trial log and the page up to date and prints a line for each trial. Lives in the driver."""
 
     def __init__(
         self,
         settings: Settings,
         wanted: int,
         present: dict[str, Any],
-        ledger: Ledger,
+        log: TrialLog,
         page: Callable[[], None],
         every: float,
     ) -> None:
         self.wanted = wanted
-        self.settings, self.present, self.ledger, self.page, self.every = settings, present, ledger, page, every
+        self.settings, self.present, self.log, self.page, self.every = settings, present, log, page, every
         self.trials: dict[str, Trial] = {}
         self.unexplained: list[tuple[Trial, Any]] = []
         self._shown = 0.0
-        self._started = time.monotonic()
-        self._before = len(ledger.done())
+        self._pace = Pace(wanted, done=len(log.done()))
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves its callbacks with its own state, which this sweep never reads.
@@ -140,11 +139,11 @@ class Watch(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._of(trial)
         row.state = "broken"
-        self.ledger.write()
+        self.log.write()
         self.unexplained.append((row, trial))
 
     def _explain(self) -> None:
-        """Give broken trials their reason: Tune writes it down after it has told the callbacks."""
+        """Give broken trials their reason, which Tune writes to a file after it has called the callbacks."""
         for row, trial in list(self.unexplained):
             if trial.error_file and os.path.isfile(trial.error_file):
                 with open(trial.error_file, encoding="utf-8") as file:
@@ -159,42 +158,40 @@ class Watch(tune.Callback):
             self.page()
 
     def close(self) -> None:
-        """The last state, after the last trial. What the budget cut off is stopped."""
+        """Write the last state, after the last trial. Trials that the budget interrupted count as stopped."""
         self._explain()
-        for row in self.ledger.trials:
+        for row in self.log.trials:
             if row.state == "running" and row in self.trials.values():
                 row.state = "stopped"
-        self.ledger.write()
+        self.log.write()
 
     def _of(self, trial: Any) -> Trial:
         if trial.trial_id not in self.trials:
             found = values_of(trial.config)
-            # Tune hands them back in an order of its own.
+            # Tune returns them in another order.
             values = {key: found[key] for key in self.present}
-            self.trials[trial.trial_id] = self.ledger.begin(values, values == self.present, trial.config[COPY])
-            self.ledger.write()
+            self.trials[trial.trial_id] = self.log.begin(values, values == self.present, trial.config[COPY])
+            self.log.write()
             self._count()
         return self.trials[trial.trial_id]
 
     def _count(self) -> None:
-        best = self.ledger.best()
-        states = [trial.state for trial in self.ledger.trials]
+        best = self.log.best()
+        states = [trial.state for trial in self.log.trials]
         observe.search(states, best.metrics["hmean"] if best else None)
 
     def _over(self, row: Trial) -> None:
-        self.ledger.write()
+        self.log.write()
         self._count()
-        done = len(self.ledger.done())
-        pace = (time.monotonic() - self._started) / max(1, done - self._before)
-        left = max(0, self.wanted - done)
-        best = self.ledger.best()
+        self._pace.done = done = len(self.log.done())
+        best = self.log.best()
         result = f"F {row.metrics['hmean']:.4f}" if row.metrics else row.reason
         values = " ".join(f"{_last(k)}={v:.3g}" if isinstance(v, float) else f"{_last(k)}={v}" for k, v in row.values.items())
         shown = f"best F {best.metrics['hmean']:.4f} (trial {best.number})" if best else "none finished"
         numbers: dict[str, Any] = {"trial": row.number, "state": row.state, "done": done, "total": self.wanted, **row.metrics}
         observe.say(
             f"{self.settings.name}: trial {row.number} {row.state}: {result}  {values}  "
-            f"[{done}/{self.wanted}, {shown}, {duration(pace * left)} left]",
+            f"[{done}/{self.wanted}, {shown}, {self._pace.left()}]",
             stage="search",
             **numbers,
         )
@@ -211,5 +208,5 @@ def _reason(text: str) -> str:
     """The last line of a traceback that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "no reason given"
-    # A user's mistake speaks for itself; of other errors the kind matters too.
-    return last.removeprefix("i3cl.config.SettingsError: ").removeprefix("i3cl.config.UserError: ")[:400]
+    # A user's mistake needs no name of a class; of other errors the class says something too.
+    return re.sub(r"^i3cl\.errors\.\w+: ", "", last)[:400]

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from i3cl import observe, storage
-from i3cl.config import Settings, to_yaml, with_overrides
+from i3cl.claims import claim_run
+from i3cl.config import Settings, with_overrides
 from i3cl.data.loading.ingest import mix, read_source
 from i3cl.errors import UserError
 from i3cl.runtime.cluster import connect
-from i3cl.runtime.pace import duration
+from i3cl.runtime.pace import Pace
+from i3cl.runtime.resources import cluster_gpus, machine_cores, use_gpu
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -30,7 +28,7 @@ _RAY_TRAIN = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
 """Environment of the process that runs Ray Train's controller, where it is not set otherwise."""
-_IDENTITY = ("model", "data", "train", "evaluate")
+IDENTITY = ("model", "data", "train", "evaluate")
 """Sections of the settings that make two trainings the same one."""
 INITIAL = ("none", "timm", "package")
 """Values of model.backbone.weights that are no file."""
@@ -61,7 +59,7 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
     for settings in todo:
         _check_data(settings)
     for settings in runs:
-        claim(_run(settings), settings, _IDENTITY)
+        claim_run(_run(settings), settings, IDENTITY)
     if todo:
         connect()
         import ray
@@ -142,30 +140,20 @@ def _check_start(settings: Settings) -> None:
     raise UserError(f"train.start_from: the run {name} {state} ({start} is not there); first train it: {command}")
 
 
-def use_gpu(settings: Settings) -> bool:
-    """Whether training workers take GPUs, on the cluster that this process has joined."""
-    import ray
-
-    gpu = settings.cluster.gpu
-    return ray.cluster_resources().get("GPU", 0) > 0 if gpu == "auto" else gpu
-
-
 def _together(runs: list[Settings]) -> int:
     """How many of the runs train at the same time."""
-    import ray
-
     cluster = runs[0].cluster
     if cluster.parallel_runs:
         return cluster.parallel_runs
-    room = ray.cluster_resources().get("GPU", 0) if use_gpu(runs[0]) else os.cpu_count() or 1
+    room = cluster_gpus() if use_gpu(cluster.gpu) else machine_cores()
     return int(min(len(runs), max(1, room // cluster.workers)))
 
 
 def _with_threads(settings: Settings, together: int) -> Settings:
     """Runs that share a machine's cores must not each take all of them."""
-    if settings.cluster.threads or use_gpu(settings):
+    if settings.cluster.threads or use_gpu(settings.cluster.gpu):
         return settings
-    threads = max(1, (os.cpu_count() or 1) // (settings.cluster.workers * together))
+    threads = max(1, machine_cores() // (settings.cluster.workers * together))
     return settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"threads": threads})})
 
 
@@ -224,7 +212,7 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
     for key, value in _RAY_TRAIN.items():
         os.environ.setdefault(key, value)
     run = _run(settings)
-    on_gpu = use_gpu(settings)
+    on_gpu = use_gpu(cluster.gpu)
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # its return value is read below
         train_loop_config={"settings": settings.model_dump(mode="json"), "run": run},
@@ -247,35 +235,6 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
     )
 
 
-def claim(run: str, settings: Settings, sections: tuple[str, ...]) -> None:
-    """Write the settings into a new run directory; UserError for one that was begun with others in these sections."""
-    path = storage.join(run, "settings.yaml")
-    if not storage.exists(path):
-        storage.write_text_atomic(path, to_yaml(settings))
-        return
-    # Through the tree, so that a setting which is newer than that run counts with its default.
-    try:
-        there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
-    except (yaml.YAMLError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: holds no settings ({reason}); give another name=… or remove it") from None
-    here = settings.model_dump(mode="json")
-    for section in sections:
-        difference = _first_difference(there.get(section), here[section], section)
-        if difference:
-            raise UserError(f"{run}: holds a run with other settings ({difference}); give another name=… or remove it")
-
-
-def _first_difference(there: Any, here: Any, key: str) -> str | None:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in {**there, **here}:
-            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}")
-            if found:
-                return found
-        return None
-    return None if there == here else f"{key}: {there!r} there, {here!r} here"
-
-
 class Progress:
     """Prints the rows of a run's metrics file as they come, from a thread, with the time left."""
 
@@ -288,7 +247,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._seen = 0
-        self._started: tuple[float, int] | None = None
+        self._pace: Pace | None = None
 
     def __enter__(self) -> Progress:
         observe.say(f"{self.name}: starting training workers", **self.where)
@@ -317,16 +276,15 @@ class Progress:
             if "loss" in row:
                 self._print(row)
             self._seen = max(self._seen, row["step"])
-        # After the first rows, which may all be of an earlier session and would make the pace look endless.
-        if fresh and self._started is None:
-            self._started = (time.monotonic(), self._seen)
+        # Only now: the first rows may all be of an earlier session and would make the run look much too fast.
+        if fresh and self._pace is None:
+            self._pace = Pace(0, done=self._seen)
 
     def _print(self, row: dict[str, Any]) -> None:
-        now = time.monotonic()
         left = ""
-        if self._started and row["step"] > self._started[1]:
-            pace = (now - self._started[0]) / (row["step"] - self._started[1])
-            left = f"  {duration(pace * (row['steps'] - row['step']))} left"
+        if self._pace is not None:
+            self._pace.done, self._pace.total = row["step"], row["steps"]
+            left = f"  {self._pace.left()}".rstrip()
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
         observe.say(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import socket
 import tempfile
@@ -32,9 +31,11 @@ from i3cl.data.loading.ingest import mix, read_source, training_batches
 from i3cl.data.loading.transforms import Sample, to_target
 from i3cl.errors import UserError
 from i3cl.evaluation.metrics.iou import IouMetric, mark_small
-from i3cl.inference.predictor import detect_records
+from i3cl.inference.device import autocast
+from i3cl.inference.predictor import Predictor
 from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
+from i3cl.runtime.resources import machine_cores
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 REMOTE_EVERY = 30.0
@@ -67,7 +68,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
-    threads = settings.cluster.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    threads = settings.cluster.threads or max(1, machine_cores() // context.get_local_world_size())
     torch.set_num_threads(threads)
     torch.manual_seed(settings.train.seed)
 
@@ -227,8 +228,6 @@ class Trainer:
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
             self.steps = math.ceil(settings.train.epochs * self.mixture.epoch_images / self.images_per_step)
-        wanted = settings.train.precision
-        self.half = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
         self.validation = None
         if settings.data.validation is not None:
             records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad, check_files=False)
@@ -373,7 +372,7 @@ class Trainer:
         torch.manual_seed((self.settings.train.seed * 1_000_003 + self.step) * 4099 + share)
         images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
         targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
-        with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", torch.bfloat16) if self.half else nullcontext():
+        with autocast(self.settings.train.precision, self.device, training=True):
             return self.parallel(images, targets)
 
     def _move(self, value: Any) -> Any:
@@ -411,7 +410,7 @@ class Trainer:
         records, root = self.validation
         self._share_statistics()
         found = []
-        for record, detections in detect_records(self._best_model(), records, root, self.settings):
+        for record, detections in Predictor(self._best_model(), self.settings).detect_records(records, root):
             found.append(
                 (
                     record.id,

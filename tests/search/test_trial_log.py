@@ -3,17 +3,17 @@ import pytest
 
 from i3cl.config import EvaluateSettings
 from i3cl.data.formats.records import ImageRecord, Instance
-from i3cl.search.ledger import Ledger
 from i3cl.search.objectives import count, scores, verdict
+from i3cl.search.trial_log import TrialLog
 
 
-def test_a_ledger_comes_back_as_it_was_written(tmp_path):
-    ledger = Ledger(str(tmp_path))
-    first = ledger.begin({"a": 0.5, "b": True}, present=True)
+def test_a_log_comes_back_as_it_was_written(tmp_path):
+    log = TrialLog(str(tmp_path))
+    first = log.begin({"a": 0.5, "b": True}, present=True)
     first.metrics, first.state, first.curve = {"hmean": 0.4, "labels": 7.0}, "finished", [(10, 0.3), (20, 0.4)]
-    running = ledger.begin({"a": 0.7, "b": False}, present=False)
-    ledger.write()
-    again = Ledger(str(tmp_path))
+    running = log.begin({"a": 0.7, "b": False}, present=False)
+    log.write()
+    again = TrialLog(str(tmp_path))
     assert again.trials == [first, running]
     assert again.done() == [first] and again.best() == first
     assert again.begin({"a": 0.7, "b": False}, present=False).number == 2, "a trial cut off by a kill goes on"
@@ -22,20 +22,20 @@ def test_a_ledger_comes_back_as_it_was_written(tmp_path):
 
 
 def test_best_and_front(tmp_path):
-    ledger = Ledger(str(tmp_path))
+    log = TrialLog(str(tmp_path))
     for number, (f, labels, state) in enumerate(
         [(0.5, 10, "finished"), (0.6, 5, "finished"), (0.5, 5, "finished"), (0.9, 99, "stopped"), (0.6, 5, "finished")]
     ):
-        trial = ledger.begin({"a": number}, present=False)
+        trial = log.begin({"a": number}, present=False)
         trial.metrics, trial.state = {"hmean": f, "labels": labels}, state
-    ledger.begin({"a": 9}, present=False).state = "broken"
-    best = ledger.best()
+    log.begin({"a": 9}, present=False).state = "broken"
+    best = log.best()
     assert best is not None and best.number == 2, "of equal ones the first, and none that was stopped early"
-    assert ledger.front() == {1, 2, 5}
+    assert log.front() == {1, 2, 5}
 
 
 def test_no_trial_is_best_of_none(tmp_path):
-    assert Ledger(str(tmp_path)).best() is None
+    assert TrialLog(str(tmp_path)).best() is None
 
 
 def test_the_verdict_sees_a_difference_and_its_absence():

@@ -1,4 +1,4 @@
-"""What became of every trial: one JSON file, written whole at each change, from which a killed sweep continues."""
+"""What happened to every trial: one JSON file, written whole at each change, from which a killed sweep continues."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ State = Literal["running", "finished", "stopped", "broken"]
 
 @dataclass
 class Trial:
-    """One setting of the sweep and what it gave."""
+    """One choice of settings and its result."""
 
     number: int
     """From 1, in the order of their start."""
     values: dict[str, Any]
     """Settings key -> value."""
     state: State = "running"
-    """stopped: given up by ASHA or by the budget before its last validation. broken: see `reason`."""
+    """stopped: ended by ASHA or by the budget before its last validation. broken: see `reason`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of its last report: hmean, recall, precision, labels, ..."""
+    """Those of the last report: hmean, recall, precision, labels, ..."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, hmean) of every report."""
     seconds: float = 0.0
@@ -35,8 +35,8 @@ class Trial:
     """How many trials before it have the same values."""
 
 
-class Ledger:
-    """The trials of a sweep in <run>/trials.json, and the hours that it has taken over all its sessions."""
+class TrialLog:
+    """The trials of a sweep in <run>/trials.json, and the hours that the sweep has taken over all its sessions."""
 
     def __init__(self, run: str) -> None:
         self.path = storage.join(run, "trials.json")
@@ -50,11 +50,11 @@ class Ledger:
 
     @property
     def hours(self) -> float:
-        """Wall clock of this session and the ones before it."""
+        """Wall-clock hours of this session and all before it."""
         return self._before + (time.monotonic() - self._started) / 3600
 
     def begin(self, values: Mapping[str, Any], present: bool, copy: int = 0) -> Trial:
-        """The trial of these values: one that a killed session left running, or a new one."""
+        """The trial of these values: the one that a killed session left running, or a new one."""
         for trial in self.trials:
             if trial.state == "running" and trial.values == dict(values) and trial.copy == copy:
                 return trial
@@ -63,7 +63,7 @@ class Ledger:
         return trial
 
     def write(self) -> None:
-        """Put the file in place."""
+        """Write the file."""
         content = {"hours": round(self.hours, 5), "trials": [asdict(trial) for trial in self.trials]}
         storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
 
@@ -72,16 +72,16 @@ class Ledger:
         return [trial for trial in self.trials if trial.state != "running"]
 
     def measured(self) -> list[Trial]:
-        """Trials that reported an hmean, the broken ones left out."""
+        """Trials that reported an hmean, without the broken ones."""
         return [t for t in self.trials if t.state != "broken" and "hmean" in t.metrics]
 
     def best(self) -> Trial | None:
-        """The trial with the highest hmean among those that finished; of equal ones the first."""
+        """The finished trial with the highest hmean; the first of equal ones."""
         finished = [t for t in self.measured() if t.state == "finished"]
         return max(finished, key=lambda t: (t.metrics["hmean"], -t.number), default=None)
 
     def front(self) -> set[int]:
-        """Numbers of the finished trials that no other beats in both hmean and labels."""
+        """Numbers of the finished trials on the Pareto front of hmean and labels."""
         points = [(t.metrics["hmean"], t.metrics.get("labels", 0.0), t.number) for t in self.measured() if t.state == "finished"]
         return {
             number

@@ -1,0 +1,154 @@
+"""Which job a folder belongs to: what it was begun with is written into it, and anything else is refused.
+
+A run directory holds `settings.yaml`, and `annotations.json` with a hash of the content of every annotation file that the
+settings name, so that labels which were replaced under a run are noticed before it continues. Other folders hold one JSON file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from i3cl import storage
+from i3cl.config import Settings, SourceSettings, to_yaml
+from i3cl.errors import UserError
+
+_REMEDY = "give another name=… or remove the folder"
+_ANNOTATIONS = "annotations.json"
+_READ = 1 << 22
+"""Bytes hashed at a time."""
+
+
+def claim(path: str, identity: Mapping[str, Any], holds: str) -> None:
+    """Write `identity` into the new JSON file `path`, or compare it with the file that is there.
+
+    holds: what the folder then holds, for the message. UserError that names the first difference, or a file that is not JSON.
+    """
+    folder = path.rpartition("/")[0]
+    there = read(path)
+    if there is None:
+        storage.write_text_atomic(path, json.dumps(identity, indent=1) + "\n")
+        return
+    difference = first_difference(there, json.loads(json.dumps(identity)))
+    if difference:
+        raise UserError(f"{folder}: holds {holds} ({difference}); {_REMEDY}")
+
+
+def read(path: str) -> Any:
+    """What was claimed in the JSON file `path`; None when it is not there. UserError when it is damaged."""
+    if not storage.exists(path):
+        return None
+    try:
+        return json.loads(storage.read_text(path))
+    except json.JSONDecodeError:
+        raise UserError(f"{path}: damaged; remove the folder and give the command again") from None
+
+
+def claim_run(run: str, settings: Settings, sections: Sequence[str]) -> None:
+    """Write settings and hashes of their annotation files into a new run directory, or compare them with what is there.
+
+    sections: of the settings, which must be the same when the run continues, and whose annotation files must be. UserError that
+    names the first difference. An annotation file that is not there is not compared: whoever needs it names it.
+    """
+    _claim_settings(run, settings, sections)
+    path = storage.join(run, _ANNOTATIONS)
+    there = read(path) or {}
+    here: dict[str, Any] = {}
+    for key, url in _annotation_files(settings, sections):
+        before = there.get(key)
+        now = _version(url)
+        if before is not None and (now is None or now == before["version"]):
+            here[key] = before
+            continue
+        if now is None:
+            continue
+        here[key] = {"file": url, "version": now, "sha256": content_hash(url)}
+        if before is not None and before["sha256"] != here[key]["sha256"]:
+            raise UserError(
+                f"{run}: was begun with other labels: {url} ({key}) has changed since; put the earlier file back, {_REMEDY}"
+            )
+    if here != there:
+        storage.write_text_atomic(path, json.dumps(here, indent=1) + "\n")
+
+
+def first_difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first key in which two trees differ, with both values, in words; None when they are equal."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            found = first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key}: {_short(there)} there, {_short(here)} here"
+
+
+def content_hash(url: str) -> str:
+    """SHA-256 of an annotation file's content: of a json, or of a Parquet folder's parts in the order of their names."""
+    digest = hashlib.sha256()
+    for part in _parts(url):
+        if part != url:
+            digest.update(part.rpartition("/")[2].encode() + b"\0")
+        with storage.open_read(part) as stream:
+            while data := stream.read(_READ):
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def _claim_settings(run: str, settings: Settings, sections: Sequence[str]) -> None:
+    path = storage.join(run, "settings.yaml")
+    if not storage.exists(path):
+        storage.write_text_atomic(path, to_yaml(settings))
+        return
+    # Through the tree, so that a setting which is newer than that run counts with its default.
+    try:
+        there = Settings.model_validate(yaml.safe_load(storage.read_text(path))).model_dump(mode="json")
+    except (yaml.YAMLError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a settings file ({reason}); {_REMEDY}") from None
+    here = settings.model_dump(mode="json")
+    for section in sections:
+        difference = first_difference(there.get(section), here[section], section)
+        if difference:
+            raise UserError(f"{run}: holds a run with other settings ({difference}); {_REMEDY}")
+
+
+def _annotation_files(settings: Settings, sections: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(settings key, path) of every annotation file that the sections name."""
+    sources: dict[str, SourceSettings | None] = {}
+    if "data" in sections:
+        sources |= {f"data.train.{number}.annotations": source for number, source in enumerate(settings.data.train)}
+        sources["data.validation.annotations"] = settings.data.validation
+    if "label" in sections:
+        sources["label.source.annotations"] = settings.label.source
+    if "selftrain" in sections:
+        sources["selftrain.unlabelled_truth.annotations"] = settings.selftrain.unlabelled_truth
+    for key, source in sources.items():
+        if source is not None:
+            yield key, storage.absolute(storage.join(settings.data_root, source.annotations))
+
+
+def _parts(url: str) -> list[str]:
+    """The file itself, or the Parquet parts of a folder. What begins with _ or . is not data."""
+    if storage.is_file(url):
+        return [url]
+    return [storage.join(url, name) for name in storage.list_dir(url) if name.endswith(".parquet") and name[0] not in "._"]
+
+
+def _version(url: str) -> str | None:
+    """Something that changes whenever the content may have; None when there is nothing. Much cheaper than the hash."""
+    with ThreadPoolExecutor(16) as pool:
+        versions = list(pool.map(storage.version, _parts(url)))
+    return "; ".join(str(version) for version in versions) or None
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,48 @@
+"""On which device a network runs and with which precision: the only place that decides either."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+from i3cl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def choose_device(gpu: bool | Literal["auto"] = "auto") -> str:
+    """'cuda' or 'cpu', for a network in this process, by the setting cluster.gpu.
+
+    With `false` a GPU that is visible is not even asked for. UserError for `true` without a GPU.
+    """
+    if gpu is False:
+        return "cpu"
+    import torch
+
+    found = torch.cuda.is_available()
+    if gpu is True and not found:
+        raise UserError("cluster.gpu: true, but this machine has no GPU that torch can use; set cluster.gpu=auto")
+    return "cuda" if found else "cpu"
+
+
+def half_precision(precision: Precision, device: str | torch.device, training: bool = False) -> bool:
+    """Whether the setting train.precision means bfloat16 on this device.
+
+    On a GPU always, unless it is float32. On a CPU only in training, and only when bfloat16 is asked for by name: prediction
+    gains nothing by it there.
+    """
+    if str(device).startswith("cuda"):
+        return precision != "float32"
+    return training and precision == "bfloat16"
+
+
+def autocast(precision: Precision, device: str | torch.device, training: bool = False) -> AbstractContextManager[object]:
+    """The context in which a network runs: bfloat16 where `half_precision` says so, otherwise nothing."""
+    if not half_precision(precision, device, training):
+        return nullcontext()
+    import torch
+
+    return torch.autocast(str(device).partition(":")[0], torch.bfloat16)

@@ -1,0 +1,92 @@
+"""What a checkpoint's own recipe says about prediction, and what the user puts in its place.
+
+The three keys of `TEST_SIZE` that a recipe or command line gives count for every checkpoint; each one that is not given comes
+from the checkpoint's own recipe. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from i3cl import storage
+from i3cl.config import Settings, load_settings
+from i3cl.data.loading.images import test_scale
+from i3cl.errors import UserError
+
+TEST_SIZE = ("data.test_short_side", "data.test_long_side", "data.test_upscale")
+"""Settings keys that say how large the network sees an image."""
+Given = Mapping[str, Any]
+"""Some of the keys of `TEST_SIZE` -> the values that take the place of the checkpoint's own."""
+AS_TRAINED: Given = {}
+"""Every checkpoint at its own test size: for models that this run has trained, whose recipes hold all that was given."""
+
+
+@dataclass(frozen=True)
+class TestSize:
+    """How an image is scaled for the network."""
+
+    __test__ = False  # the name is the field's, but it is not a test
+
+    short_side: int
+    """Pixels; the short side is at most this ..."""
+    long_side: int
+    """... and the long side at most this; the smaller ratio counts."""
+    upscale: bool
+    """Whether images that are smaller are enlarged."""
+
+    def scale(self, height: int, width: int, short_side: int | None = None) -> float:
+        """Factor for an image of height x width pixels; short_side: of a view, in place of this size's own."""
+        return test_scale(height, width, short_side or self.short_side, self.long_side, self.upscale)
+
+    def __str__(self) -> str:
+        return f"{self.short_side}/{self.long_side}" + ("" if self.upscale else " without enlarging")
+
+
+def recipe_of(checkpoint: str) -> Settings:
+    """The settings of a checkpoint directory, local or s3://. UserError when it is not one."""
+    file = storage.join(checkpoint, "settings.yaml")
+    if not storage.is_file(file):
+        raise UserError(f"{checkpoint}: not a checkpoint directory (it has no settings.yaml); give one that train.py wrote")
+    with storage.local_copy(file) as path:
+        return load_settings(path)
+
+
+def given_size(settings: Settings) -> Given:
+    """The keys of `TEST_SIZE` that the recipe or the command line gives, with their values."""
+    names = [key.removeprefix("data.") for key in TEST_SIZE]
+    return {f"data.{name}": getattr(settings.data, name) for name in names if name in settings.data.model_fields_set}
+
+
+def test_size(recipe: Settings, given: Given = AS_TRAINED) -> TestSize:
+    """The size at which a checkpoint of this recipe sees images."""
+    return TestSize(*(given.get(key, getattr(recipe.data, key.removeprefix("data."))) for key in TEST_SIZE))
+
+
+test_size.__test__ = False  # type: ignore[attr-defined]
+
+
+def effective(recipes: Mapping[str, Settings], given: Given) -> Given:
+    """Those of `given` that differ from what at least one of the recipes says."""
+    return {
+        key: value
+        for key, value in given.items()
+        if any(getattr(recipe.data, key.removeprefix("data.")) != value for recipe in recipes.values())
+    }
+
+
+def describe_sizes(recipes: Mapping[str, Settings], given: Given) -> str:
+    """One line for people: the test size of every member and where it comes from.
+
+    'test size 640/1024 from the checkpoint', 'test size a 320/1024, b 320/1333 (data.test_short_side as given, the rest from the
+    checkpoints)'.
+    """
+    sizes = {name: str(test_size(recipe, given)) for name, recipe in recipes.items()}
+    same = len(set(sizes.values())) == 1
+    text = next(iter(sizes.values())) if same else ", ".join(f"{name} {size}" for name, size in sizes.items())
+    source = "the checkpoint" if len(recipes) == 1 else "the checkpoints"
+    if not given:
+        return f"test size {text} from {source}"
+    rest = "" if len(given) == len(TEST_SIZE) else f", the rest from {source}"
+    return f"test size {text} ({', '.join(given)} as given{rest})"
