@@ -18,7 +18,7 @@ from i3cl.config import Settings, with_overrides
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.score import measure
+from i3cl.evaluation.metrics.model_score import score_predictions
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, with_pseudo_labels
 from i3cl.training.launch import claim, train_all
@@ -66,7 +66,7 @@ def ablation(variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str
         out = storage.join(run, "predictions", f"validation-{seed}")
         found = predict(validation, members, base, out, f"evaluation, seed {seed}")
         for name in variants:
-            score = measure(name, validation.records, member_predictions(found, name), base.evaluate).score
+            score = score_predictions(name, validation.records, member_predictions(found, name), base.evaluate).score
             scores[name].append({"seed": seed, **{k: v for k, v in asdict(score).items() if k != "name"}})
     summary = {
         "steps": base.train.steps,

@@ -18,7 +18,7 @@ from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.score import Measured, Score, measure
+from i3cl.evaluation.metrics.model_score import Measured, Score, score_predictions
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, with_pseudo_labels
 from i3cl.runtime.pace import duration
@@ -99,7 +99,8 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     with stages("evaluation"):
         found = predict(validation, models, settings, storage.join(run, "predictions", "validation"), "evaluation")
         measured = {
-            name: measure(name, validation.records, member_predictions(found, name), settings.evaluate) for name in models
+            name: score_predictions(name, validation.records, member_predictions(found, name), settings.evaluate)
+            for name in models
         }
         for name, each in measured.items():
             _show(name, each.score)
@@ -114,7 +115,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             name = _control_name(settings)
             folder = storage.join(run, "predictions", "control")
             own = predict(validation, {name: control.checkpoint}, settings, folder, "control")
-            control_measured = measure(name, validation.records, member_predictions(own, name), settings.evaluate)
+            control_measured = score_predictions(name, validation.records, member_predictions(own, name), settings.evaluate)
             _show(name, control_measured.score)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
@@ -197,7 +198,7 @@ def _more_rounds(
             name = circle.student.name
             out = storage.join(folder, "predictions", "validation")
             found = predict(validation, {name: student.checkpoint}, own, out, f"evaluation of round {number}")
-            score = measure(name, validation.records, member_predictions(found, name), own.evaluate).score
+            score = score_predictions(name, validation.records, member_predictions(found, name), own.evaluate).score
             _show(f"{name}-{number}", score)
         rows.append(
             _brief(score)
@@ -222,7 +223,7 @@ def _measure_labels(truth: Dataset, labels: Dataset, settings: Settings) -> Meas
     for record in labels.records:
         kept = [i for i in record.instances if not i.ignore]
         found[record.id] = ([i.polygon for i in kept], np.array([i.score for i in kept], np.float32))
-    return measure("pseudo labels", truth.records, found, settings.evaluate.model_copy(update={"score_threshold": 0.0}))
+    return score_predictions("pseudo labels", truth.records, found, settings.evaluate.model_copy(update={"score_threshold": 0.0}))
 
 
 def use_synthetic(settings: Settings, folder: str) -> Settings:

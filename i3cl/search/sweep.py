@@ -19,7 +19,7 @@ from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.data.loading.ingest import read_source
 from i3cl.data.tools.splits import split_of
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.protocols import Counts
+from i3cl.evaluation.metrics.metric import Counts
 from i3cl.runtime.cluster import connect
 from i3cl.search.ledger import Ledger, Trial
 from i3cl.search.objectives import (
