@@ -17,7 +17,7 @@ from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.data.synthetic.recipe import use_synthetic
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.score import Measured, Score
+from i3cl.evaluation.metrics.model_score import Measured, Score
 from i3cl.inference.recipe import AS_TRAINED
 from i3cl.labelling.label import PseudoLabels, label_images, unlabelled_images
 from i3cl.labelling.pseudo import with_pseudo_labels

@@ -8,21 +8,110 @@ docs/evaluation.md lists protocols and formats.
 """
 
 import argparse
+import json
+import sys
+import time
+from dataclasses import fields
+from typing import Any
 
+from i3cl import storage
 from i3cl.cli.command_line import run
 from i3cl.config import Settings
 from i3cl.errors import UserError
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl.evaluation.command import evaluate_checkpoints, evaluate_files
-
     if options.truth or options.results:
         if not options.truth or not options.results:
             raise UserError("--truth and --results belong together: give both, or neither for a checkpoint")
-        evaluate_files(settings, options)
+        _files(settings, options)
     else:
-        evaluate_checkpoints(settings, options)
+        _checkpoints(settings, options)
+
+
+def _files(settings: Settings, options: argparse.Namespace) -> None:
+    """Scores --results against --truth by --protocol, prints, and writes --json and --report."""
+    from i3cl.evaluation.command import Options, check_over_ray, evaluate_files, evaluate_over_ray
+
+    given = {each.name: getattr(options, each.name) for each in fields(Options)}
+    asked = Options(**given | {"report": bool(options.report), "skip_bad": settings.data.skip_bad})
+    if options.ray:
+        check_over_ray(asked)
+        _connect()
+        result = evaluate_over_ray(asked, _Progress())
+    else:
+        result = evaluate_files(asked)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print("\n".join(result.lines))
+    _write_json(options.json, result.values)
+    if options.report and result.scored is not None:
+        from i3cl.report.evaluation import write_evaluation_report
+
+        write_evaluation_report(options.report, result.scored, result.values, result.rival, options.images)
+        print(f"report: {options.report}")
+
+
+def _connect() -> None:
+    from i3cl.runtime.cluster import connect, quiet
+
+    connect()
+    import ray
+
+    quiet(ray.data.DataContext.get_current())
+
+
+class _Progress:
+    """Prints every ten seconds how many parts are done, and at the end."""
+
+    def __init__(self) -> None:
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, done: int, every: int) -> None:
+        from i3cl.runtime.pace import duration
+
+        now = time.monotonic()
+        if now - self.said > 10 or done == every:
+            left = (now - self.started) / done * (every - done)
+            print(f"{done} of {every} parts, {duration(left)} left", flush=True)
+            self.said = now
+
+
+def _checkpoints(settings: Settings, options: argparse.Namespace) -> None:
+    """Scores label.members on data.validation by polygon IoU and COCO mask AP."""
+    from i3cl.data.formats.predictions import member_predictions
+    from i3cl.data.loading.ingest import read_source
+    from i3cl.evaluation.formats.table import check_image_sizes
+    from i3cl.evaluation.metrics.model_score import score_predictions
+    from i3cl.labelling.predict import predict
+
+    if settings.data.validation is None:
+        raise UserError(
+            "data.validation: names no labelled images; add {annotations: FILE.json, images: FOLDER}, "
+            "or score files with --truth and --results"
+        )
+    if not settings.label.members:
+        raise UserError("label.members: names no checkpoint; add label.members.NAME=CHECKPOINT_DIRECTORY")
+    truth = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+    out = storage.join(storage.absolute(settings.storage), settings.name, "predictions", "validation")
+    predictions = predict(truth, settings.label.members, settings, out, "evaluate")
+    check_image_sizes(predictions, truth.records)
+    result = {}
+    for name in settings.label.members:
+        score = score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate).score
+        result[name] = vars(score)
+        print(
+            f"{name}: R {score.recall:.4f}  P {score.precision:.4f}  F {score.hmean:.4f}  (short side >= "
+            f"{settings.evaluate.small_side:g} px: F {score.hmean_large:.4f})  mask AP50 {score.mask_ap50:.4f}"
+        )
+        print(f"  {score.rules}")
+    _write_json(options.json, result)
+
+
+def _write_json(path: str | None, values: dict[str, Any]) -> None:
+    if path:
+        storage.write_text_atomic(path, json.dumps(values, indent=1) + "\n")
+        print(f"numbers: {path}")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,91 +1,117 @@
-"""Evaluation of corpora that no process should hold: a Ray Data map over the truth's Parquet row groups.
+"""Evaluation of corpora that no process should hold: Ray tasks over the truth's Parquet row groups.
 
-A task reads some images' truth and their predictions and returns their per-image counts; the driver adds those up and never
-sees a polygon.
+The driver reads the image ids of both sides once and sees no polygon. A task reads the truth of some images and their
+predictions, from the parts that hold them, and returns nine totals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.data.formats import predictions
+from i3cl.data.formats.predictions import PREDICTION_SCHEMA, read_batches
 from i3cl.data.formats.records import IMAGE_SCHEMA, from_table
 from i3cl.errors import UserError
-from i3cl.evaluation.formats.read import (
-    Found,
-    found_of_row,
-    sample_of,
-    truth_of_record,
-)
-from i3cl.evaluation.metrics.batch import measure
-from i3cl.evaluation.metrics.protocols import Counts, Rules
+from i3cl.evaluation.formats.coco import truth_of_record
+from i3cl.evaluation.formats.files import parts_of
+from i3cl.evaluation.formats.pairing import image_of
+from i3cl.evaluation.formats.sets import ImageDetections
+from i3cl.evaluation.formats.table import chosen_member, detections_of_row, unfinished
+from i3cl.evaluation.metrics.batch import measure_polygons
+from i3cl.evaluation.metrics.metric import COLUMNS, Counts, DetectionMetric, Summary, summarise
+from i3cl.evaluation.metrics.protocols import Rules
 
-Shard = dict[str, Any]
-"""A part file of the truth and one of its row groups: {"part": path, "row_group": number}."""
+_READERS = 16
+"""Parts whose ids are read at the same time: on S3 a read is mostly waiting."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images that a task scores."""
+
+    part: str
+    """Part file of the truth."""
+    row_group: int
+    results: list[str] = field(default_factory=list)
+    """Part files of the results that hold these images."""
 
 
 def truth_shards(truth: str) -> list[Shard]:
-    """The row groups of a Parquet truth, a file or a folder of parts. UserError when there is none."""
-    parts = [truth]
-    if not storage.is_file(truth):
-        parts = [storage.join(truth, name) for name in storage.list_dir(truth) if name.endswith(".parquet")]
-    shards: list[Shard] = []
-    for part in parts:
-        try:
-            with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
-                missing = [f.name for f in IMAGE_SCHEMA if f.name not in file.schema_arrow.names]
-                groups = file.num_row_groups
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{part}: not a Parquet table of images ({str(error)[:120]}); use write_parquet") from None
-        if missing:
-            raise UserError(f"{part}: no column {missing[0]}; write it with write_parquet")
-        shards += [{"part": part, "row_group": k} for k in range(groups)]
+    """The row groups of a Parquet truth, a file or a folder of parts, without their results. UserError when there is none."""
+    parts = parts_of(truth)
+    with ThreadPoolExecutor(_READERS) as pool:
+        groups = list(pool.map(_row_groups, parts))
+    shards = [Shard(part, k) for part, number in zip(parts, groups) for k in range(number)]
     if not shards:
         raise UserError(f"{truth}: holds no Parquet part; --ray needs truth as Parquet")
     return shards
 
 
-def count_shard(
-    shard: Shard, results: str, member: str, rules: Sequence[Rules], threshold: float | None
-) -> tuple[list[Counts], int]:
+def _row_groups(part: str) -> int:
+    try:
+        with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
+            missing = [f.name for f in IMAGE_SCHEMA if f.name not in file.schema_arrow.names and f.name != "path"]
+            groups = file.num_row_groups
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error)[:120]
+        raise UserError(f"{part}: not a Parquet table of images ({reason}); give --truth as prepare.py writes it") from None
+    if missing:
+        raise UserError(f"{part}: no column {missing[0]}; give --truth as prepare.py writes it")
+    return groups
+
+
+def count_shard(shard: Shard, member: str, rules: Sequence[Rules], threshold: float | None) -> tuple[list[Counts], int]:
     """The counts of a shard's images by each of the rules, and how many of them the results do not hold."""
-    with storage.open_arrow(shard["part"]) as source, pq.ParquetFile(source) as file:
-        records = from_table(file.read_row_group(shard["row_group"], columns=IMAGE_SCHEMA.names).cast(IMAGE_SCHEMA))
-    found = _found(results, member, [record.id for record in records])
-    samples = [sample_of(truth_of_record(record), found.get(record.id)) for record in records]
-    batch = measure(samples, rules[0].repair)
-    counts = [Counts(r, threshold) for r in rules]
-    for each in counts:
-        each.update(batch)
+    with storage.open_arrow(shard.part) as source, pq.ParquetFile(source) as file:
+        names = [name for name in IMAGE_SCHEMA.names if name in file.schema_arrow.names]
+        table = file.read_row_group(shard.row_group, columns=names)
+    if "path" not in names:
+        table = table.append_column("path", pa.array([""] * len(table), pa.string()))
+    records = from_table(table.select(IMAGE_SCHEMA.names).cast(IMAGE_SCHEMA))
+    found = _found(shard.results, member, [record.id for record in records])
+    images = [image_of(truth_of_record(record), found.get(record.id)) for record in records]
+    batch = measure_polygons(images, rules[0].repair)
+    counts = []
+    for each in rules:
+        metric = DetectionMetric(each)
+        metric.update(batch)
+        counts.append(metric.counts(threshold))
     return counts, sum(record.id not in found for record in records)
 
 
-def _found(results: str, member: str, ids: list[int]) -> dict[int, Found]:
+def _found(parts: Sequence[str], member: str, ids: list[int]) -> dict[int, ImageDetections]:
     """Predictions of the images, reading only row groups whose ids may be among them."""
-    import pyarrow.dataset as ds
-
+    found: dict[int, ImageDetections] = {}
     if not ids:
-        return {}
-    filesystem, inside = storage.filesystem(results)
-    column = ds.field("image_id")
-    # The range besides the list: it is what the statistics of a row group can be held against.
-    wanted = (column >= min(ids)) & (column <= max(ids)) & column.isin(ids) & (ds.field("member") == member)
-    table = ds.dataset(inside, filesystem=filesystem, format="parquet").to_table(
-        columns=predictions.PREDICTION_SCHEMA.names, filter=wanted
-    )
-    found: dict[int, Found] = {}
-    for batch in table.cast(predictions.PREDICTION_SCHEMA).to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            if row["error"] is None:
-                found.setdefault(row["image_id"], found_of_row(row))
+        return found
+    wanted, low, high = pa.array(ids, pa.int64()), min(ids), max(ids)
+    for part in parts:
+        with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
+            groups = [k for k in range(file.num_row_groups) if _may_hold(file.metadata.row_group(k), low, high)]
+            for batch in file.iter_batches(1024, row_groups=groups, columns=PREDICTION_SCHEMA.names):
+                batch = batch.filter(pc.and_(pc.is_in(batch["image_id"], wanted), pc.equal(batch["member"], member)))
+                for row in batch.to_pylist():
+                    if row["error"] is None:
+                        found.setdefault(row["image_id"], detections_of_row(row))
     return found
+
+
+def _may_hold(group: Any, low: int, high: int) -> bool:
+    """Whether ids from low to high may be in a row group, by its statistics."""
+    for k in range(group.num_columns):
+        column = group.column(k)
+        if column.path_in_schema == "image_id" and column.statistics is not None and column.statistics.has_min_max:
+            return bool(column.statistics.max >= low and column.statistics.min <= high)
+    return True
 
 
 def count_all(
@@ -95,54 +121,101 @@ def count_all(
     rules: Sequence[Rules],
     threshold: float | None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Counts], int]:
-    """Counts of the whole truth over Ray, and the number of images that the results do not hold.
+) -> tuple[list[Summary], int, list[str]]:
+    """Scores the whole truth over Ray, which must be connected.
 
-    truth, results: Parquet, as `write_parquet` and the predictions table have it. Ray must be connected. progress: called with
-    shards done and all. UserError for predictions of images that the truth does not have.
+    Args:
+        truth: Parquet of images and their labels, a file or a folder.
+        results: A predictions folder or file.
+        member: Which of its members; needed when there are several.
+        rules: Rule sets to count by.
+        threshold: Detections above this score count; None: all of them.
+        progress: Called with the shards done and all shards.
+
+    Returns:
+        The score by each of the rules, the number of images that the results do not hold, and warnings.
+
+    Raises:
+        UserError: Predictions are of images that the truth does not have, or image sizes differ.
     """
     import ray
 
-    shards = truth_shards(truth)
-    member = _check_ids(truth, results, member)
+    shards, member = plan(truth, results, member)
 
-    def work(shard: Shard) -> list[Shard]:
-        counts, missing = count_shard(shard, results, member, rules, threshold)
-        rows = [each.table.tobytes() for each in counts]
-        return [{"names": counts[0].names, "rows": rows, "missing": missing}]
+    def work(row: dict[str, Any]) -> list[dict[str, Any]]:
+        # A user's mistake travels as a value: Ray would wrap the exception and try again.
+        try:
+            parts = [str(part) for part in row["results"] if part]
+            shard = Shard(str(row["part"]), int(row["row_group"]), parts)
+            counts, missing = count_shard(shard, member, rules, threshold)
+        except UserError as error:
+            return [{"totals": b"", "images": 0, "missing": 0, "mistake": str(error)}]
+        totals = np.stack([each.table.sum(axis=0) for each in counts])
+        return [{"totals": totals.tobytes(), "images": len(counts[0].names), "missing": missing, "mistake": ""}]
 
-    totals = [Counts(r, threshold) for r in rules]
-    missing = 0
-    data = ray.data.from_items(shards, override_num_blocks=len(shards)).flat_map(work)
+    totals = np.zeros((len(rules), len(COLUMNS)))
+    images = missing = 0
+    # Every item has the same columns and types, also where no part holds a shard's images.
+    rows = [{"part": s.part, "row_group": s.row_group, "results": s.results or [""]} for s in shards]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(work)
     for done, row in enumerate(data.iter_rows(), start=1):
-        for total, table in zip(totals, row["rows"]):
-            total.add_rows(list(row["names"]), np.frombuffer(table, np.float64))
-        missing += int(row["missing"])
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        totals += np.frombuffer(row["totals"], np.float64).reshape(totals.shape)
+        images, missing = images + int(row["images"]), missing + int(row["missing"])
         if progress is not None:
             progress(done, len(shards))
-    return totals, missing
+    summaries = [summarise(total, images, each, threshold) for total, each in zip(totals, rules)]
+    return summaries, missing, unfinished(results)
 
 
-def _check_ids(truth: str, results: str, member: str | None) -> str:
-    """The member to score. UserError when there are several, or images are in the results only."""
-    import pyarrow.dataset as ds
+def plan(truth: str, results: str, member: str | None) -> tuple[list[Shard], str]:
+    """The shards with the result parts of their images, and the member to score. Every part's ids are read once.
 
-    filesystem, inside = storage.filesystem(truth)
-    known = ds.dataset(inside, filesystem=filesystem, format="parquet").to_table(columns=["image_id"])["image_id"]
-    unique = pc.unique(known)
-    if len(unique) != len(known):
-        raise UserError(f"{truth}: {len(known) - len(unique)} image ids occur twice; give every image its own id")
+    Raises:
+        UserError: Ids occur twice, results are of other images, or it is not clear which member is meant.
+    """
+    shards = truth_shards(truth)
+    with ThreadPoolExecutor(_READERS) as pool:
+        per_shard = list(pool.map(_shard_ids, shards))
+        parts = parts_of(results) or [results]
+        heads = list(pool.map(_part_ids, parts))
+    known = np.concatenate([np.zeros(0, np.int64), *per_shard])
+    order = np.argsort(known, kind="stable")
+    ordered = known[order]
+    twice = len(known) - len(np.unique(known))
+    if twice:
+        raise UserError(f"{truth}: {twice} image ids occur twice; give every image its own id")
+    shard_of = np.repeat(np.arange(len(shards)), [len(ids) for ids in per_shard])[order]
     members: set[str] = set()
     strangers = 0
-    for batch in predictions.read_batches(results, ["image_id", "member"]):
-        members.update(batch["member"].unique().to_pylist())
-        strangers += len(batch) - (pc.sum(pc.is_in(batch["image_id"], unique)).as_py() or 0)
+    holders: list[set[int]] = [set() for _ in shards]
+    for number, (ids, names) in enumerate(heads):
+        members |= names
+        place = np.minimum(np.searchsorted(ordered, ids), max(len(ordered) - 1, 0))
+        there = ordered[place] == ids if len(ordered) else np.zeros(len(ids), bool)
+        strangers += int((~there).sum())
+        for shard in np.unique(shard_of[place[there]]).tolist():
+            holders[shard].add(number)
     if strangers:
         raise UserError(
-            f"{results}: {strangers} rows are of images that the truth does not have; choose the truth they belong to"
+            f"{results}: {strangers} images are not in the truth {truth}; choose the truth that the results belong to"
         )
-    if member is None and len(members) == 1:
-        return next(iter(members))
-    if member is None or member not in members:
-        raise UserError(f"{results}: holds {', '.join(sorted(members))}; choose one with --member NAME")
-    return member
+    chosen = chosen_member(results, members, member)
+    filled = [Shard(s.part, s.row_group, [parts[k] for k in sorted(held)]) for s, held in zip(shards, holders)]
+    return filled, chosen
+
+
+def _shard_ids(shard: Shard) -> NDArray[np.int64]:
+    with storage.open_arrow(shard.part) as source, pq.ParquetFile(source) as file:
+        column = file.read_row_group(shard.row_group, columns=["image_id"])["image_id"]
+    return column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _part_ids(part: str) -> tuple[NDArray[np.int64], set[str]]:
+    """Distinct image ids and members of a part of the results."""
+    ids, members = [np.zeros(0, np.int64)], set()
+    for batch in read_batches(part, ["image_id", "member"]):
+        ids.append(batch["image_id"].to_numpy(zero_copy_only=False))
+        members.update(batch["member"].unique().to_pylist())
+    return np.unique(np.concatenate(ids)), members

@@ -9,7 +9,7 @@ import numpy as np
 from i3cl.config import EvaluateSettings, Settings
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
-from i3cl.evaluation.metrics.score import Measured, measure
+from i3cl.evaluation.metrics.model_score import Measured, score_predictions
 from i3cl.inference.recipe import Given
 from i3cl.labelling.predict import predict
 
@@ -42,7 +42,7 @@ def score_checkpoints(
         UserError: As `predict` raises it.
     """
     predictions = predict(truth, members, settings, out, title, given)
-    scored = {name: measure(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members}
+    scored = {name: score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members}
     return Scores(predictions, scored)
 
 
@@ -52,4 +52,4 @@ def score_labels(name: str, truth: Dataset, labels: Dataset, settings: EvaluateS
     for record in labels.records:
         kept = [i for i in record.instances if not i.ignore]
         found[record.id] = ([i.polygon for i in kept], np.array([i.score for i in kept], np.float32))
-    return measure(name, truth.records, found, settings.model_copy(update={"score_threshold": 0.0}))
+    return score_predictions(name, truth.records, found, settings.model_copy(update={"score_threshold": 0.0}))

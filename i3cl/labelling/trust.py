@@ -13,7 +13,12 @@ from i3cl.config import EvaluateSettings, LabelSettings
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.iou import DROPPED, IouMetric, assign
+from i3cl.evaluation.analysis.intervals import difference_interval
+from i3cl.evaluation.formats.table import check_image_sizes
+from i3cl.evaluation.metrics.judge import DROPPED, assign
+from i3cl.evaluation.metrics.metric import DetectionMetric
+from i3cl.evaluation.metrics.model_score import image_of_record
+from i3cl.evaluation.metrics.protocols import iou_rules
 from i3cl.geometry import short_side
 from i3cl.labelling.calibration import (
     Calibration,
@@ -28,7 +33,6 @@ from i3cl.labelling.pseudo import FusedImage, fused_images
 
 _SIDES = (0.0, 6.0, 10.0, 16.0, 24.0, 40.0, np.inf)
 """Pixels; borders of the size table."""
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
 
     UserError when no image of the truth has predictions or nothing was found in any of them.
     """
+    check_image_sizes(predictions, truth)
     known = {record.id: record for record in truth}
     images = {item.image_id: item for item in fused_images(predictions, settings) if item.image_id in known}
     if not images:
@@ -131,6 +136,7 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
     counts = {name: _contest(name, truth, found, evaluate) for name, found in alone.items()}
     members = sorted((contest for contest, _ in counts.values()), key=lambda contest: -contest.hmean)
     ensemble, own_counts = _contest("ensemble", truth, fused, evaluate)
+    interval = difference_interval(own_counts, counts[members[0].name][1])
     calibration = fit_calibration(score, right, names, settings.fusion)
     return Trust(
         images=len(known),
@@ -140,7 +146,7 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
         by_size=by_size,
         members=members,
         ensemble=ensemble,
-        gain=(ensemble.hmean - members[0].hmean, *_interval(counts[members[0].name][1], own_counts)),
+        gain=(ensemble.hmean - members[0].hmean, interval.low, interval.high),
         raw=reliability(score, right),
         calibrated=reliability(cross_calibrated(score, right, image), right),
         calibration=calibration,
@@ -163,33 +169,13 @@ def _alone(
 def _contest(
     name: str, truth: Sequence[ImageRecord], found: Mapping[int, FusedInstances], evaluate: EvaluateSettings
 ) -> tuple[Contest, NDArray[np.float64]]:
-    """Its best F, and (images, 3) true positives, detections and truths at that threshold."""
-    metric = IouMetric(evaluate.iou, evaluate.matching)
-    for record in truth:
-        own = found[record.id]
-        metric.update(record.id, *_truths(record), own.polygons, own.scores)
+    """Its best F, and (images, 4) counts at that threshold as `Counts.ratios` has them."""
+    metric = DetectionMetric(iou_rules(evaluate.iou, evaluate.matching))
+    metric.update([image_of_record(record, found[record.id].polygons, found[record.id].scores) for record in truth])
     best = metric.summary("best")
-    counts = []
-    for record in truth:
-        own = found[record.id]
-        kept = [own.polygons[k] for k in np.flatnonzero(own.scores > best.threshold)]
-        verdict = assign(*_truths(record), kept, evaluate.iou, evaluate.matching)
-        care = sum(not i.ignore for i in record.instances)
-        counts.append([np.count_nonzero(verdict >= 0), np.count_nonzero(verdict != DROPPED), care])
+    assert best.threshold is not None
     contest = Contest(name, best.recall, best.precision, best.hmean, best.threshold)
-    return contest, np.array(counts, np.float64)
-
-
-def _interval(member: NDArray[np.float64], ensemble: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % of the gains in F when images are drawn with replacement, for both the same ones; the thresholds stay."""
-    images = len(member)
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=_RESAMPLES)
-    scores = []
-    for counts in (member, ensemble):
-        right, found, truths = (draws @ counts).T
-        scores.append(2 * right / np.maximum(found + truths, 1))
-    low, high = np.percentile(scores[1] - scores[0], [2.5, 97.5])
-    return float(low), float(high)
+    return contest, metric.counts(best.threshold).ratios
 
 
 def write_disputed(path: str, disputed: Sequence[FusedImage]) -> None:

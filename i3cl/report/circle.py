@@ -14,7 +14,7 @@ from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.data.loading.images import decode_image
-from i3cl.evaluation.metrics.score import Measured
+from i3cl.evaluation.metrics.model_score import Measured
 from i3cl.report.html import TRUTH, Curve, OutlinedPicture, ReportData, Result, WeightedPicture, write_report
 
 _PICTURES = 12

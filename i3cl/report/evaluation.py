@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
 from i3cl import storage
 from i3cl.data.loading.images import decode_image
 from i3cl.errors import UserError
-from i3cl.evaluation.analysis import error_kinds as errors
-from i3cl.evaluation.metrics.batch import Sample
-from i3cl.evaluation.run import Scored, details, sweep
+from i3cl.evaluation.analysis.error_kinds import DETECTION_KINDS, TRUTH_KINDS, kinds
+from i3cl.evaluation.formats.sets import check_size
+from i3cl.evaluation.metrics.batch import EvalImage
+from i3cl.evaluation.outcome import details
+from i3cl.evaluation.scoring import Scored, sweep
 from i3cl.report.curves import PALETTE, precision_recall_figure
-from i3cl.report.draw import fit
-from i3cl.report.html import render_page
+from i3cl.report.html import embedded, render_page, svg_points
+
+logger = logging.getLogger(__name__)
 
 WORST = 12
 """Images shown: those that cost the most, or that differ the most between two results."""
 _LONG_SIDE = 560
-_JPEG_QUALITY = 80
+"""Pixels of a picture in the page."""
 
 
 def write_evaluation_report(
@@ -34,7 +34,7 @@ def write_evaluation_report(
 ) -> None:
     """Writes the page to a local path or s3:// URL, whole or not at all.
 
-    outcome: what `evaluation.run.as_json` and `details` give, with 'truth', 'results' and, with a rival, 'against'. images:
+    outcome: the values of `evaluation.command.evaluate_files`, with 'truth', 'results' and, with a rival, 'against'. images:
     root of the pictures; without it the polygons are drawn on an empty ground. An image that cannot be read is shown so too.
     """
     storage.write_text_atomic(path, render_evaluation_report(scored, outcome, rival, images))
@@ -50,8 +50,8 @@ def render_evaluation_report(
         outcome=outcome,
         rival=None if rival is None else outcome["against"] | {"details": details(rival)},
         curve=_curve(scored, rival),
-        truth_kinds=errors.TRUTH_KINDS,
-        detection_kinds=errors.DETECTION_KINDS,
+        truth_kinds=TRUTH_KINDS,
+        detection_kinds=DETECTION_KINDS,
         pictures=_pictures(scored, rival, images),
         colours={"A": PALETTE[0], "B": PALETTE[1]},
     )
@@ -86,37 +86,37 @@ def _pictures(scored: Scored, rival: Scored | None, images: str | None) -> list[
     chosen = [k for k in np.argsort(-lost, kind="stable")[:WORST].tolist() if lost[k] > 0]
     shown: list[dict[str, Any]] = []
     for k in chosen:
-        sample = scored.samples[k]
-        caption = f"{sample.name}: F {100 * f[k]:.1f}"
+        image = scored.images[k]
+        caption = f"{image.name}: F {100 * f[k]:.1f}"
         layers = [_layer(scored, k, "A")]
         if rival is not None and other_f is not None:
             caption += f" (A), {100 * other_f[k]:.1f} (B)"
-            layers.append(_layer(rival, at[sample.name], "B"))
+            layers.append(_layer(rival, at[image.name], "B"))
         shown.append(
             {
+                **_ground(image, images, [p for layer in layers for p in layer["rings"]]),
                 "caption": caption,
                 "truths": _truths(scored, k),
                 "layers": layers,
-                **_ground(sample, images, [p for layer in layers for p in layer["rings"]]),
             }
         )
     return shown
 
 
 def _truths(scored: Scored, k: int) -> list[dict[str, str]]:
-    sample, rows = scored.samples[k], np.flatnonzero(scored.batch.truth_image == k)
+    image, rows = scored.images[k], np.flatnonzero(scored.batch.truth_image == k)
     care, found = scored.verdicts.care[rows], scored.verdicts.truth_credit[rows] > 0
     return [
         {"points": svg_points(p), "state": "ignored" if not c else "found" if hit else "missed"}
-        for p, c, hit in zip(sample.truths, care, found)
-        if len(p)
+        for p, c, hit in zip(image.truths, care, found)
+        if len(p) >= 3
     ]
 
 
 def _layer(scored: Scored, k: int, name: str) -> dict[str, Any]:
-    sample, rows = scored.samples[k], np.flatnonzero(scored.batch.detection_image == k)
-    kinds = errors.kinds(scored.batch, scored.verdicts, scored.counts[0].rules.iou).detection[rows]
-    shown = [(p, kind, score) for p, kind, score in zip(sample.detections, kinds, sample.scores.tolist()) if kind]
+    image, rows = scored.images[k], np.flatnonzero(scored.batch.detection_image == k)
+    found = kinds(scored.batch, scored.verdicts, scored.counts[0].rules.iou).detection[rows]
+    shown = [(p, kind, score) for p, kind, score in zip(image.detections, found, image.scores.tolist()) if kind]
     return {
         "name": name,
         "rings": [polygon for polygon, _, _ in shown],
@@ -127,23 +127,19 @@ def _layer(scored: Scored, k: int, name: str) -> dict[str, Any]:
     }
 
 
-def _ground(sample: Sample, images: str | None, detections: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
+def _ground(image: EvalImage, images: str | None, detections: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
     """The picture as a data URL with its size, or an empty ground as large as the polygons reach."""
     if images is not None:
-        name = sample.file_name or sample.name
+        name = image.file_name or image.name
         try:
             picture = decode_image(storage.read_bytes(storage.join(images, name)))
+            if image.height and image.width:
+                check_size(name, picture.shape[:2], (image.height, image.width))
         except (UserError, ValueError, OSError) as error:
-            print(f"warning: {name}: shown without its picture ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+            reason = " ".join(str(error).split())[:160]
+            logger.warning("%s: shown without its picture (%s)", name, reason)
         else:
-            stream = io.BytesIO()
-            Image.fromarray(fit(picture, _LONG_SIDE)).save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-            url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-            return {"url": url, "height": picture.shape[0], "width": picture.shape[1]}
-    far = np.concatenate([np.ones((1, 2)), *(p for p in (*sample.truths, *detections) if len(p))]).max(axis=0)
-    height, width = (sample.height, sample.width) if sample.height and sample.width else (far[1] * 1.03, far[0] * 1.03)
+            return embedded(name, picture, _LONG_SIDE)
+    far = np.concatenate([np.ones((1, 2)), *(p for p in (*image.truths, *detections) if len(p))]).max(axis=0)
+    height, width = (image.height, image.width) if image.height and image.width else (far[1] * 1.03, far[0] * 1.03)
     return {"url": None, "height": float(height), "width": float(width)}
-
-
-def svg_points(polygon: NDArray[np.floating]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in polygon)

@@ -235,10 +235,10 @@ def _weighted(picture: WeightedPicture) -> dict[str, Any]:
     return embedded(picture.caption, picture.image) | {"labels": labels}
 
 
-def embedded(caption: str, image: NDArray[np.uint8]) -> dict[str, Any]:
-    """The picture as a data URL, with the size whose pixels the outlines use."""
+def embedded(caption: str, image: NDArray[np.uint8], long_side: int = _LONG_SIDE) -> dict[str, Any]:
+    """The picture as a data URL, scaled to at most `long_side` pixels, with the size whose pixels the outlines use."""
     stream = io.BytesIO()
-    Image.fromarray(fit(image, _LONG_SIDE)).save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    Image.fromarray(fit(image, long_side)).save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
     return {"caption": caption, "url": url, "height": image.shape[0], "width": image.shape[1]}
 

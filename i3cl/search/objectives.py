@@ -22,8 +22,9 @@ from i3cl.data.formats.predictions import member_predictions, read_predictions
 from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import UserError
 from i3cl.evaluation.analysis.intervals import compare, hmean_interval
-from i3cl.evaluation.metrics.batch import Sample, measure
-from i3cl.evaluation.metrics.protocols import Counts, rules_of
+from i3cl.evaluation.metrics.metric import Counts, DetectionMetric
+from i3cl.evaluation.metrics.model_score import image_of_record
+from i3cl.evaluation.metrics.protocols import iou_rules
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.label import select_labels, unlabelled_root
@@ -34,20 +35,10 @@ from i3cl.training.launch import IDENTITY, fit
 
 
 def count(truth: Sequence[ImageRecord], found: Mapping[int, Sequence[NDArray[np.float32]]], settings: EvaluateSettings) -> Counts:
-    """Counts of every image of `truth` by polygon IoU; an image that is not in `found` has no detections."""
-    samples = [
-        Sample(
-            str(record.id),
-            [i.polygon for i in record.instances],
-            np.array([i.ignore for i in record.instances], bool),
-            found.get(record.id, ()),
-            np.ones(len(found.get(record.id, ()))),
-        )
-        for record in truth
-    ]
-    counts = Counts(rules_of("icdar", iou=settings.iou, matching=settings.matching)[0])
-    counts.update(measure(samples))
-    return counts
+    """Every image of `truth` counted by polygon IoU; an image that `found` lacks has no detection."""
+    metric = DetectionMetric(iou_rules(settings.iou, settings.matching))
+    metric.update([image_of_record(record, found.get(record.id, ())) for record in truth])
+    return metric.counts()
 
 
 def scores(counts: Counts) -> dict[str, float]:

@@ -20,7 +20,7 @@ from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.data.loading.ingest import read_source
 from i3cl.data.tools.splits import split_of
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.protocols import Counts
+from i3cl.evaluation.metrics.metric import Counts
 from i3cl.inference.recipe import AS_TRAINED
 from i3cl.labelling.scoring import score_checkpoints
 from i3cl.runtime.cluster import connect

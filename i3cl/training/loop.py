@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -30,7 +30,10 @@ from i3cl.config import Settings, to_yaml
 from i3cl.data.loading.ingest import mix, read_source, training_batches
 from i3cl.data.loading.transforms import Sample, to_target
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.iou import IouMetric, mark_small
+from i3cl.evaluation.formats.sets import check_size
+from i3cl.evaluation.metrics.batch import EvalImage, mark_small
+from i3cl.evaluation.metrics.metric import DetectionMetric
+from i3cl.evaluation.metrics.protocols import iou_rules
 from i3cl.inference.device import autocast
 from i3cl.inference.predictor import Predictor
 from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
@@ -411,11 +414,12 @@ class Trainer:
         self._share_statistics()
         found = []
         for record, detections in Predictor(self._best_model(), self.settings).detect_records(records, root):
+            check_size(record.file_name, (detections.height, detections.width), (record.height, record.width))
             found.append(
                 (
-                    record.id,
+                    str(record.id),
                     [i.polygon for i in record.instances],
-                    [i.ignore for i in record.instances],
+                    np.array([i.ignore for i in record.instances], bool),
                     detections.polygons,
                     detections.scores,
                 )
@@ -426,15 +430,15 @@ class Trainer:
             torch.distributed.all_gather_object(gathered, found)
             found = [item for part in gathered for item in part]
         evaluate = self.settings.evaluate
-        every, large = IouMetric(evaluate.iou, evaluate.matching), IouMetric(evaluate.iou, evaluate.matching)
-        for image_id, truths, ignore, polygons, scores in found:
-            every.update(image_id, truths, ignore, polygons, scores)
-            large.update(image_id, truths, mark_small(truths, np.asarray(ignore, bool), evaluate.small_side), polygons, scores)
+        rules, images = iou_rules(evaluate.iou, evaluate.matching), [EvalImage(*item) for item in found]
+        every, large = DetectionMetric(rules), DetectionMetric(rules)
+        every.update(images)
+        large.update([replace(i, ignore=mark_small(i.truths, i.ignore, evaluate.small_side)) for i in images])
         best, best_large = every.summary(evaluate.score_threshold), large.summary(evaluate.score_threshold)
         return {
             "hmean": best.hmean,
             "recall": best.recall,
             "precision": best.precision,
-            "threshold": best.threshold,
+            "threshold": best.threshold or 0.0,
             "hmean_large": best_large.hmean,
         }

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.evaluation.formats.read import image_number
-from i3cl.evaluation.metrics.batch import Sample, measure
-from i3cl.evaluation.metrics.protocols import Counts, Rules, Summary
+from i3cl.evaluation.formats.pairing import image_number
+from i3cl.evaluation.metrics.batch import EvalImage
+from i3cl.evaluation.metrics.metric import DetectionMetric, Summary
+from i3cl.evaluation.metrics.protocols import Rules
 
 _IMAGES = 200
 """Images that a trial looks at."""
@@ -21,7 +22,7 @@ _WORDS = 3
 _SIDES = (512, 640, 736, 800, 1024, 1280, 1333, 1600, 1920, 2048)
 """Pixels; sides to which detectors usually scale images."""
 
-Move = Callable[[Sample], Sequence[NDArray[np.floating]]]
+Move = Callable[[EvalImage], Sequence[NDArray[np.floating]]]
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,22 @@ class Advice:
     """F of the images tried, with the remedy."""
 
 
-def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = None) -> list[Advice]:
+def diagnose(images: Sequence[EvalImage], rules: Rules, threshold: float | None = None) -> list[Advice]:
     """Remedies that would raise F by 0.1 or more, the best first; of its kind only the best one.
 
-    samples: all images, as scored; at most 200 of those with truths and detections are tried.
+    images: all images, as scored; at most 200 of those with truths and detections are tried.
     """
-    number = sum(len(s.detections) for s in samples)
-    if not samples or not number:
-        return [Advice("empty", f"the results hold no detection: all {len(samples)} images are empty", 0.0)]
+    number = sum(len(s.detections) for s in images)
+    if not images or not number:
+        return [Advice("empty", f"the results hold no detection: all {len(images)} images are empty", 0.0)]
     advice: list[Advice] = []
-    if not any((~np.asarray(s.ignore, bool)).any() for s in samples):
-        words = "every truth is don't-care" if any(len(s.ignore) for s in samples) else "no image of the truth has any text"
+    if not any((~np.asarray(s.ignore, bool)).any() for s in images):
+        words = "every truth is don't-care" if any(len(s.ignore) for s in images) else "no image of the truth has any text"
         advice.append(Advice("all don't-care", f"{words}: there is nothing to find", 0.0))
-    elif not all(s.height and s.width for s in samples) and all((np.abs(p) <= 1.5).all() for s in samples for p in s.detections):
+    elif not all(s.height and s.width for s in images) and all((np.abs(p) <= 1.5).all() for s in images for p in s.detections):
         text = "coordinates look relative to the image (0-1); multiply by width and height (the truth has no sizes to try)"
         advice.append(Advice("scale", text, 0.0))
-    alike = [s for s in samples if len(s.detections) and len(s.truths)]
+    alike = [s for s in images if len(s.detections) and len(s.truths)]
     chosen = (
         [alike[k] for k in np.unique(np.linspace(0, len(alike) - 1, min(len(alike), _IMAGES)).round().astype(int))]
         if alike
@@ -58,10 +59,10 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
     as_it_is = _summary(chosen, rules, threshold)
     now, found_now = as_it_is.hmean, as_it_is.recall_hits
     if threshold is not None:
-        kept = sum(int(np.count_nonzero(s.scores > threshold)) for s in samples)
+        kept = sum(int(np.count_nonzero(s.scores > threshold)) for s in images)
         open_f = _summary(chosen, rules, None).hmean
         if kept == 0:
-            highest = max(float(s.scores.max()) for s in samples if len(s.scores))
+            highest = max(float(s.scores.max()) for s in images if len(s.scores))
             text = f"no detection has a score above {threshold:g}; the highest is {highest:.3g}; "
             text += f"without a threshold F = {open_f:.3f}"
             return [*advice, Advice("threshold", text, open_f)]
@@ -73,13 +74,13 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
                     open_f,
                 )
             )
-    empty = sum(not len(s.detections) for s in samples)
-    if empty > len(samples) / 2:
-        advice.append(Advice("empty", f"{empty} of {len(samples)} images have no detection at all", now))
+    empty = sum(not len(s.detections) for s in images)
+    if empty > len(images) / 2:
+        advice.append(Advice("empty", f"{empty} of {len(images)} images have no detection at all", now))
 
     best: dict[str, Advice] = {}
 
-    def consider(kind: str, text: str, trial: Sequence[Sample]) -> None:
+    def consider(kind: str, text: str, trial: Sequence[EvalImage]) -> None:
         tried = _summary(trial, rules, threshold)
         f = tried.hmean
         sure = f >= 0.5 or tried.recall_hits >= found_now + _WORDS
@@ -88,27 +89,27 @@ def diagnose(samples: Sequence[Sample], rules: Rules, threshold: float | None = 
 
     for kind, text, move in _moves(chosen):
         consider(kind, text, [replace(s, detections=list(move(s))) for s in chosen])
-    for text, trial in _other_images(samples):
+    for text, trial in _other_images(images):
         consider("image ids", text, trial)
     # A shift by a few pixels and a scale can mimic each other; what explains most is said first.
     return advice + sorted(best.values(), key=lambda a: -a.hmean)
 
 
-def _summary(samples: Sequence[Sample], rules: Rules, threshold: float | None) -> Summary:
-    counts = Counts(rules, threshold)
-    counts.update(measure(samples, rules.repair))
-    return counts.summary()
+def _summary(images: Sequence[EvalImage], rules: Rules, threshold: float | None) -> Summary:
+    metric = DetectionMetric(rules)
+    metric.update(images)
+    return metric.summary(threshold)
 
 
-def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
-    if not samples:
+def _moves(images: Sequence[EvalImage]) -> Iterator[tuple[str, str, Move]]:
+    if not images:
         return
     swapped = "x and y look swapped; read the results in the other order, --point-order yx for files of y, x"
     yield "swapped", swapped, lambda s: [p[:, ::-1] for p in s.detections]
-    if all(_is_box(p) for s in samples for p in s.detections):
+    if all(_is_box(p) for s in images for p in s.detections):
         yield "boxes", "boxes look like x, y, width, height that were written as two corners", _boxes(lambda a, b: (a, a + b))
         yield "boxes", "boxes look like two corners that were written as x, y, width, height", _boxes(lambda a, b: (a, b - a))
-    if all(s.height and s.width for s in samples):
+    if all(s.height and s.width for s in images):
         for whole in (1, 100, 1000):
             share = "" if whole == 1 else f" / {whole}"
             yield (
@@ -121,13 +122,13 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
             "y looks counted from the bottom of the image; write height - y",
             lambda s: [p * (1, -1) + np.array([0, s.height]) for p in s.detections],
         )
-    for scale in _scales(samples):
+    for scale in _scales(images):
         text = f"the results look scaled by {1 / scale[0]:.3g}"
         if abs(scale[0] / scale[1] - 1) > 0.02:
             text += f" in x and {1 / scale[1]:.3g} in y"
         text += f"; multiply them by {scale[0]:.4g}" + (f" and {scale[1]:.4g}" if abs(scale[0] / scale[1] - 1) > 0.02 else "")
         yield "scale", text, lambda s, scale=scale: [p * scale for p in s.detections]  # type: ignore[misc]
-    if all(s.height and s.width for s in samples):
+    if all(s.height and s.width for s in images):
         for side in _SIDES:
             for name, of in (("long", max), ("short", min)):
                 yield (
@@ -140,7 +141,7 @@ def _moves(samples: Sequence[Sample]) -> Iterator[tuple[str, str, Move]]:
                 f"the results look like coordinates of images scaled to {side} x {side}; map them back",
                 lambda s, side=side: [p * (s.width / side, s.height / side) for p in s.detections],  # type: ignore[misc]
             )
-    offset = _offset(samples)
+    offset = _offset(images)
     if offset is not None and np.abs(offset).max() >= 1:
         text = f"the results look moved by ({-offset[0]:.0f}, {-offset[1]:.0f}) pixels; add ({offset[0]:.0f}, {offset[1]:.0f})"
         yield "offset", text, lambda s: [p + offset for p in s.detections]
@@ -151,7 +152,7 @@ def _is_box(polygon: NDArray[np.floating]) -> bool:
 
 
 def _boxes(ends: Callable[[float, float], tuple[float, float]]) -> Move:
-    def move(sample: Sample) -> list[NDArray[np.float64]]:
+    def move(sample: EvalImage) -> list[NDArray[np.float64]]:
         moved = []
         for polygon in sample.detections:
             # Not the smallest and the largest: a box written wrongly may stand with its corners swapped.
@@ -163,10 +164,10 @@ def _boxes(ends: Callable[[float, float], tuple[float, float]]) -> Move:
     return move
 
 
-def _scales(samples: Sequence[Sample]) -> Iterator[NDArray[np.float64]]:
+def _scales(images: Sequence[EvalImage]) -> Iterator[NDArray[np.float64]]:
     """Common factors that could take detections to the truth, by the extents and by the sizes of both."""
     extents = []
-    for s in samples:
+    for s in images:
         truth, found = np.concatenate(list(s.truths)), np.concatenate(list(s.detections))
         if (found.max(axis=0) > 0).all() and (truth.max(axis=0) > 0).all():
             extents.append(truth.max(axis=0) / found.max(axis=0))
@@ -190,10 +191,10 @@ def _mode(values: NDArray[np.float64]) -> float:
     return float(np.exp(np.median(logs[start : start + counts[start]])))
 
 
-def _offset(samples: Sequence[Sample]) -> NDArray[np.float64] | None:
+def _offset(images: Sequence[EvalImage]) -> NDArray[np.float64] | None:
     """The most frequent difference of a truth's centre to a detection's, (2,) pixels."""
     parts = []
-    for s in samples:
+    for s in images:
         truth = np.array([p.mean(axis=0) for p in s.truths])
         found = np.array([p.mean(axis=0) for p in s.detections])
         parts.append((truth[:, None] - found[None]).reshape(-1, 2)[:2000])
@@ -206,34 +207,34 @@ def _offset(samples: Sequence[Sample]) -> NDArray[np.float64] | None:
     return np.median(near, axis=0)
 
 
-def _other_images(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
+def _other_images(images: Sequence[EvalImage]) -> Iterator[tuple[str, list[EvalImage]]]:
     """The detections of every image given to another one: numbers shifted by one, or counted in another order."""
-    if len(samples) < 2:
+    if len(images) < 2:
         return
-    numbers = [image_number(s.file_name or s.name) for s in samples]
+    numbers = [image_number(s.file_name or s.name) for s in images]
     if None not in numbers and len(set(numbers)) == len(numbers):
         at = {number: k for k, number in enumerate(numbers)}
         for shift in (1, -1):
             yield (
                 f"image numbers look shifted by {shift:+d}",
-                _sampled([(s, samples[at[n + shift]]) for s, n in zip(samples, numbers) if n + shift in at]),  # type: ignore[operator]
+                _sampled([(s, images[at[n + shift]]) for s, n in zip(images, numbers) if n + shift in at]),  # type: ignore[operator]
             )
-        by_number = sorted(range(len(samples)), key=lambda k: numbers[k] or 0)
+        by_number = sorted(range(len(images)), key=lambda k: numbers[k] or 0)
     else:
-        by_number = list(range(len(samples)))
-    by_text = sorted(range(len(samples)), key=lambda k: str(samples[k].name))
+        by_number = list(range(len(images)))
+    by_text = sorted(range(len(images)), key=lambda k: str(images[k].name))
     for one, other, text in (
         (by_text, by_number, "results look numbered by file names sorted as text (1, 10, 2, ...)"),
         (by_number, by_text, "results look numbered by number where the truth counts names sorted as text"),
     ):
         if one != other:
-            yield text, _sampled([(samples[a], samples[b]) for a, b in zip(one, other)])
+            yield text, _sampled([(images[a], images[b]) for a, b in zip(one, other)])
     for shift in (1, -1):
         turned = by_number[shift:] + by_number[:shift]
         text = f"results look shifted by {shift:+d} image in the order of the numbers"
-        yield text, _sampled([(samples[a], samples[b]) for a, b in zip(by_number, turned)])
+        yield text, _sampled([(images[a], images[b]) for a, b in zip(by_number, turned)])
 
 
-def _sampled(pairs: list[tuple[Sample, Sample]]) -> list[Sample]:
+def _sampled(pairs: list[tuple[EvalImage, EvalImage]]) -> list[EvalImage]:
     chosen = pairs[:: max(1, len(pairs) // _IMAGES)]
     return [replace(truth, detections=found.detections, scores=found.scores) for truth, found in chosen]

@@ -10,8 +10,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from i3cl.evaluation.metrics.batch import Batch, Sample
-from i3cl.evaluation.metrics.protocols import Verdicts
+from i3cl.evaluation.metrics.batch import Batch, EvalImage
+from i3cl.evaluation.metrics.judge import Verdicts
 from i3cl.geometry import short_side
 
 TRUTH_KINDS = {
@@ -113,10 +113,10 @@ _CURVES = ((0.0, "straight"), (0.03, "slightly curved"), (0.1, "curved"))
 """By 1 - area / area of the convex hull."""
 
 
-def breakdown(samples: Sequence[Sample], batch: Batch, verdicts: Verdicts) -> list[Group]:
+def breakdown(images: Sequence[EvalImage], batch: Batch, verdicts: Verdicts) -> list[Group]:
     """Recall by the truths' own size, aspect, curvature and language, precision by the detections' own."""
-    truth_sides = _sides([p for s in samples for p in s.truths])
-    detection_sides = _sides([p for s in samples for p in s.detections])
+    truth_sides = _sides([p for s in images for p in s.truths])
+    detection_sides = _sides([p for s in images for p in s.detections])
     groups: list[Group] = []
     for title, buckets, of_truth, of_detection in (
         ("size", _SIZES, truth_sides[:, 0], detection_sides[:, 0]),
@@ -128,7 +128,7 @@ def breakdown(samples: Sequence[Sample], batch: Batch, verdicts: Verdicts) -> li
         detection_bucket = np.searchsorted(edges, of_detection, side="right") - 1
         for k, (_, name) in enumerate(buckets):
             groups.append(_group(title, name, verdicts, truth_bucket == k, detection_bucket == k))
-    languages = [lang for s in samples for lang in (s.languages or [None] * len(s.truths))]
+    languages = [lang for s in images for lang in (s.languages or [None] * len(s.truths))]
     for name in sorted({lang for lang in languages if lang}):
         groups.append(_group("language", name, verdicts, np.array([lang == name for lang in languages]), None))
     return groups

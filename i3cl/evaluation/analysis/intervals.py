@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals over images and tests of one result against another on the same images."""
+"""How certain a score is: bootstrap intervals over images, and tests of one result against another on the same images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.evaluation.metrics.protocols import rates
+from i3cl.evaluation.metrics.metric import rates
 
 RESAMPLES = 2000
 Rows = NDArray[np.float64]
@@ -17,6 +17,8 @@ Rows = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
+    """Lower and upper limit."""
+
     low: float
     high: float
 
@@ -37,14 +39,21 @@ def hmean_interval(rows: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Int
     return _percentiles(_resampled(rows, resamples, seed, _f))
 
 
-def compare(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """A against B; rows of the same images in the same order. ValueError when their numbers differ."""
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} images against {len(b)}: a paired test needs the same images")
-    difference = float(_f(a.sum(axis=0)) - _f(b.sum(axis=0)))
-    both = np.concatenate([a, b], axis=1)
-    drawn = _resampled(both, resamples, seed, lambda totals: _f(totals[..., :4]) - _f(totals[..., 4:]))
+def difference_interval(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % percentile interval of F of A minus F of B, both on the same images drawn with replacement.
 
+    Raises:
+        ValueError: The numbers of images differ; the rows must be of the same images in the same order.
+    """
+    _check_paired(a, b)
+    both = np.concatenate([a, b], axis=1)
+    return _percentiles(_resampled(both, resamples, seed, lambda totals: _f(totals[..., :4]) - _f(totals[..., 4:])))
+
+
+def compare(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """A against B; errors as `difference_interval`."""
+    _check_paired(a, b)
+    difference = float(_f(a.sum(axis=0)) - _f(b.sum(axis=0)))
     rng = np.random.default_rng(seed + 1)
     gap = b - a
     swapped = np.zeros(resamples)
@@ -53,7 +62,12 @@ def compare(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Comp
         swapped[k] = _f(a.sum(axis=0) + moved) - _f(b.sum(axis=0) - moved)
     # One is added to both: the arrangement seen belongs to the possible ones.
     as_large = int(np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-12))
-    return Comparison(difference, _percentiles(drawn), (as_large + 1) / (resamples + 1))
+    return Comparison(difference, difference_interval(a, b, resamples, seed), (as_large + 1) / (resamples + 1))
+
+
+def _check_paired(a: Rows, b: Rows) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} images against {len(b)}: a paired comparison needs the same images")
 
 
 def _f(totals: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,1 +1,1 @@
-"""Truth and results in the formats of the field."""
+"""Truths and results as the outside world writes them: one file per family of formats, `read.py` tells them apart."""

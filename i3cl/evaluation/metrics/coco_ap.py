@@ -1,4 +1,4 @@
-"""COCO average precision of polygons and of their boxes: a training monitor, no text benchmark.
+"""COCO average precision of polygons and of their boxes: a training monitor, not a text benchmark.
 
 AP is the mean over IoU 0.50, 0.55 ... 0.95 of the 101-point interpolated precision, one class, as pycocotools
 has it. A don't-care truth is a COCO crowd: a detection that lies in it by the IoU threshold's share of itself
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,60 +18,44 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from i3cl.evaluation.metrics.batch import EvalImage
 from i3cl.geometry import as_polygon, polygon_box
 
 
-@dataclass(frozen=True)
-class ImageRecord:
-    """Truth and detections of one image. Polygons are (P, 2) pixels of the original image."""
-
-    height: int
-    """Pixels."""
-    width: int
-    truths: Sequence[ArrayLike]
-    ignore: ArrayLike
-    """(N,) bool, True for don't-care."""
-    detections: Sequence[ArrayLike]
-    scores: ArrayLike
-    """(M,) float; only their order counts."""
-    masks: Sequence[dict[str, Any] | None] | None = None
-    """M COCO RLE masks of `height` x `width` to use in place of the detections' polygons, None where there is none."""
-
-
-def coco_mask_ap(records: Iterable[ImageRecord], max_detections: int = 300) -> dict[str, float]:
+def coco_mask_ap(images: Iterable[EvalImage], max_detections: int = 300) -> dict[str, float]:
     """AP, AP50 and AP75 (0-1) of the polygons' masks, cut at the image frame; -1 without a care truth.
 
-    max_detections: best detections used per image. COCO's own number is 100; dense photographs hold more
-    words. ValueError when the lengths inside a record differ or a polygon is none.
+    Args:
+        images: Only the order of their scores counts. An image without height and width reaches as far as its polygons.
+            Truths of fewer than 3 points are left out.
+        max_detections: Best detections used per image. COCO's own number is 100; dense photographs hold more words.
+
+    Raises:
+        ValueError: `max_detections` is under 1 or a polygon is broken.
     """
-    return _average_precision(records, "segm", max_detections)
+    return _average_precision(images, "segm", max_detections)
 
 
-def coco_box_ap(records: Iterable[ImageRecord], max_detections: int = 300) -> dict[str, float]:
+def coco_box_ap(images: Iterable[EvalImage], max_detections: int = 300) -> dict[str, float]:
     """As `coco_mask_ap`, of the polygons' axis-aligned boxes."""
-    return _average_precision(records, "bbox", max_detections)
+    return _average_precision(images, "bbox", max_detections)
 
 
-def _average_precision(records: Iterable[ImageRecord], kind: str, max_detections: int) -> dict[str, float]:
+def _average_precision(evaluated: Iterable[EvalImage], kind: str, max_detections: int) -> dict[str, float]:
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, not {max_detections}")
     images: list[dict[str, Any]] = []
     truths: list[dict[str, Any]] = []
     detections: list[dict[str, Any]] = []
-    for image_id, record in enumerate(records, start=1):
-        ignore = np.asarray(record.ignore, bool).reshape(-1)
-        scores = np.asarray(record.scores, np.float64).reshape(-1)
-        if len(ignore) != len(record.truths) or len(scores) != len(record.detections):
-            raise ValueError(
-                f"record {image_id}: {len(record.truths)} truths and {len(ignore)} ignore flags,"
-                f" {len(record.detections)} detections and {len(scores)} scores"
-            )
-        images.append({"id": image_id, "height": record.height, "width": record.width})
-        for polygon, flag in zip(record.truths, ignore.tolist()):
-            truths.append(_annotation(polygon, record, image_id, len(truths) + 1) | {"iscrowd": int(flag)})
-        masks = record.masks if record.masks is not None else [None] * len(record.detections)
-        for polygon, score, mask in zip(record.detections, scores.tolist(), masks):
-            shape = _annotation(polygon, record, image_id, len(detections) + 1)
+    for image_id, image in enumerate(evaluated, start=1):
+        height, width = _frame(image)
+        images.append({"id": image_id, "height": height, "width": width})
+        for polygon, flag in zip(image.truths, np.asarray(image.ignore, bool).tolist()):
+            if len(polygon) >= 3:
+                truths.append(_annotation(polygon, height, width, image_id, len(truths) + 1) | {"iscrowd": int(flag)})
+        masks = image.masks if image.masks is not None else [None] * len(image.detections)
+        for polygon, score, mask in zip(image.detections, np.asarray(image.scores, np.float64).tolist(), masks):
+            shape = _annotation(polygon, height, width, image_id, len(detections) + 1)
             if mask is not None:
                 runs = mask if isinstance(mask["counts"], str | bytes) else mask_codec.frPyObjects(mask, *mask["size"])
                 shape |= {"segmentation": runs, "area": float(mask_codec.area(runs))}
@@ -96,11 +79,22 @@ def _average_precision(records: Iterable[ImageRecord], kind: str, max_detections
     return {"AP": float(per_iou.mean()), "AP50": float(per_iou[0]), "AP75": float(per_iou[5])}
 
 
-def _annotation(polygon: ArrayLike, record: ImageRecord, image_id: int, number: int) -> dict[str, Any]:
+def _frame(image: EvalImage) -> tuple[int, int]:
+    """Height and width of the image; where the truth does not say, as far as the polygons reach."""
+    if image.height and image.width:
+        return image.height, image.width
+    polygons = [p for p in (*image.truths, *image.detections) if len(p)]
+    if not polygons:
+        return 1, 1
+    far = np.ceil(np.concatenate(polygons).max(axis=0)).astype(int)
+    return max(1, min(int(far[1]), 20_000)), max(1, min(int(far[0]), 20_000))
+
+
+def _annotation(polygon: ArrayLike, height: int, width: int, image_id: int, number: int) -> dict[str, Any]:
     points = as_polygon(polygon)
     x0, y0, x1, y1 = polygon_box(points).tolist()
     ring = points.astype(np.float64).ravel().tolist()
-    mask = mask_codec.frPyObjects([ring], record.height, record.width)[0]
+    mask = mask_codec.frPyObjects([ring], height, width)[0]
     return {
         # From 1: pycocotools takes id 0 for "no match".
         "id": number,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from i3cl.evaluation.metrics.batch import Batch
-from i3cl.evaluation.metrics.protocols import Rules, judge
+from i3cl.evaluation.metrics.judge import judge
+from i3cl.evaluation.metrics.protocols import Rules
 
 RULES = "PASCAL VOC AP (area under the precision envelope) at polygon IoU > {iou:g}; don't-care detections dropped"
 
