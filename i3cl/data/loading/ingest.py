@@ -7,6 +7,7 @@ wherever the cluster has free CPUs; a worker receives finished uint8 pixels and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -49,21 +50,35 @@ def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several data sets as one table, with how often an epoch visits each row."""
+    """Several data sets as one table, with how often an epoch visits each row or how many images of a share each set fills."""
 
     table: pa.Table
     """IMAGE_SCHEMA rows of all sources, one after the other; those of Parquet sources stay in their memory map."""
     weights: np.ndarray
     """(rows,) float64: expected visits per epoch."""
+    sizes: tuple[int, ...] = ()
+    """Rows of each source; may be left out where there is one source."""
+    per_step: tuple[int, ...] = ()
+    """Images of each source in a worker's share of a step; empty: the sources are mixed by `weights`."""
 
     @property
     def epoch_images(self) -> int:
-        """Images in one epoch, at least 1."""
+        """Images in one epoch of a mixture by weight, at least 1."""
         return max(1, round(float(self.weights.sum())))
+
+    def steps(self, epochs: int, images_per_step: int) -> int:
+        """Steps of `images_per_step` images in `epochs` passes over the mixture (with per_step: over the first source)."""
+        if not self.per_step:
+            return math.ceil(epochs * self.epoch_images / images_per_step)
+        return math.ceil(epochs * self.sizes[0] * sum(self.per_step) / (images_per_step * self.per_step[0]))
 
     def rows(self, numbers: np.ndarray) -> pa.Table:
         """The rows of (N,) int64 numbers, copied out of the table."""
         return self._records.take(numbers)
+
+    def sources(self, numbers: np.ndarray) -> np.ndarray:
+        """(N,) int64: the source of each of the rows of (N,) int64 `numbers`."""
+        return np.searchsorted(np.cumsum(self.sizes), numbers, "right") if self.sizes else np.zeros_like(numbers)
 
     @cached_property
     def _records(self) -> TableRecords:
@@ -71,6 +86,8 @@ class Mixture:
 
     def order(self, first: int, count: int, seed: int) -> np.ndarray:
         """(count,) int64 rows at positions first ... first + count - 1 of the endless run."""
+        if self.per_step:
+            return self._composed(first, count, seed)
         size = self.epoch_images
         parts = []
         position = first
@@ -92,21 +109,61 @@ class Mixture:
             chosen = np.concatenate([chosen, extra])
         return random.permutation(chosen)
 
+    def _composed(self, first: int, count: int, seed: int) -> np.ndarray:
+        """As `order`: share s of the run takes the places s x n ... s x n + n - 1 of a source's endless passes, n = per_step."""
+        share, place = np.divmod(np.arange(first, first + count, dtype=np.int64), sum(self.per_step))
+        rows = np.empty(count, np.int64)
+        start_place = start_row = 0
+        for source, (images, size) in enumerate(zip(self.per_step, self.sizes, strict=True)):
+            mine = np.flatnonzero((place >= start_place) & (place < start_place + images))
+            passes, offset = np.divmod(share[mine] * images + place[mine] - start_place, size)
+            for number in np.unique(passes).tolist():
+                now = passes == number
+                order = np.random.default_rng((seed, 3, source, number)).permutation(size)
+                rows[mine[now]] = start_row + order[offset[now]]
+            start_place, start_row = start_place + images, start_row + size
+        return rows
 
-def mix(sources: Sequence[SourceSettings], data_root: str, skip_bad: bool = False, check_files: bool = True) -> Mixture:
-    """Read and mix the training sets; `check_files` as `read_source`. UserError when there is none, or none with an image."""
+
+def mix(
+    sources: Sequence[SourceSettings],
+    data_root: str,
+    skip_bad: bool = False,
+    check_files: bool = True,
+    batch: int | None = None,
+) -> Mixture:
+    """Read and mix the training sets.
+
+    Args:
+        sources: data.train.
+        data_root: put before relative paths.
+        skip_bad: as `read_source`.
+        check_files: as `read_source`.
+        batch: images of a share (train.batch), which the sources' per_step must fill; None: not checked.
+
+    Raises:
+        UserError: there is no source, none has an image, one with per_step has none, or per_step does not add up to `batch`.
+    """
     if not sources:
         raise UserError("data.train: names no data set; add {annotations: …, images: …}")
+    per_step = tuple(source.per_step for source in sources if source.per_step is not None)
+    if per_step and batch is not None and sum(per_step) != batch:
+        numbers = " + ".join(map(str, per_step))
+        raise UserError(
+            f"data.train: per_step adds up to {numbers} = {sum(per_step)} images but train.batch is {batch}; make them equal"
+        )
     tables, weights = [], []
     for source in sources:
         dataset = read_source(source, data_root, skip_bad, check_files)
         records = dataset.records
         tables.append(records.table if isinstance(records, TableRecords) else to_table(records, dataset.images_root))
         weights.append(np.full(len(dataset.records), source.weight))
+        if source.per_step and not len(dataset.records):
+            raise UserError(f"{source.annotations}: has no images, but its per_step is {source.per_step}; leave the set out")
     table = pa.concat_tables(tables)
     if not table.num_rows:
         raise UserError(f"{sources[0].annotations}: has no images to train on")
-    return Mixture(table, np.concatenate(weights))
+    return Mixture(table, np.concatenate(weights), tuple(table.num_rows for table in tables), per_step)
 
 
 def training_batches(
