@@ -198,13 +198,52 @@ class TransformSettings(_Settings):
     """Probability."""
     policies: tuple[Literal["rotate", "colour", "colour_rotate", "resize_only"], ...] = ("rotate", "colour", "colour_rotate")
     """One is drawn uniformly for every image: rotate +-10 (p 0.5); colour, brightness, contrast (p 0.5 each); both, +-15."""
+    rotation: Annotated[float, Field(ge=0, le=180)] | None = None
+    """Degrees; largest angle of the policies rotate and colour_rotate; null: 10 and 15."""
+    scale_jitter: tuple[Positive, Positive] = (1.0, 1.0)
+    """Lowest and highest factor of the size that short_sides gives; the caps still hold. (1, 1) = off."""
+    jitter: Fraction = 0.0
+    """Probability of a random change of brightness, contrast, saturation and hue together, beside the policies. This and what
+    follows is the strong augmentation of pseudo-labelled images (arXiv 2102.09480): the usual values stand here, switched off."""
+    jitter_brightness: Fraction = 0.4
+    """Brightness is multiplied by a number from 1 - this to 1 + this."""
+    jitter_contrast: Fraction = 0.4
+    """The distance to the image's mean grey is multiplied by a number from 1 - this to 1 + this."""
+    jitter_saturation: Fraction = 0.4
+    """The distance to grey is multiplied by a number from 1 - this to 1 + this."""
+    jitter_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """The hue is turned by at most this share of the colour circle, either way."""
+    grey: Fraction = 0.0
+    """Probability that an image becomes grey."""
+    blur: Fraction = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Pixels; smallest and largest standard deviation of the blur."""
+    noise: Fraction = 0.0
+    """Probability of noise, drawn for every pixel and channel."""
+    noise_sigma: tuple[NonNegative, NonNegative] = (2.0, 12.0)
+    """Smallest and largest standard deviation of the noise, of 255."""
+    jpeg: Fraction = 0.0
+    """Probability that the image is compressed as JPEG and decoded again."""
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (30, 90)
+    """Lowest and highest JPEG quality."""
+    erase: Fraction = 0.0
+    """Probability that rectangles are erased. A word that they cover by more than half becomes an ignore region."""
+    erase_patches: tuple[PositiveInt, PositiveInt] = (1, 4)
+    """Fewest and most rectangles."""
+    erase_area: tuple[Fraction, Fraction] = (0.01, 0.08)
+    """Smallest and largest share of the image's area that one rectangle takes; its sides have a ratio from 0.3 to 3.3."""
     min_visible: Fraction = 0.3
     """An instance with less than this share of its area left after crop or rotation becomes an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
 
     @model_validator(mode="after")
-    def _caps_pair(self) -> TransformSettings:
+    def _fits_together(self) -> TransformSettings:
+        for name in ("scale_jitter", "blur_sigma", "noise_sigma", "jpeg_quality", "erase_patches", "erase_area"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: [{low}, {high}] is not lowest, highest")
         if self.long_caps and len(self.long_caps) != len(self.short_sides):
             raise ValueError(
                 f"long_caps: needs one cap for each of the {len(self.short_sides)} short_sides (or none), "

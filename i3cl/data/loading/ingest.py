@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -22,12 +23,13 @@ from i3cl.config import DataSettings, SourceSettings
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import (
     Dataset,
+    ImageRecord,
     TableRecords,
     record_from_row,
     to_table,
 )
 from i3cl.data.loading.images import ImageError, decode_image
-from i3cl.data.loading.transforms import Sample, TrainTransform
+from i3cl.data.loading.transforms import TrainingImage, TrainTransform
 from i3cl.errors import UserError
 from i3cl.runtime.cluster import quiet
 
@@ -176,7 +178,7 @@ def training_batches(
     of: int,
     seed: int,
     workers: int = 1,
-) -> Iterator[list[Sample]]:
+) -> Iterator[list[TrainingImage]]:
     """One list of `batch` augmented samples for every step of `steps` and every one of `shares`, in this order.
 
     shares: the parts 0 … of - 1 of a step that this worker takes. Position p = (step * of + share) * batch + i of the run's
@@ -191,7 +193,9 @@ def training_batches(
         part = positions[start : start + (_SEGMENT // batch * batch or batch)]
         base = int(part[0])
         order = mixture.order(base, int(part[-1]) - base + 1, seed)
-        rows = mixture.rows(order[part - base]).append_column("position", pa.array(part))
+        numbers = order[part - base]
+        rows = mixture.rows(numbers).append_column("position", pa.array(part))
+        rows = rows.append_column("data_set", pa.array(mixture.sources(numbers), pa.int32()))
         source = _through_ray_data if settings.ray_data else _through_threads
         yield from source(rows, load, batch, settings, workers)
 
@@ -200,35 +204,61 @@ class _Loader:
     """Decodes and augments one batch of rows. Pixels travel as bytes with their shape: Arrow has no ragged tensors."""
 
     def __init__(self, settings: DataSettings, seed: int) -> None:
-        self.transform = TrainTransform(settings.transform)
+        self.transforms = [TrainTransform(settings.transform_of(i)) for i in range(len(settings.train))]
+        self.weights = [source.loss_scale for source in settings.train]
         self.skip_bad = settings.skip_bad
         self.seed = seed
 
-    def sample(self, row: dict[str, Any]) -> Sample:
+    def sample(self, row: dict[str, Any]) -> TrainingImage:
+        """The augmented image of a row; one that cannot be used raises ImageError or, with skip_bad, has a `problem`."""
         record = record_from_row(row)
+        source = int(row["data_set"])
         random = np.random.default_rng((self.seed, 2, int(row["position"])))
         try:
-            image = decode_image(row["path"])
-        except ImageError:
+            found = self.transforms[source](decode_image(row["path"]), record, random)
+        except ImageError as error:
             if not self.skip_bad:
                 raise
-            # A batch keeps its size, so that workers keep step: an unreadable image becomes an empty grey one.
-            image = np.full((64, 64, 3), 127, np.uint8)
-            record = replace(record, height=64, width=64, instances=())
-        return self.transform(image, record, random)
+            return _blank(record, source, str(error))
+        return replace(found, source=source, weight=self.weights[source])
+
+    def checked(self, row: dict[str, Any]) -> TrainingImage:
+        """As `sample`, with a user's mistake as the image's `problem` whether or not bad images are skipped."""
+        try:
+            return self.sample(row)
+        except UserError as error:
+            return _blank(record_from_row(row), int(row["data_set"]), str(error))
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        samples = [self.sample(row) for row in rows.to_pylist()]
-        pixels = pa.array([sample.image.tobytes() for sample in samples], pa.large_binary())
-        return to_table([sample.record for sample in samples], "").append_column("pixels", pixels)
+        # An error that left a task would reach the user as the task's traceback, without the message.
+        cv2.setNumThreads(1)
+        samples = [self.checked(row) for row in rows.to_pylist()]
+        table = to_table([sample.record for sample in samples], "")
+        table = table.append_column("pixels", pa.array([sample.image.tobytes() for sample in samples], pa.large_binary()))
+        table = table.append_column("data_set", pa.array([sample.source for sample in samples], pa.int32()))
+        table = table.append_column("weight", pa.array([sample.weight for sample in samples], pa.float64()))
+        return table.append_column("problem", pa.array([sample.problem for sample in samples], pa.string()))
 
 
-def _as_sample(row: dict[str, Any]) -> Sample:
+def _blank(record: ImageRecord, source: int, problem: str) -> TrainingImage:
+    """What stands in for an image that cannot be used: a batch keeps its size, so that workers keep step."""
+    image = np.full((64, 64, 3), 127, np.uint8)
+    return TrainingImage(image, replace(record, height=64, width=64, instances=()), source=source, weight=0.0, problem=problem)
+
+
+def _received(row: dict[str, Any], skip_bad: bool) -> TrainingImage:
+    """The image of a row that `_Loader` made in another process. UserError for its `problem` unless bad images are skipped."""
+    problem = row["problem"]
+    if problem is not None and not skip_bad:
+        raise UserError(problem)
     record = record_from_row(row)
-    return Sample(np.frombuffer(row["pixels"], np.uint8).reshape(record.height, record.width, 3), record)
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(record.height, record.width, 3)
+    return TrainingImage(pixels, record, source=row["data_set"], weight=row["weight"], problem=problem)
 
 
-def _through_ray_data(rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int) -> Iterator[list[Sample]]:
+def _through_ray_data(
+    rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int
+) -> Iterator[list[TrainingImage]]:
     import ray.data
     from ray.data import DataContext, ExecutionResources
 
@@ -238,15 +268,17 @@ def _through_ray_data(rows: pa.Table, load: _Loader, batch: int, settings: DataS
     # Every worker runs its own pipeline: each may take its share of the cluster, not all of it.
     store = ray.cluster_resources().get("object_store_memory", 1 << 30)
     options.resource_limits = ExecutionResources(cpu=settings.decode_tasks, object_store_memory=store / 4 / workers)
-    rows_per_task = batch * 2
+    rows_per_task = max(batch * 2, 16)
     blocks = [rows.slice(i, rows_per_task).combine_chunks() for i in range(0, len(rows), rows_per_task)]
     dataset = ray.data.from_arrow(blocks).map_batches(load, batch_size=None, batch_format="pyarrow")
     for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=settings.prefetch):
         assert isinstance(table, pa.Table)
-        yield [_as_sample(row) for row in table.to_pylist()]
+        yield [_received(row, settings.skip_bad) for row in table.to_pylist()]
 
 
-def _through_threads(rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int) -> Iterator[list[Sample]]:
+def _through_threads(
+    rows: pa.Table, load: _Loader, batch: int, settings: DataSettings, workers: int
+) -> Iterator[list[TrainingImage]]:
     prefetch = settings.prefetch
     with ThreadPoolExecutor(max_workers=settings.decode_tasks) as pool:
         listed = rows.to_pylist()
