@@ -7,9 +7,10 @@ one line that names the file, the key and the nearest right one. Units and meani
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -157,15 +158,26 @@ class SourceSettings(_Settings):
     """COCO json; local path or s3:// URL."""
     images: str
     """Images root; local path or s3:// URL."""
+    name: str | None = None
+    """Name of a training set in logs and messages; null: that of its annotation file without the ending."""
     weight: Positive = 1.0
     """Share in the mixture: an epoch takes weight x its number of images (2 = every image twice, 0.5 = a random half)."""
+    per_step: PositiveInt | None = None
+    """Images of this training set among the train.batch images that each worker takes per step, in place of weight. All sets have
+    it or none has, and the numbers add up to train.batch. Every set is visited in shuffled passes of its own."""
+    loss_scale: NonNegative = 1.0
+    """Factor for all losses of this training set's images, positives and negatives alike; 0: its images teach nothing."""
     lossweight: NonNegative | None = None
     """Overrides the lossweight of every instance of this source; null keeps the file's (1 when absent)."""
+    transform: dict[str, Any] = {}
+    """Settings of data.transform that are different for this training set, e.g. {jitter: 0.8, erase: 0.7}."""
 
     @model_validator(mode="after")
-    def _weighted_is_named(self) -> SourceSettings:
+    def _fits_together(self) -> SourceSettings:
         if self.weighted:
             raise ValueError("weighted: chooses between the files of a dataset; name the file itself in annotations")
+        if self.per_step is not None and self.weight != 1:
+            raise ValueError("per_step: fixes the images of every step; leave out weight, or per_step")
         return self
 
 
@@ -186,13 +198,52 @@ class TransformSettings(_Settings):
     """Probability."""
     policies: tuple[Literal["rotate", "colour", "colour_rotate", "resize_only"], ...] = ("rotate", "colour", "colour_rotate")
     """One is drawn uniformly for every image: rotate +-10 (p 0.5); colour, brightness, contrast (p 0.5 each); both, +-15."""
+    rotation: Annotated[float, Field(ge=0, le=180)] | None = None
+    """Degrees; largest angle of the policies rotate and colour_rotate; null: 10 and 15."""
+    scale_jitter: tuple[Positive, Positive] = (1.0, 1.0)
+    """Lowest and highest factor of the size that short_sides gives; the caps still hold. (1, 1) = off."""
+    jitter: Fraction = 0.0
+    """Probability of a random change of brightness, contrast, saturation and hue together, beside the policies. This and what
+    follows is the strong augmentation of pseudo-labelled images (arXiv 2102.09480): the usual values stand here, switched off."""
+    jitter_brightness: Fraction = 0.4
+    """Brightness is multiplied by a number from 1 - this to 1 + this."""
+    jitter_contrast: Fraction = 0.4
+    """The distance to the image's mean grey is multiplied by a number from 1 - this to 1 + this."""
+    jitter_saturation: Fraction = 0.4
+    """The distance to grey is multiplied by a number from 1 - this to 1 + this."""
+    jitter_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """The hue is turned by at most this share of the colour circle, either way."""
+    grey: Fraction = 0.0
+    """Probability that an image becomes grey."""
+    blur: Fraction = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Pixels; smallest and largest standard deviation of the blur."""
+    noise: Fraction = 0.0
+    """Probability of noise, drawn for every pixel and channel."""
+    noise_sigma: tuple[NonNegative, NonNegative] = (2.0, 12.0)
+    """Smallest and largest standard deviation of the noise, of 255."""
+    jpeg: Fraction = 0.0
+    """Probability that the image is compressed as JPEG and decoded again."""
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (30, 90)
+    """Lowest and highest JPEG quality."""
+    erase: Fraction = 0.0
+    """Probability that rectangles are erased. A word that they cover by more than half becomes an ignore region."""
+    erase_patches: tuple[PositiveInt, PositiveInt] = (1, 4)
+    """Fewest and most rectangles."""
+    erase_area: tuple[Fraction, Fraction] = (0.01, 0.08)
+    """Smallest and largest share of the image's area that one rectangle takes; its sides have a ratio from 0.3 to 3.3."""
     min_visible: Fraction = 0.3
     """An instance with less than this share of its area left after crop or rotation becomes an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
 
     @model_validator(mode="after")
-    def _caps_pair(self) -> TransformSettings:
+    def _fits_together(self) -> TransformSettings:
+        for name in ("scale_jitter", "blur_sigma", "noise_sigma", "jpeg_quality", "erase_patches", "erase_area"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: [{low}, {high}] is not lowest, highest")
         if self.long_caps and len(self.long_caps) != len(self.short_sides):
             raise ValueError(
                 f"long_caps: needs one cap for each of the {len(self.short_sides)} short_sides (or none), "
@@ -205,7 +256,7 @@ class DataSettings(_Settings):
     catalogue: str | None = None
     """YAML file of named data sets, a path relative to the recipe that names it; null once the recipe is loaded."""
     train: tuple[SourceSettings, ...] = ()
-    """Labelled (or pseudo-labelled) sets, mixed by weight."""
+    """Labelled (or pseudo-labelled) sets, mixed by weight or by per_step."""
     validation: SourceSettings | None = None
     """Set on which F is measured during training; the best checkpoint is kept by it."""
     transform: TransformSettings = TransformSettings()
@@ -224,6 +275,32 @@ class DataSettings(_Settings):
     decode_tasks: PositiveInt = 2
     """Ray Data tasks that decode and augment for one worker at the same time."""
 
+    @model_validator(mode="after")
+    def _sources_fit_together(self) -> DataSettings:
+        missing = [i for i, source in enumerate(self.train) if source.per_step is None]
+        if missing and len(missing) < len(self.train):
+            raise ValueError(f"train.{missing[0]}: has no per_step, but other training sets have; give it to all or to none")
+        for i in range(len(self.train)):
+            self.transform_of(i)
+        return self
+
+    def transform_of(self, source: int) -> TransformSettings:
+        """The augmentation of data.train[source]: `transform` with that source's own settings over it."""
+        own = self.train[source].transform
+        if not own:
+            return self.transform
+        try:
+            return TransformSettings.model_validate({**self.transform.model_dump(), **own})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            where = f"train.{source}.transform" + (f".{key}" if key else "")
+            if first["type"] != "extra_forbidden":
+                raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+            near = difflib.get_close_matches(key, TransformSettings.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(TransformSettings.model_fields)}"
+            raise ValueError(f"{where}: unknown key; {hint}") from None
+
 
 # --------------------------------------------------------------------------------------------------------------- training
 
@@ -232,7 +309,8 @@ class TrainSettings(_Settings):
     steps: PositiveInt = 1000
     """Optimiser steps in all. Give this or epochs."""
     epochs: PositiveInt | None = None
-    """Passes over the mixture; overrides steps: ceil(epochs x images of an epoch / (workers x batch)) of them."""
+    """Passes over the mixture; overrides steps: ceil(epochs x images of an epoch / (workers x batch)) of them. With
+    data.train.N.per_step, passes over the first training set."""
     batch: PositiveInt = 2
     """Images per worker and step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"

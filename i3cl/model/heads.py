@@ -15,7 +15,7 @@ from i3cl.model.align import RegionReader, with_batch_index
 from i3cl.model.boxes import clip, decode, encode, grouped_nms
 from i3cl.model.inter import InterBlock
 from i3cl.model.matching import Choose, assign, random_choice, sample
-from i3cl.model.targets import Truth, mask_targets
+from i3cl.model.targets import Truth, image_weights, mask_targets, outline_weights, per_image
 
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 """Scale of the box head's offsets."""
@@ -153,13 +153,21 @@ class Heads(nn.Module):
             samples.append(RegionSample(boxes[torch.cat([drawn.positive, drawn.negative])], assigned[drawn.positive]))
         return samples
 
-    def losses(self, levels: Sequence[Tensor], samples: Sequence[RegionSample], truths: Sequence[Truth]) -> dict[str, Tensor]:
+    def losses(
+        self,
+        levels: Sequence[Tensor],
+        samples: Sequence[RegionSample],
+        truths: Sequence[Truth],
+        by_image: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's
         samples.
 
         Cross-entropy is averaged over the samples of weight above 0; the L1 of the positives' own-class
         offsets is divided by the number of all samples; the mask's binary cross-entropy is averaged over
-        positives and cells.
+        positives and cells. An image's weight multiplies every term of its samples, an instance's outline weight the
+        terms of its box and mask; neither changes what the sums are divided by.
+        by_image receives what each image adds to each of the losses, (B,) each.
         """
         reader = RegionReader(levels)
         logits, offsets = self.box(reader(with_batch_index([s.boxes for s in samples]), BOX_SIDE))
@@ -174,11 +182,26 @@ class Heads(nn.Module):
         index = is_positive.nonzero().flatten()
         positive_label, positive_weight = label[index], weight[index]
         cross_entropy = F.cross_entropy(logits, label, reduction="none")
-        loss_cls = (cross_entropy * weight).sum() / (weight > 0).sum().clamp(min=1)
+        # How many samples count is the original's number, whatever the images' weights.
+        counted = (weight > 0).sum().clamp(min=1)
+        of_image = image_weights(truths, [len(s.boxes) for s in samples])
+        if of_image is not None:
+            weight = weight * of_image
+        cls_terms = cross_entropy * weight
+        loss_cls = cls_terms.sum() / counted
         boxes = [s.boxes[: s.positives] for s in samples]
         wanted = encode(torch.cat(boxes), torch.cat([t.boxes[s.matches] for s, t in zip(samples, truths, strict=True)]), BOX_STDS)
         own = offsets.reshape(len(offsets), -1, 4)[index, positive_label]
-        loss_box = (positive_weight * (own - wanted).abs().sum(1)).sum() / max(len(label), 1)
+        outline_weight = outline_weights(truths, [s.matches for s in samples])
+        box_weight = positive_weight if outline_weight is None else positive_weight * outline_weight
+        if of_image is not None:
+            box_weight = box_weight * of_image[index]
+        box_terms = box_weight * (own - wanted).abs().sum(1)
+        loss_box = box_terms.sum() / max(len(label), 1)
+        if by_image is not None:
+            image = torch.cat([torch.full_like(s.boxes[:, 0], i, dtype=torch.int64) for i, s in enumerate(samples)])
+            by_image["loss_cls"] = per_image(cls_terms, image, len(samples)) / counted
+            by_image["loss_box"] = per_image(box_terms, image[index], len(samples)) / max(len(label), 1)
         result = {"loss_cls": loss_cls, "loss_box": loss_box}
         if not len(index):
             result["loss_mask"] = self._untouched_mask_branch()
@@ -190,6 +213,12 @@ class Heads(nn.Module):
         error = F.binary_cross_entropy_with_logits(predicted, target, reduction="none").mean(dim=(1, 2))
         if self.settings.weight_mask_loss:
             error = error * positive_weight
+        if outline_weight is not None:
+            error = error * outline_weight
+        if of_image is not None:
+            error = error * of_image[index]
+        if by_image is not None:
+            by_image["loss_mask"] = per_image(error, image[index], len(samples)) / len(error)
         result["loss_mask"] = error.mean()
         return result
 

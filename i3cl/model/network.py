@@ -35,6 +35,10 @@ class I3CL(nn.Module):
     std: Tensor
     recipe: Settings | None = None
     """The whole settings that the network was trained with, when it comes from a checkpoint."""
+    keep_image_losses: bool = False
+    """Whether a training pass leaves `image_losses`."""
+    image_losses: Tensor | None = None
+    """(B,) float32: what each image added to the sum of the losses of the last training pass, without gradients."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -60,8 +64,9 @@ class I3CL(nn.Module):
         images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict an image: `boxes` (N,
         4) float32 x0, y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N
         uint8 crops (h, w) with `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value;
-        optionally `lossweight` (N,) float32 and `ignore` (N,) bool, instances that are no truth but whose
-        surroundings are not taught as background.
+        optionally `lossweight` (N,) float32; `outlineweight` (N,) float32, a further factor of the box and mask
+        losses; `image_weight`, a float that scales all losses of the image; and `ignore` (N,) bool, instances that
+        are no truth but whose surroundings are not taught as background.
 
         Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, scalars times their weights in
         the settings. Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels`
@@ -114,9 +119,12 @@ class I3CL(nn.Module):
         """The losses from feature maps; `proposals` (n, 4 or more) replace the network's own as the second stage's input."""
         if proposals is None:
             proposals = self.proposals.propose(levels, sizes)
-        rpn_cls, rpn_box = self.proposals.losses(levels, truths, [padded_size(s) for s in sizes])
-        second = self.heads.losses(levels, self.heads.sample(proposals, truths), truths)
+        by_image: dict[str, Tensor] | None = {} if self.keep_image_losses else None
+        rpn_cls, rpn_box = self.proposals.losses(levels, truths, [padded_size(s) for s in sizes], by_image)
+        second = self.heads.losses(levels, self.heads.sample(proposals, truths), truths, by_image)
         s = self.settings
+        if by_image is not None:
+            self.image_losses = torch.stack([getattr(s, name) * values for name, values in by_image.items()]).sum(0)
         return {
             "loss_rpn_cls": rpn_cls.sum() * s.loss_rpn_cls,
             "loss_rpn_box": rpn_box.sum() * s.loss_rpn_box,

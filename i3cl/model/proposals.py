@@ -12,7 +12,7 @@ from i3cl.config import ModelSettings
 from i3cl.model.anchors import Anchors
 from i3cl.model.boxes import clip, decode, encode, grouped_nms
 from i3cl.model.matching import Choose, Sample, assign, random_choice, sample
-from i3cl.model.targets import Truth
+from i3cl.model.targets import Truth, image_weights, outline_weights, per_image
 
 STRIDES = (4, 8, 16, 32, 64)
 Size = tuple[int, int]
@@ -110,20 +110,32 @@ class Proposals(nn.Module):
             samples.append(drawn if index is None else Sample(index[drawn.positive], index[drawn.negative]))
         return samples, matches
 
-    def losses(self, levels: Sequence[Tensor], truths: Sequence[Truth], padded: Sequence[Size]) -> tuple[Tensor, Tensor]:
+    def losses(
+        self,
+        levels: Sequence[Tensor],
+        truths: Sequence[Truth],
+        padded: Sequence[Size],
+        by_image: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the
         loss.
 
-        Binary cross-entropy and L1, weighted by the truth's loss weight on positives, summed over the samples
-        of the batch and divided by their number (at least one positive and one negative an image are
-        counted).
+        Binary cross-entropy and L1, weighted by the truth's loss weight on positives (L1 by its outline weight too)
+        and by the image's weight on all, summed over the samples of the batch and divided by their number (at least
+        one positive and one negative an image are counted). by_image receives what each image adds to loss_rpn_cls
+        and loss_rpn_box, (B,) each.
         """
         sizes = [(x.shape[2], x.shape[3]) for x in levels]
         samples, matches = self.sample(sizes, truths, padded, levels[0].device)
-        return self.losses_of(levels, truths, samples, matches)
+        return self.losses_of(levels, truths, samples, matches, by_image)
 
     def losses_of(
-        self, levels: Sequence[Tensor], truths: Sequence[Truth], samples: Sequence[Sample], matches: Sequence[Tensor]
+        self,
+        levels: Sequence[Tensor],
+        truths: Sequence[Truth],
+        samples: Sequence[Sample],
+        matches: Sequence[Tensor],
+        by_image: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`losses` for given samples and the truth (P,) of each positive."""
         device = levels[0].device
@@ -138,11 +150,19 @@ class Proposals(nn.Module):
         truth_boxes = torch.cat([t.boxes[m] for t, m in zip(truths, matches, strict=True)])
         positive_weight = torch.cat([t.weights[m] for t, m in zip(truths, matches, strict=True)])
         weight = torch.cat([positive_weight, positive_weight.new_ones(len(anchor) - positives)])
+        outline_weight = outline_weights(truths, matches)
+        reg_weight = positive_weight if outline_weight is None else positive_weight * outline_weight
+        of_image = image_weights([*truths, *truths], [len(p) for p in picked])
+        if of_image is not None:
+            weight, reg_weight = weight * of_image, reg_weight * of_image[:positives]
         is_positive = (torch.arange(len(anchor), device=device) < positives).float()
         logits, offsets, level = self.answers_at(levels, image, anchor, positives)
         cls = weight * F.binary_cross_entropy_with_logits(logits, is_positive, reduction="none")
         wanted = encode(anchors[anchor[:positives]], truth_boxes)
-        reg = positive_weight * (offsets - wanted).abs().sum(1)
+        reg = reg_weight * (offsets - wanted).abs().sum(1)
+        if by_image is not None:
+            by_image["loss_rpn_cls"] = per_image(cls, image, len(truths)) / total
+            by_image["loss_rpn_box"] = per_image(reg, image[:positives], len(truths)) / total
         zeros = logits.new_zeros(len(levels))
         return (
             zeros.index_add(0, level, cls) / total,

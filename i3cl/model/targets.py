@@ -28,6 +28,10 @@ class Truth:
     """x, y pixel of each bitmap's first value."""
     ignored: Tensor
     """(K, 4) float32 boxes of the instances that are left out."""
+    outline_weights: Tensor | None = None
+    """(N,) float32 factors of the box and mask losses beside `weights`; None: all are 1."""
+    image_weight: float = 1.0
+    """Factor of all losses of this image, positives and negatives alike."""
 
 
 def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
@@ -40,6 +44,8 @@ def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
     labels = torch.as_tensor(target["labels"], dtype=torch.int64, device=device)
     weights = target.get("lossweight")
     weights = boxes.new_ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
+    outline = target.get("outlineweight")
+    outline = None if outline is None else torch.as_tensor(outline, dtype=torch.float32, device=device)
     masks: list[Tensor] = list(target["masks"])
     origins = target.get("mask_origins")
     corners = [(0, 0)] * count if origins is None else [(int(x), int(y)) for x, y in torch.as_tensor(origins).tolist()]
@@ -49,6 +55,7 @@ def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
         "labels": len(labels),
         "masks": len(masks),
         "lossweight": len(weights),
+        "outlineweight": count if outline is None else len(outline),
         "ignore": len(dropped),
         "mask_origins": len(corners),
     }
@@ -62,9 +69,43 @@ def read_truth(target: Mapping[str, Any], device: torch.device) -> Truth:
         ignored = boxes[[i for i in range(count) if dropped[i]]]
         index = torch.tensor(kept, dtype=torch.int64, device=device)
         boxes, labels, weights = boxes[index], labels[index], weights[index]
+        outline = None if outline is None else outline[index]
     if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
         raise ValueError("target: a box has no width or no height")
-    return Truth(boxes, labels, weights, [masks[i].to(device) for i in kept], [corners[i] for i in kept], ignored)
+    return Truth(
+        boxes,
+        labels,
+        weights,
+        [masks[i].to(device) for i in kept],
+        [corners[i] for i in kept],
+        ignored,
+        outline,
+        float(target.get("image_weight", 1.0)),
+    )
+
+
+def image_weights(truths: Sequence[Truth], counts: Sequence[int]) -> Tensor | None:
+    """(sum of counts,) float32: each image's weight, repeated `counts` times; None when all weights are 1."""
+    if all(truth.image_weight == 1 for truth in truths):
+        return None
+    return torch.cat([truth.weights.new_full((n,), truth.image_weight) for truth, n in zip(truths, counts, strict=True)])
+
+
+def per_image(values: Tensor, image: Tensor, images: int) -> Tensor:
+    """(images,) sums of `values` (N,) by the index (N,) int64 of their image, without gradients."""
+    return values.new_zeros(images).index_add(0, image, values).detach()
+
+
+def outline_weights(truths: Sequence[Truth], matches: Sequence[Tensor]) -> Tensor | None:
+    """(P,) float32 of all images' positives, in order, from the truth (n,) int64 of each; None when all weights are 1."""
+    if all(truth.outline_weights is None for truth in truths):
+        return None
+    return torch.cat(
+        [
+            truth.weights.new_ones(len(m)) if truth.outline_weights is None else truth.outline_weights[m]
+            for truth, m in zip(truths, matches, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

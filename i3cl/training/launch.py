@@ -114,7 +114,7 @@ def _result(settings: Settings) -> TrainResult:
 
 def _check_data(settings: Settings) -> None:
     """Read the annotations once here, so that a fault in them is told before any worker starts."""
-    mix(settings.data.train, settings.data_root, settings.data.skip_bad)
+    mix(settings.data.train, settings.data_root, settings.data.skip_bad, batch=settings.train.batch)
     if settings.data.validation is not None:
         read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
     weights = settings.model.backbone.weights

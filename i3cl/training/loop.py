@@ -226,11 +226,12 @@ class Trainer:
         self.log = MetricsLog(run, rank == 0)
         self.optimizer = make_optimizer(model, settings.train)
         self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
-        self.mixture = mix(settings.data.train, settings.data_root, settings.data.skip_bad, check_files=False)
+        data = settings.data
+        self.mixture = mix(data.train, settings.data_root, data.skip_bad, check_files=False, batch=settings.train.batch)
         self.images_per_step = settings.train.batch * settings.cluster.workers
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
-            self.steps = math.ceil(settings.train.epochs * self.mixture.epoch_images / self.images_per_step)
+            self.steps = self.mixture.steps(settings.train.epochs, self.images_per_step)
         self.validation = None
         if settings.data.validation is not None:
             records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad, check_files=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from i3cl.config import SourceSettings, with_overrides
+from i3cl.config import Settings, SourceSettings, with_overrides
 from i3cl.data.loading.ingest import Mixture, mix, training_batches
 from i3cl.errors import UserError
 
@@ -32,6 +32,47 @@ def test_weights_set_the_shares():
     counts = np.bincount(mixed.order(0, 400, seed=0), minlength=4)
     assert counts[0] == 200 and counts[3] == 100
     assert 30 < counts[1] < 70 and counts[1] + counts[2] == 100
+
+
+def composed(sizes, per_step) -> Mixture:
+    return Mixture(pa.table({"row": list(range(sum(sizes)))}), np.ones(sum(sizes)), tuple(sizes), tuple(per_step))
+
+
+def test_every_share_has_the_images_of_each_source_that_per_step_names():
+    sizes = (5, 3, 40)
+    mixed = composed(sizes, (2, 1, 4))
+    order = mixed.order(0, 7 * 30, seed=4)
+    shares = mixed.sources(order).reshape(30, 7)
+    assert (shares == [0, 0, 1, 2, 2, 2, 2]).all()
+    # Each source is visited in passes of its own: every image once before any image again, in another order each time.
+    for source, (size, start) in enumerate(zip(sizes, (0, 5, 8), strict=True)):
+        own = order[mixed.sources(order) == source] - start
+        passes = own[: len(own) // size * size].reshape(-1, size)
+        assert (np.sort(passes, axis=1) == np.arange(size)).all()
+        assert len({tuple(p) for p in passes}) > 1
+    assert np.array_equal(order[33:150], mixed.order(33, 117, seed=4))
+    assert not np.array_equal(order, mixed.order(0, 210, seed=5))
+
+
+def test_an_epoch_with_per_step_is_a_pass_over_the_first_source():
+    mixed = composed((40, 1000), (2, 6))
+    assert mixed.steps(3, images_per_step=16) == 30  # 4 images of the first source a step
+    assert mixture(*[1.0] * 40).steps(3, images_per_step=16) == 8
+
+
+def test_per_step_and_train_batch_must_agree(tiny_set, tmp_path):
+    source = {"annotations": str(tiny_set / "set.json"), "images": str(tiny_set / "images")}
+    three, one = (SourceSettings(**source, per_step=n) for n in (3, 1))
+    assert mix([three, one], ".", batch=4).per_step == (3, 1)
+    with pytest.raises(UserError, match=r"data\.train: per_step adds up to 3 \+ 1 = 4 images but train\.batch is 6"):
+        mix([three, one], ".", batch=6)
+    with pytest.raises(UserError, match=r"train\.1: has no per_step"):
+        with_overrides(Settings(), {"data.train": [{**source, "per_step": 3}, source]}, "test")
+    with pytest.raises(UserError, match="leave out weight, or per_step"):
+        with_overrides(Settings(), {"data.train": [{**source, "per_step": 3, "weight": 2}]}, "test")
+    (tmp_path / "empty.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(UserError, match=r"empty\.json: has no images, but its per_step is 1"):
+        mix([three, SourceSettings(annotations=str(tmp_path / "empty.json"), images=".", per_step=1)], ".")
 
 
 def test_lossweight_override_and_several_sources(tiny_set):

@@ -11,7 +11,7 @@ from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.data.loading import transforms
 from i3cl.data.loading.transforms import (
     EvalTransform,
-    Sample,
+    TrainingImage,
     TrainTransform,
     to_target,
 )
@@ -45,13 +45,13 @@ def blob(x: float, y: float, radius: float, points: int = 9, seed: int = 0) -> n
     return (reach * np.stack([np.cos(angles), np.sin(angles)], axis=1) + [x, y]).astype(np.float32)
 
 
-def painted(sample: Sample) -> np.ndarray:
+def painted(sample: TrainingImage) -> np.ndarray:
     """The pixels that are white, whatever the colours were turned into."""
     grey = sample.image.astype(float).mean(axis=2)
     return grey > (grey.max() + grey.min()) / 2
 
 
-def drawn(sample: Sample) -> np.ndarray:
+def drawn(sample: TrainingImage) -> np.ndarray:
     """The target's masks, pasted."""
     canvas = np.zeros(sample.image.shape[:2], bool)
     target = to_target(sample)[1]
@@ -228,6 +228,100 @@ def test_colour_policy_by_hand():
     assert transforms._jitter(image, Always(1, 1.4, 1))[0, 0, 2] == 255
 
 
+# ---------------------------------------------------------------------------------------- strong augmentation
+
+STRONG = {"jitter": 0.8, "grey": 0.2, "blur": 0.5, "noise": 0.5, "jpeg": 0.5, "erase": 0.7}
+STRONG |= {"scale_jitter": (0.8, 1.25), "rotation": 20.0}
+
+
+def photograph() -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return cv2.GaussianBlur(rng.integers(0, 256, (120, 160, 3), np.uint8), (0, 0), 4)
+
+
+def changed(seed: int = 0, **on) -> np.ndarray:
+    return transforms.change_colours(photograph(), settings(**on), np.random.default_rng(seed)).astype(float)
+
+
+def test_strong_augmentation_is_off_and_deterministic():
+    image = photograph()
+    rng = np.random.default_rng(0)
+    assert transforms.change_colours(image, settings(), rng) is image
+    assert rng.random() == np.random.default_rng(0).random(), "what is off draws nothing"
+    record = ImageRecord(1, "a.jpg", 120, 160, (Instance(blob(80, 60, 50)),))
+    transform = TrainTransform(settings(short_sides=(110,), crop=96, policies=POLICIES, **STRONG))
+    for seed in range(6):
+        a, b = (transform(image, record, np.random.default_rng(seed)) for _ in range(2))
+        np.testing.assert_array_equal(a.image, b.image)
+        assert [i.ignore for i in a.record.instances] == [i.ignore for i in b.record.instances]
+    assert len({transform(image, record, np.random.default_rng(s)).image.tobytes() for s in range(10)}) == 10
+
+
+def test_colour_jitter_grey_and_hue():
+    image = photograph().astype(float)
+    grey = changed(grey=1)
+    assert np.ptp(grey, axis=2).max() == 0
+    np.testing.assert_allclose(grey[..., 0], image @ transforms.GREY, atol=1)
+    only = {"jitter": 1, "jitter_brightness": 0, "jitter_contrast": 0, "jitter_saturation": 0, "jitter_hue": 0}
+    np.testing.assert_allclose(changed(**only), image, atol=1)
+    turned = changed(**{**only, "jitter_hue": 0.1})
+    assert np.abs(turned - image).max() > 10
+    inside = (turned > 0).all(axis=2) & (turned < 255).all(axis=2)
+    np.testing.assert_allclose((turned @ transforms.GREY)[inside], (image @ transforms.GREY)[inside], atol=2)
+    ratios = [changed(seed, **{**only, "jitter_brightness": 0.4}).mean() / image.mean() for seed in range(60)]
+    assert 0.58 < min(ratios) < 0.7 and 1.3 < max(ratios) < 1.42
+    contrasts = [changed(seed, **{**only, "jitter_contrast": 0.4}).std() / image.std() for seed in range(60)]
+    assert 0.58 < min(contrasts) < 0.75 and 1.25 < max(contrasts) < 1.42
+
+
+def test_blur_noise_and_jpeg():
+    image = photograph().astype(float)
+    sharpness = lambda pixels: np.abs(np.diff(pixels, axis=1)).mean()  # noqa: E731
+    assert sharpness(changed(blur=1, blur_sigma=(2, 2))) < 0.95 * sharpness(image)
+    noise = (changed(noise=1, noise_sigma=(9, 9)) - image)[(image > 40).all(axis=2) & (image < 215).all(axis=2)]
+    assert noise.std() == pytest.approx(9, rel=0.03) and abs(noise.mean()) < 0.2
+    coarse, fine = (np.abs(changed(jpeg=1, jpeg_quality=(q, q)) - image).mean() for q in (10, 95))
+    assert coarse > 2 * fine > 0
+    assert fine < 2, "red stays red"
+
+
+def test_a_word_that_is_more_than_half_erased_is_ignored(monkeypatch):
+    words = [[[x, 10], [x + 20, 10], [x + 20, 20], [x, 20]] for x in (0, 30, 60)]
+    image, record = scene(60, 100, *words)
+    erased = np.zeros((60, 100), bool)
+    erased[:, :12] = True  # 12 of 20 columns of the first word
+    erased[:, 30:39] = True  # 9 of 20 of the second
+    monkeypatch.setattr(transforms, "_patches", lambda *_: erased)
+    sample = TrainTransform(settings(erase=1))(image, record, np.random.default_rng(0))
+    assert [i.ignore for i in sample.record.instances] == [True, False, False]
+    assert (sample.image[:, :12] == transforms.FILL).all() and (sample.image[12, 60:79] == 255).all()
+
+
+def test_erased_rectangles_have_the_area_that_is_asked_for():
+    wanted = settings(erase=1, erase_patches=(1, 1), erase_area=(0.05, 0.1))
+    shares = [transforms._patches(wanted, 200, 300, np.random.default_rng(seed)).mean() for seed in range(200)]
+    assert 0.045 < min(shares) < 0.06 and 0.09 < max(shares) < 0.105
+    several = settings(erase=1, erase_patches=(3, 3), erase_area=(0.01, 0.01))
+    assert 0.01 < transforms._patches(several, 200, 300, np.random.default_rng(0)).mean() < 0.032
+
+
+def test_scale_jitter_and_rotation_ranges():
+    image, record = scene(60, 100, [[10, 20], [30, 20], [30, 50]])
+    jittered = TrainTransform(settings(scale_jitter=(0.5, 2.0), long_cap=180))
+    heights = [jittered(image, record, np.random.default_rng(seed)).image.shape[0] for seed in range(300)]
+    assert 30 <= min(heights) < 33 and max(heights) == 108, "180 of 100 pixels at most"
+    assert np.mean(np.array(heights) < 60) == pytest.approx(0.5, abs=0.08)
+    turned = TrainTransform(settings(policies=("rotate",), rotation=40.0))
+    matrices = [turned(image, record, np.random.default_rng(seed)).matrix for seed in range(300)]
+    angles = np.degrees([np.arctan2(m[1, 0], m[0, 0]) for m in matrices])
+    assert 36 < angles.max() <= 40 and -40 <= angles.min() < -36
+
+
+def test_a_range_of_the_wrong_order_is_refused():
+    with pytest.raises(ValueError, match=r"jpeg_quality: \[90, 30\] is not lowest, highest"):
+        settings(jpeg_quality=(90, 30))
+
+
 # ------------------------------------------------------------------------------------------------------ crops
 
 
@@ -314,6 +408,7 @@ def test_weights_stay_with_their_instance():
             lossweight=i / 10,
             score=i / 60,
             votes=i,
+            outlineweight=i / 20,
         )
         for i, (x, y) in enumerate(corners)
     )
@@ -330,6 +425,7 @@ def test_weights_stay_with_their_instance():
             assert (instance.score, instance.votes) == (before.score, before.votes)
             assert instance.ignore or not before.ignore
             assert target["lossweight"][i] == pytest.approx(instance.lossweight)
+            assert target["outlineweight"][i] == pytest.approx(before.outlineweight)
             assert bool(target["ignore"][i]) == instance.ignore
             # Each is where its own polygon went, up to the clipping.
             back = sample.to_original(instance.polygon)
@@ -360,7 +456,7 @@ def test_boxes_are_tight_around_the_turned_polygon():
 def test_target():
     image, record = scene(60, 100, [[10, 20], [30, 20], [30, 50], [10, 50]], lossweight=0.5)
     image[5, 7] = (1, 2, 3)
-    tensor, target = to_target(Sample(image, record))
+    tensor, target = to_target(TrainingImage(image, record))
     assert tensor.shape == (3, 60, 100) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     assert tensor[:, 5, 7].tolist() == [1, 2, 3] and tensor.max() == 255
     assert target["boxes"].tolist() == [[10, 20, 30, 50]] and target["boxes"].dtype == torch.float32
@@ -368,6 +464,7 @@ def test_target():
     assert target["masks"][0].shape == (30, 20) and target["masks"][0].dtype == torch.uint8
     assert target["masks"][0].all()
     assert target["mask_origins"].tolist() == [[10, 20]] and target["mask_origins"].dtype == torch.int64
+    assert target["image_weight"] == 1 and "outlineweight" not in target
     assert target["lossweight"].tolist() == [0.5] and target["lossweight"].dtype == torch.float32
     assert target["ignore"].tolist() == [False] and target["ignore"].dtype == torch.bool
 
@@ -382,7 +479,7 @@ def test_no_instance():
         assert tensor.shape == (3, 32, 32)
         assert target["boxes"].shape == (0, 4) and target["mask_origins"].shape == (0, 2)
         assert target["masks"] == [] and all(len(target[k]) == 0 for k in ("labels", "lossweight", "ignore"))
-    assert to_target(Sample(image, record))[0].shape == (3, 60, 100)
+    assert to_target(TrainingImage(image, record))[0].shape == (3, 60, 100)
 
 
 def test_an_image_of_another_size_is_the_users_error():

@@ -114,6 +114,7 @@ def checked_instance(
         raise BadItem("other category", f"category_id {category} is not 'text'; only text is read, remove this")
     ignore = _flag(entry, "iscrowd") | _flag(entry, "ignore")
     lossweight = _number(entry, "lossweight", 0.0, math.inf, "a finite number from 0")
+    outlineweight = _number(entry, "outlineweight", 0.0, math.inf, "a finite number from 0")
     score = _number(entry, "score", 0.0, 1.0, "a number from 0 to 1")
     votes = entry.get("votes")
     if votes is not None:
@@ -145,7 +146,8 @@ def checked_instance(
         polygon = inside
         mended.append(("clipped", f"partly outside the image of {width} x {height}; clipped to it"))
     weight = 1.0 if lossweight is None else lossweight
-    return Instance(polygon, ignore, weight, score, votes, text, language), mended
+    outline = 1.0 if outlineweight is None else outlineweight
+    return Instance(polygon, ignore, weight, score, votes, text, language, outline), mended
 
 
 def _largest_part(segmentation: Any, mended: list[tuple[str, str]]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""COCO json with our `lossweight`, `score` and `votes`, and its Parquet twin: checked reading, whole writing.
+"""COCO json with our `lossweight`, `outlineweight`, `score` and `votes`, and its Parquet twin: checked reading, whole writing.
 
 Reading gives either a right data set or one line that names the file, the id and the remedy; with `skip_bad`
 bad items are listed and left out instead. Choices where COCO leaves room:
@@ -212,6 +212,8 @@ def _annotation(instance: Instance, identity: int, image_id: int) -> dict[str, A
         "ignore": int(instance.ignore),
         "lossweight": float(instance.lossweight),
     }
+    if instance.outlineweight != 1:
+        entry["outlineweight"] = float(instance.outlineweight)
     if instance.score is not None:
         entry["score"] = float(instance.score)
     if instance.votes is not None:

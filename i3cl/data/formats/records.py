@@ -36,6 +36,8 @@ class Instance:
     """Transcription where the source has one; detection does not need it, people who review do."""
     language: str | None = None
     """Language or script as the source names it, e.g. 'Latin'."""
+    outlineweight: float = 1.0
+    """Factor >= 0, beside lossweight, of the box and mask losses alone; 0: teaches that here is text, but not its outline."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -121,6 +123,7 @@ INSTANCE_TYPE = pa.struct(
         ("votes", pa.int32()),
         ("text", pa.string()),
         ("language", pa.string()),
+        ("outlineweight", pa.float32()),
     ]
 )
 IMAGE_SCHEMA = pa.schema(
@@ -155,6 +158,7 @@ def to_table(records: Sequence[ImageRecord], images_root: str) -> pa.Table:
                     "votes": i.votes,
                     "text": i.text,
                     "language": i.language,
+                    "outlineweight": i.outlineweight,
                 }
                 for i in r.instances
             ]
@@ -187,6 +191,7 @@ def record_from_row(row: Mapping[str, Any]) -> ImageRecord:
                 None if _absent(i["votes"]) else int(i["votes"]),
                 i["text"],
                 i["language"],
+                1.0 if _absent(i.get("outlineweight")) else float(i["outlineweight"]),
             )
             for i in instances
         ),

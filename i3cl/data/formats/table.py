@@ -251,9 +251,15 @@ def _plain_instances(batch: pa.RecordBatch, usable: NDArray[np.bool_]) -> NDArra
     right = lists.is_valid().to_numpy(zero_copy_only=False) & usable
     row_of = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False))
     instances = lists.flatten()
-    polygons, ignore, lossweight, score, votes, _, _ = instances.flatten()
+    polygons, ignore, lossweight, score, votes, _, _, outlineweight = instances.flatten()
     good = polygons.is_valid().to_numpy(zero_copy_only=False) & ignore.is_valid().to_numpy(zero_copy_only=False)
-    for column, low, high, wanted in ((lossweight, 0, LARGEST, True), (score, 0, 1, False), (votes, 0, 2**31 - 1, False)):
+    limits = (
+        (lossweight, 0, LARGEST, True),
+        (outlineweight, 0, LARGEST, False),
+        (score, 0, 1, False),
+        (votes, 0, 2**31 - 1, False),
+    )
+    for column, low, high, wanted in limits:
         value = column.to_numpy(zero_copy_only=False).astype(np.float64)
         valid = column.is_valid().to_numpy(zero_copy_only=False)
         good &= np.where(valid, (value >= low) & (value <= high), not wanted)

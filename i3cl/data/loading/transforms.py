@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from i3cl import geometry
 from i3cl.config import TransformSettings
 from i3cl.data.formats.records import ImageRecord, Instance
-from i3cl.data.loading.images import resize, scaled_size, test_scale
+from i3cl.data.loading.images import ImageError, resize, scaled_size, test_scale
 from i3cl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ GREY = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class TrainingImage:
     """An image ready for the network, and its record in the pixels of that image."""
 
     image: NDArray[np.uint8]
@@ -42,6 +43,12 @@ class Sample:
     """Its height and width are those of `image`, and every polygon lies inside it."""
     matrix: NDArray[np.float64] = field(default_factory=lambda: np.eye(2, 3))
     """(2, 3) original continuous pixels to those of `image`."""
+    source: int = 0
+    """Number of its training set in data.train."""
+    weight: float = 1.0
+    """Factor of all its losses."""
+    problem: str | None = None
+    """Why the image of the file could not be used, with the file's name; `image` is then an empty grey one of weight 0."""
 
     def to_original(self, points: NDArray[np.floating]) -> NDArray[np.float32]:
         """(..., 2) points of `image` in the pixels of the original."""
@@ -50,17 +57,17 @@ class Sample:
 
 
 class TrainTransform:
-    """Random flips, one policy, a random scale and an optional square crop; see ``TransformSettings``."""
+    """Random flips, one policy, a random scale, an optional square crop, strong augmentation; see ``TransformSettings``."""
 
     def __init__(self, settings: TransformSettings) -> None:
         if not settings.short_sides or not settings.policies:
             raise UserError("data.transform: short_sides and policies need at least one entry each")
         self.settings = settings
 
-    def __call__(self, image: NDArray[np.uint8], record: ImageRecord, rng: np.random.Generator) -> Sample:
+    def __call__(self, image: NDArray[np.uint8], record: ImageRecord, rng: np.random.Generator) -> TrainingImage:
         """One random sample of an image (H, W, 3) uint8 RGB; the same `rng` state gives the same sample.
 
-        UserError when the image does not have the record's size.
+        ImageError when the image does not have the record's size.
         """
         _check_size(image, record)
         settings = self.settings
@@ -70,10 +77,13 @@ class TrainTransform:
         policy = settings.policies[rng.integers(len(settings.policies))]
         angle = 0.0
         if policy in ROTATION and rng.random() < 0.5:
-            angle = rng.uniform(-ROTATION[policy], ROTATION[policy])
+            most = ROTATION[policy] if settings.rotation is None else settings.rotation
+            angle = rng.uniform(-most, most)
         size = rng.integers(len(settings.short_sides))
         long_cap = settings.long_caps[size] if settings.long_caps else settings.long_cap
         scale = test_scale(height, width, settings.short_sides[size], long_cap)
+        if settings.scale_jitter != (1, 1):
+            scale = min(scale * float(np.exp(rng.uniform(*np.log(settings.scale_jitter)))), long_cap / max(height, width))
         out_height, out_width = scaled_size(height, width, scale)
 
         # Rotated before sides are rounded to whole pixels: that stretches x and y a little differently.
@@ -89,9 +99,14 @@ class TrainTransform:
         pixels = _warp(image, matrix, out_height, out_width, scale, angle != 0)
         if policy in ("colour", "colour_rotate"):
             pixels = _jitter(pixels, rng)
-        instances = self._visible(polygons, record, out_height, out_width)
+        pixels = change_colours(pixels, settings, rng)
+        erased = None
+        if settings.erase and rng.random() < settings.erase:
+            erased = _patches(settings, out_height, out_width, rng)
+            pixels[erased] = FILL
+        instances = self._visible(polygons, record, out_height, out_width, erased)
         moved = replace(record, height=out_height, width=out_width, instances=instances)
-        return Sample(pixels, moved, matrix[:2])
+        return TrainingImage(pixels, moved, matrix[:2])
 
     def _window(
         self,
@@ -116,9 +131,14 @@ class TrainTransform:
         return int(x), int(y), int(crop[0]), int(crop[1])
 
     def _visible(
-        self, polygons: Sequence[NDArray[np.float32]], record: ImageRecord, height: int, width: int
+        self,
+        polygons: Sequence[NDArray[np.float32]],
+        record: ImageRecord,
+        height: int,
+        width: int,
+        erased: NDArray[np.bool_] | None = None,
     ) -> tuple[Instance, ...]:
-        """The instances clipped to the image; what is mostly outside or too small is to be ignored."""
+        """The instances clipped to the image; what is mostly outside, too small or mostly erased is to be ignored."""
         settings = self.settings
         kept = []
         for polygon, instance in zip(polygons, record.instances, strict=True):
@@ -133,6 +153,7 @@ class TrainTransform:
                 share = geometry.polygon_area(clipped) / max(geometry.polygon_area(polygon), 1e-9)
             side = float(np.ptp(clipped, axis=0).min())
             hidden = share < settings.min_visible or side < settings.min_side
+            hidden = hidden or (erased is not None and _covered(clipped, erased) > 0.5)
             kept.append(replace(instance, polygon=clipped, ignore=instance.ignore or hidden))
         return tuple(kept)
 
@@ -143,10 +164,10 @@ class EvalTransform:
     def __init__(self, short_side: int, long_side: int, upscale: bool = True) -> None:
         self.short_side, self.long_side, self.upscale = short_side, long_side, upscale
 
-    def __call__(self, image: NDArray[np.uint8], record: ImageRecord) -> Sample:
+    def __call__(self, image: NDArray[np.uint8], record: ImageRecord) -> TrainingImage:
         """The image (H, W, 3) uint8 RGB at test size, with all instances of the record.
 
-        UserError when the image does not have the record's size.
+        ImageError when the image does not have the record's size.
         """
         _check_size(image, record)
         height, width = image.shape[:2]
@@ -155,15 +176,16 @@ class EvalTransform:
         polygons = _move([i.polygon for i in record.instances], matrix)
         instances = (replace(i, polygon=p) for i, p in zip(record.instances, polygons, strict=True))
         moved = replace(record, height=pixels.shape[0], width=pixels.shape[1], instances=tuple(instances))
-        return Sample(pixels, moved, matrix[:2])
+        return TrainingImage(pixels, moved, matrix[:2])
 
 
-def to_target(sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
+def to_target(sample: TrainingImage) -> tuple[torch.Tensor, dict[str, Any]]:
     """A sample as the network takes it: the image (3, h, w) float32 RGB, 0-255, and its target.
 
     boxes (N, 4) float32 x0, y0, x1, y1 tight around the polygons; labels (N,) int64 zeros; masks: N uint8
     tensors (h, w) of 0 and 1, each of the polygon's own pixel box, whose left top is in mask_origins (N, 2)
-    int64 x, y; lossweight (N,) float32; ignore (N,) bool.
+    int64 x, y; lossweight (N,) float32; outlineweight (N,) float32, where any is not 1; ignore (N,) bool;
+    image_weight, a float.
     """
     # Here, because the processes that only decode and augment need not load torch.
     import torch
@@ -172,14 +194,17 @@ def to_target(sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
     height, width = sample.image.shape[:2]
     crops = [geometry.mask_crop(i.polygon, height, width) for i in instances]
     origins = np.stack([o for _, o in crops]) if crops else np.zeros((0, 2), np.int64)
-    target = {
+    target: dict[str, Any] = {
         "boxes": torch.from_numpy(geometry.boxes_of([i.polygon for i in instances])),
         "labels": torch.zeros(len(instances), dtype=torch.int64),
         "masks": [torch.from_numpy(mask) for mask, _ in crops],
         "mask_origins": torch.from_numpy(origins),
         "lossweight": torch.tensor([i.lossweight for i in instances], dtype=torch.float32),
         "ignore": torch.tensor([i.ignore for i in instances], dtype=torch.bool),
+        "image_weight": sample.weight,
     }
+    if any(i.outlineweight != 1 for i in instances):
+        target["outlineweight"] = torch.tensor([i.outlineweight for i in instances], dtype=torch.float32)
     return torch.from_numpy(sample.image.transpose(2, 0, 1).astype(np.float32, order="C")), target
 
 
@@ -187,7 +212,7 @@ def _check_size(image: NDArray[np.uint8], record: ImageRecord) -> None:
     height, width = image.shape[:2]
     if (height, width) != (record.height, record.width):
         turned = " (turned: pixels count as stored, without EXIF rotation)" if height == record.width else ""
-        raise UserError(
+        raise ImageError(
             f"{record.file_name}: the image is {width} x {height} but its annotation says "
             f"{record.width} x {record.height}{turned}; correct the annotation"
         )
@@ -239,7 +264,73 @@ def _jitter(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
     colour, brightness, contrast = np.where(rng.random(3) < 0.5, rng.uniform(1 - JITTER, 1 + JITTER, 3), 1.0)
     if colour == brightness == contrast == 1:
         return image
-    matrix = colour * np.eye(3) + (1 - colour) * GREY
+    return _recoloured(image, colour * np.eye(3) + (1 - colour) * GREY, brightness, contrast)
+
+
+def _recoloured(image: NDArray[np.uint8], matrix: NDArray[np.float64], brightness: float, contrast: float) -> NDArray[np.uint8]:
+    """The image's colours times a matrix (3, 3) that keeps grey values, then contrast around the mean grey, then brightness."""
     matrix = contrast * brightness * matrix
     offset = (1 - contrast) * brightness * float(np.array(cv2.mean(image)[:3]) @ GREY)
     return cv2.transform(image, np.column_stack([matrix, np.full(3, offset)])).astype(np.uint8, copy=False)
+
+
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def change_colours(image: NDArray[np.uint8], settings: TransformSettings, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The strong augmentation that moves no pixel: colour, grey, blur, noise, JPEG; what is off draws no random number.
+
+    image: (H, W, 3) uint8 RGB, which is not changed. Returns an image of that kind.
+    """
+    matrix, brightness, contrast = np.eye(3), 1.0, 1.0
+    if settings.jitter and rng.random() < settings.jitter:
+        amounts = (settings.jitter_brightness, settings.jitter_contrast, settings.jitter_saturation)
+        brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * amounts
+        turn = 2 * np.pi * rng.uniform(-settings.jitter_hue, settings.jitter_hue)
+        hue = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+        matrix = (saturation * np.eye(3) + (1 - saturation) * GREY) @ np.linalg.inv(_TO_YIQ) @ hue @ _TO_YIQ
+    if settings.grey and rng.random() < settings.grey:
+        matrix = np.tile(GREY, (3, 1)) @ matrix
+    if brightness != 1 or contrast != 1 or not np.array_equal(matrix, np.eye(3)):
+        # One pass over the image for all of them.
+        image = _recoloured(image, matrix, brightness, contrast)
+    if settings.blur and rng.random() < settings.blur:
+        sigma = rng.uniform(*settings.blur_sigma)
+        image = cv2.GaussianBlur(image, (0, 0), sigma).astype(np.uint8, copy=False)
+    if settings.noise and rng.random() < settings.noise:
+        image = _noisy(image, rng.uniform(*settings.noise_sigma), rng)
+    if settings.jpeg and rng.random() < settings.jpeg:
+        quality = int(rng.integers(settings.jpeg_quality[0], settings.jpeg_quality[1] + 1))
+        coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB).astype(np.uint8, copy=False)
+    return image
+
+
+_NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
+_NORMAL /= _NORMAL.std()
+
+
+def _noisy(image: NDArray[np.uint8], sigma: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The image plus normal noise of standard deviation `sigma` of 255, from one random byte per value for speed."""
+    draws = np.frombuffer(rng.bytes(image.size), np.uint8).reshape(image.shape)
+    noise = cv2.LUT(draws, np.round(_NORMAL * sigma).astype(np.int16).reshape(1, 256))
+    return cv2.add(image, noise, dtype=cv2.CV_8U).astype(np.uint8, copy=False)
+
+
+def _patches(settings: TransformSettings, height: int, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """(height, width) bool: True in a few random rectangles."""
+    erased = np.zeros((height, width), bool)
+    for _ in range(rng.integers(settings.erase_patches[0], settings.erase_patches[1] + 1)):
+        area = rng.uniform(*settings.erase_area) * height * width
+        ratio = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
+        tall, wide = min(height, round(np.sqrt(area * ratio))), min(width, round(np.sqrt(area / ratio)))
+        y, x = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+        erased[y : y + tall, x : x + wide] = True
+    return erased
+
+
+def _covered(polygon: NDArray[np.float32], erased: NDArray[np.bool_]) -> float:
+    """Share of a polygon's pixels that are True in (H, W) `erased`."""
+    mask, (x, y) = geometry.mask_crop(polygon, *erased.shape)
+    inside = mask.astype(bool)
+    return float(erased[y : y + mask.shape[0], x : x + mask.shape[1]][inside].mean()) if inside.any() else 0.0
