@@ -578,6 +578,84 @@ class SelfTrainSettings(_Settings):
     """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
 
 
+# ------------------------------------------------------------------------------------------------------------------ study
+
+
+class ArmSourceSettings(_Settings):
+    """One training set of an arm: which images, and how they take part in a step."""
+
+    use: Literal["labelled", "pseudo", "hidden"]
+    """labelled: the labelled images of the seed. pseudo: the pseudo labels made by labels_from. hidden: the true labels of the
+    images whose labels the split hides, for an upper bound."""
+    weight: Positive = 1.0
+    """As data.train.N.weight."""
+    per_step: PositiveInt | None = None
+    """As data.train.N.per_step."""
+    loss_scale: NonNegative = 1.0
+    """As data.train.N.loss_scale."""
+    transform: dict[str, Any] = {}
+    """As data.train.N.transform."""
+
+
+class ArmSettings(_Settings):
+    """One arm of a study: a training that is repeated with every seed."""
+
+    start_from: str | None = None
+    """Arm whose checkpoint of the same seed this one starts from; null: as train.start_from says."""
+    labels_from: tuple[str, ...] = ()
+    """Arms whose checkpoints of the same seed label the unlabelled images together."""
+    train: tuple[ArmSourceSettings, ...] = (ArmSourceSettings(use="labelled"),)
+    """Training sets."""
+    overrides: dict[str, Any] = {}
+    """Dotted keys under model, data, train, label and cluster -> values."""
+
+    @model_validator(mode="after")
+    def _labels_are_made(self) -> ArmSettings:
+        if any(source.use == "pseudo" for source in self.train) != bool(self.labels_from):
+            raise ValueError("labels_from: goes with a training set {use: pseudo}; give both or neither")
+        return self
+
+
+class StudySettings(_Settings):
+    """Arms x seeds, fixed before the run; see docs/study.md."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every arm is trained once with each."""
+    labelled: PositiveInt | None = None
+    """Images of data.train that keep their labels, drawn anew by each seed; the others join the unlabelled ones. null: all."""
+    test: NonNegativeInt = 0
+    """Images of data.train that no arm trains on and all are measured on, the same ones for every seed; the score threshold then
+    comes from data.validation. 0: measure on data.validation, each arm at its best threshold."""
+    split_seed: int = 0
+    """Draws the test images."""
+    arms: dict[str, ArmSettings] = {}
+    """Name -> arm; an arm may only refer to arms above it."""
+    compare: tuple[tuple[str, str], ...] = ()
+    """Pairs of arms; for each, F of the first minus F of the second with its 95 % interval."""
+
+    @model_validator(mode="after")
+    def _arms_are_there(self) -> StudySettings:
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise ValueError("seeds: give each seed once, and at least one")
+        above: list[str] = []
+        for name, arm in self.arms.items():
+            for key, used in (("start_from", [arm.start_from] if arm.start_from else []), ("labels_from", arm.labels_from)):
+                for other in used:
+                    if other not in above:
+                        raise ValueError(
+                            f"arms.{name}.{key}: {other} is not an arm above it; there are {', '.join(above) or 'none'}"
+                        )
+            above.append(name)
+        for pair in self.compare:
+            for name in pair:
+                if name not in self.arms:
+                    raise ValueError(f"compare: {name} is not an arm; there are {', '.join(self.arms)}")
+        hidden = [name for name, arm in self.arms.items() if any(source.use == "hidden" for source in arm.train)]
+        if hidden and self.labelled is None:
+            raise ValueError(f"arms.{hidden[0]}.train: there are no hidden labels; set study.labelled")
+        return self
+
+
 # ----------------------------------------------------------------------------------------------------------------- search
 
 
@@ -668,8 +746,10 @@ class Settings(_Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     search: SearchSettings = SearchSettings()
     """A sweep with Ray Tune; jobs/search.py."""
+    study: StudySettings = StudySettings()
+    """Arms x seeds with one table; jobs/study.py."""
     synthetic: SyntheticSettings | None = None
-    """When set, selftrain makes this data set first and uses it."""
+    """When set, selftrain and study make this data set first and use it."""
     selftrain: SelfTrainSettings = SelfTrainSettings()
     scene_text: SceneTextSettings = SceneTextSettings()
     """Sets that `prepare.py scene-text` writes."""

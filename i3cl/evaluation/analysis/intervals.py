@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,35 @@ def difference_interval(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int 
     _check_paired(a, b)
     both = np.concatenate([a, b], axis=1)
     return _percentiles(_resampled(both, resamples, seed, lambda totals: _f(totals[..., :4]) - _f(totals[..., 4:])))
+
+
+def seeds_difference(a: Sequence[Rows], b: Sequence[Rows], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, Interval]:
+    """Mean over training seeds of F of A minus F of B, and its 95 % percentile interval.
+
+    Args:
+        a: For each of S seeds the (I, 4) rows of one training of A; all S trainings are measured on the same images.
+        b: The same of B.
+        resamples: Bootstrap draws. Each draws seeds and images with replacement, the same ones for A and B.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: The numbers of seeds or images differ.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} seeds against {len(b)}: a paired comparison needs the same seeds")
+    for one, other in zip(a, b):
+        _check_paired(one, other)
+        _check_paired(one, a[0])
+    pairs = np.stack([np.stack(a), np.stack(b)])  # (2, S, I, 4)
+    difference = np.subtract(*_f(pairs.sum(axis=2))).mean()
+    rng = np.random.default_rng(seed)
+    seeds, images = pairs.shape[1:3]
+    drawn = np.empty(resamples)
+    for k in range(resamples):
+        visits = np.bincount(rng.integers(0, images, images), minlength=images)
+        scores = _f(np.einsum("i,asic->asc", visits, pairs))
+        drawn[k] = np.subtract(*scores)[rng.integers(0, seeds, seeds)].mean()
+    return float(difference), _percentiles(drawn)
 
 
 def compare(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
