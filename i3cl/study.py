@@ -102,7 +102,7 @@ def study(settings: Settings) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary as lines of text: one line per arm, mean ± standard deviation over its seeds in per cent; then the differences."""
+    """The summary as lines of text: one line per arm, mean ± standard deviation over its seeds in per cent, then differences."""
     width = max(map(len, summary["arms"]))
     lines = [" " * width + "".join(f"{heading:>14}" for heading in COLUMNS.values())]
     for name, row in summary["arms"].items():

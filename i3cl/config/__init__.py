@@ -2,6 +2,8 @@
 
 from i3cl.config.loading import load_settings, to_yaml, with_overrides
 from i3cl.config.settings import (
+    ArmSettings,
+    ArmSourceSettings,
     BackboneSettings,
     CatalogueEntry,
     ClusterSettings,
@@ -17,6 +19,7 @@ from i3cl.config.settings import (
     SelfTrainSettings,
     Settings,
     SourceSettings,
+    StudySettings,
     SyntheticSettings,
     TeacherSettings,
     TrainSettings,
@@ -25,6 +28,8 @@ from i3cl.config.settings import (
 )
 
 __all__ = [
+    "ArmSettings",
+    "ArmSourceSettings",
     "BackboneSettings",
     "CatalogueEntry",
     "ClusterSettings",
@@ -40,6 +45,7 @@ __all__ = [
     "SelfTrainSettings",
     "Settings",
     "SourceSettings",
+    "StudySettings",
     "SyntheticSettings",
     "TeacherSettings",
     "TrainSettings",

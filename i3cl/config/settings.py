@@ -417,8 +417,8 @@ class SelectSettings(_Settings):
     min_side: NonNegative = 2.0
     """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
     outline_low: Fraction = 0.0
-    """Agreement of the fused outlines (mean IoU of the members' and views' polygons) below which a pseudo label teaches that there
-    is text, but not its box and mask."""
+    """Agreement of the fused outlines (mean IoU of the members' and views' polygons) below which a pseudo label teaches that
+    there is text, but not its box and mask."""
     outline_high: Fraction = 0.0
     """Agreement from which box and mask are taught at full weight; between outline_low and this the weight grows linearly. 0 for
     both: outlines always count fully."""

@@ -42,7 +42,9 @@ def score_checkpoints(
         UserError: As `predict` raises it.
     """
     predictions = predict(truth, members, settings, out, title, given)
-    scored = {name: score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members}
+    scored = {
+        name: score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members
+    }
     return Scores(predictions, scored)
 
 

@@ -17,7 +17,7 @@ def write_study_figure(path: str, summary: Mapping[str, Any]) -> None:
     arms, comparisons = summary["arms"], summary["comparisons"]
     figure = Figure(figsize=(9, 1.6 + 0.45 * max(len(arms), 2 * len(comparisons))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, (name, row) in enumerate(arms.items()):
+    for place, row in enumerate(arms.values()):
         colour = PALETTE[place % len(PALETTE)]
         values = [100 * run["hmean"] for run in row["runs"]]
         left.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=6)

@@ -28,7 +28,7 @@ from torch import nn
 from i3cl import observe, storage
 from i3cl.config import Settings, to_yaml
 from i3cl.data.loading.ingest import mix, read_source, training_batches
-from i3cl.data.loading.transforms import Sample, to_target
+from i3cl.data.loading.transforms import TrainingImage, to_target
 from i3cl.errors import UserError
 from i3cl.evaluation.formats.sets import check_size
 from i3cl.evaluation.metrics.batch import EvalImage, mark_small
@@ -204,7 +204,7 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def _not_finite(losses: dict[str, float], samples: list[Sample]) -> list[str]:
+def _not_finite(losses: dict[str, float], samples: list[TrainingImage]) -> list[str]:
     """What is wrong with the losses of one batch, at most one line."""
     parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
     names = ", ".join(sample.record.file_name for sample in samples)
@@ -306,7 +306,7 @@ class Trainer:
             if warned:
                 raise MachineLeaves(f"step {self.step}: a machine of this run will be taken away; saved, and going on without it")
 
-    def _batches(self) -> Iterator[list[Sample]]:
+    def _batches(self) -> Iterator[list[TrainingImage]]:
         return training_batches(
             self.mixture,
             self.settings.data,
@@ -318,19 +318,19 @@ class Trainer:
             workers=self.workers,
         )
 
-    def _ready_batches(self) -> Iterator[tuple[list[Sample], list[Pair]]]:
+    def _ready_batches(self) -> Iterator[tuple[list[TrainingImage], list[Pair]]]:
         """Batches with their tensors. With a GPU a thread prepares the next batch, in pinned memory, while the GPU computes."""
         gpu = self.device.type == "cuda"
 
-        def ready(samples: list[Sample]) -> tuple[list[Sample], list[Pair]]:
+        def ready(samples: list[TrainingImage]) -> tuple[list[TrainingImage], list[Pair]]:
             return samples, [to_target(sample) for sample in samples]
 
-        def pinned(samples: list[Sample]) -> tuple[list[Sample], list[Pair]]:
+        def pinned(samples: list[TrainingImage]) -> tuple[list[TrainingImage], list[Pair]]:
             return samples, [(image.pin_memory(), target) for image, target in ready(samples)[1]]
 
         return _one_ahead(map(pinned, self._batches())) if gpu else map(ready, self._batches())
 
-    def _train_step(self, batches: Iterator[tuple[list[Sample], list[Pair]]]) -> tuple[dict[str, float], float, float]:
+    def _train_step(self, batches: Iterator[tuple[list[TrainingImage], list[Pair]]]) -> tuple[dict[str, float], float, float]:
         """One step over this worker's shares: mean losses, learning rate, seconds spent waiting for data."""
         train = self.settings.train
         self.parallel.train()
