@@ -14,8 +14,8 @@ from i3cl.runtime.ray_private import check_answers, cluster_address, this_machin
 from i3cl.runtime.resources import machine_cores
 
 TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-"""Environment variables copied to the workers when a job joins an existing cluster, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*.
-Never secrets: Ray shows them to everybody who can see the cluster. Keys and tokens come from each node's own environment or role."""
+"""Environment variables copied to the workers when a job joins an existing cluster, besides I3CL_*, RAY_DATA_*, GLOO_*, NCCL_*.
+Never secrets: Ray shows them to everybody who can see the cluster. Keys and tokens come from each node's environment or role."""
 
 
 def connect() -> None:
