@@ -277,8 +277,8 @@ class ClusterSettings(_Settings):
     workers: PositiveInt = 1
     """Training workers (one GPU each when gpu is true). A step takes workers x train.batch images."""
     min_workers: PositiveInt | None = None
-    """Start or continue with as few workers as this when the cluster has no room for more, and grow again when it has; null: wait for
-    all. The images of a step, and so the run, stay the same: each of fewer workers takes more of them."""
+    """Start or continue with as few workers as this when the cluster has no room for more, and grow again when it has; null: wait
+    for all. The images of a step, and so the run, stay the same: each of fewer workers takes more of them."""
     gpu: bool | Literal["auto"] = "auto"
     """auto: use GPUs when the cluster has any; false: never touch a GPU, also not one that is visible."""
     cpus_per_worker: Positive = 1.0

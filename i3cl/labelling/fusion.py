@@ -66,8 +66,8 @@ class FusedInstances:
 def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> FusedInstances:
     """The instances of one image out of the predictions of all members and views.
 
-    - A member of weight 0 is left out; a member without polygons counts as one that found nothing. Predictions with a score under
-      `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
+    - A member of weight 0 is left out; a member without polygons counts as one that found nothing. Predictions with a score
+      under `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
     - Within a view, polygons that overlap a better one by more than `settings.iou` are left out.
     - In the order of descending score, a polygon that no seed of another view overlaps by `settings.iou` or more becomes the seed
       of a cluster. The others join a seed that they overlap that much, in the order of descending IoU, at most one polygon of each
