@@ -69,9 +69,9 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
     - A member of weight 0 is left out; a member without polygons counts as one that found nothing. Predictions with a score
       under `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
     - Within a view, polygons that overlap a better one by more than `settings.iou` are left out.
-    - In the order of descending score, a polygon that no seed of another view overlaps by `settings.iou` or more becomes the seed
-      of a cluster. The others join a seed that they overlap that much, in the order of descending IoU, at most one polygon of each
-      view per seed. Polygons that find no seed are clustered again in the same way.
+    - In the order of descending score, a polygon that no seed of another view overlaps by `settings.iou` or more becomes the
+      seed of a cluster. The others join a seed that they overlap that much, in the order of descending IoU, at most one polygon
+      of each view per seed. Polygons that find no seed are clustered again in the same way.
     - Score: sum of view weight x score over the cluster / total weight of the members.
     - Shape: the line where the mean of the signed distances to the cluster's outlines, weighted by view weight x score, is zero.
       It is exact to about a hundredth of the length and inside the union of the cluster's polygons (up to float32 rounding). A
