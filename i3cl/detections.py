@@ -1,4 +1,4 @@
-"""What a detector found in one image, checked, and its export formats."""
+"""The detections of one image, checked, and their export formats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Detections:
         boxes = np.asarray(self.boxes, np.float32)
         if not len(boxes):
             boxes = geometry.boxes_of(polygons)
-        # An empty list has no shape to speak of.
+        # An empty list may come with any empty shape.
         if scores.shape != (len(polygons),) and not scores.size == len(polygons) == 0:
             raise ValueError(f"{len(polygons)} polygons but scores of shape {scores.shape}")
         if boxes.shape != (len(polygons), 4):
@@ -60,7 +60,7 @@ class Detections:
         return zip(self.polygons, self.scores.tolist(), strict=True)
 
     def filter(self, score_threshold: float) -> Detections:
-        """Those with a score above the threshold."""
+        """The detections with a score above the threshold."""
         keep = np.flatnonzero(self.scores > score_threshold)
         return replace(self, polygons=[self.polygons[i] for i in keep], scores=self.scores[keep], boxes=self.boxes[keep])
 
@@ -86,9 +86,9 @@ class Detections:
     def to_art(self, score_threshold: float = 0.45) -> list[dict[str, Any]]:
         """The image's list in an ArT submission: {"points": [[x, y], ...], "confidence": score}.
 
-        Points are whole pixels, simplified with 0.005 x perimeter, clockwise on screen. Rings of which
-        rounding leaves no area are left out, and one that crosses itself is replaced by its largest part:
-        the official script refuses both.
+        Points are whole pixels, clockwise on screen, of the outline simplified with a tolerance of 0.005 x perimeter. A ring that
+        has no area after rounding is left out, and one that crosses itself is replaced by its largest part: the official script
+        refuses both.
         """
         result = []
         for polygon, score in self.filter(score_threshold):
@@ -111,7 +111,7 @@ class Detections:
     ) -> NDArray[np.uint8]:
         """A copy of the image (H, W, 3) uint8 RGB with the outlines and, unless turned off, the scores.
 
-        ValueError when the image is of another size than the one the detections are of.
+        ValueError when the image has another size than the one to which the detections belong.
         """
         if image.shape != (self.height, self.width, 3):
             raise ValueError(f"image of shape {image.shape} for detections of {self.height} x {self.width}")
@@ -139,13 +139,13 @@ class Detections:
 
 
 def _whole_ring(polygon: NDArray[np.float32]) -> NDArray[np.int64] | None:
-    """Rounded, simplified, clockwise (K, 2) int64 ring without crossings; None when no area is left."""
+    """The polygon as a rounded, simplified, clockwise (K, 2) int64 ring without crossings; None when no area is left."""
     ring = geometry.simplify(np.round(polygon))
     if not shapely.Polygon(ring).is_valid:
         part = geometry.largest_ring(geometry.to_shapely([ring])[0])
         if part is None:
             return None
-        # Crossings need not be whole pixels; rounding them may leave less than a ring.
+        # Crossings are not always at whole pixels; after rounding there may be no ring left.
         ring = np.round(part)
     if not shapely.Polygon(ring).is_valid or geometry.polygon_area(ring) == 0:
         return None

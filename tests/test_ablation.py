@@ -61,7 +61,7 @@ def test_grid_is_done_once(variants, tmp_path, ray_cluster):
 
 def test_a_teacher_must_be_a_variant(variants):
     variants["ssl"] = with_overrides(variants["ssl"], {"selftrain.teachers": [{"name": "nobody"}]}, "test")
-    with pytest.raises(UserError, match=r"ssl: selftrain\.teachers: nobody .*there are plain, both"):
+    with pytest.raises(UserError, match=r"ssl: selftrain\.teachers: nobody .*available: plain, both"):
         ablation(variants, [0])
     del variants["plain"], variants["both"]
     with pytest.raises(UserError, match=r"ssl: selftrain\.teachers: nobody"):

@@ -355,19 +355,19 @@ class ClusterSettings(_Settings):
     workers: PositiveInt = 1
     """Training workers (one GPU each when gpu is true). A step takes workers x train.batch images."""
     min_workers: PositiveInt | None = None
-    """Start or go on with as few when the cluster has not more, and grow again when it has; null: wait for all. The images of a
-    step, and with them the run, stay the same: fewer workers take more of them each."""
+    """Start or continue with as few workers as this when the cluster has no room for more, and grow again when it has; null: wait
+    for all. The images of a step, and so the run, stay the same: each of fewer workers takes more of them."""
     gpu: bool | Literal["auto"] = "auto"
-    """auto: use GPUs when the cluster has any."""
+    """auto: use GPUs when the cluster has any; false: never touch a GPU, also not one that is visible."""
     cpus_per_worker: Positive = 1.0
-    """Logical CPUs a training worker reserves; leave some for Ray Data."""
+    """Logical CPUs that a training worker reserves; leave some for Ray Data."""
     threads: NonNegativeInt = 0
     """Torch threads in a worker; 0 = the machine's cores divided by the workers."""
     parallel_runs: NonNegativeInt = 0
-    """Teachers trained at the same time; 0: as many as the cluster's GPUs (or this machine's cores) hold."""
+    """Teachers trained at the same time; 0: as many as the cluster's GPUs (without GPUs, this machine's cores) have room for."""
     max_failures: int = Field(default=3, ge=-1)
-    """Times a broken worker group is restarted without a new checkpoint in between; -1 = always. Announced ends of spot machines
-    do not count."""
+    """How often a failed worker group is restarted without a new checkpoint in between; -1 = always. Announced ends of spot
+    machines do not count."""
 
     @model_validator(mode="after")
     def _minimum_is_smaller(self) -> ClusterSettings:
@@ -380,23 +380,23 @@ class ClusterSettings(_Settings):
 
 
 class ViewSettings(_Settings):
-    """One way to look at an image: scale and flip. The polygons come back in original pixels."""
+    """One way to show an image to the network: scale and flip. The polygons come back in original pixels."""
 
     short_side: PositiveInt | None = None
-    """Pixels; null: data.test_short_side."""
+    """Pixels; null: the test size (data.test_short_side when it is given, otherwise the checkpoint's own)."""
     flip: bool = False
     """Mirror left-right."""
 
 
 class FusionSettings(_Settings):
     iou: Fraction = 0.5
-    """Polygons of different members and views that overlap at least this much are one cluster."""
+    """Polygons of different members and views that overlap at least this much form one cluster."""
     member_weights: dict[str, NonNegative] = {}
-    """Weight of a member's vote; 1 when absent, 0 equals absence."""
+    """Member -> weight of its vote; 1 for members that are not named; 0 leaves the member out."""
     view_weights: dict[str, NonNegative] = {}
-    """Weight of a view ('default', 's800-flip', ...) within every member's vote; 1 when absent, 0 equals absence."""
+    """View ('default', 's800-flip', ...) -> weight within every member's vote; 1 when not named; 0 leaves the view out."""
     min_score: Fraction = 0.05
-    """Predictions below this score do not take part."""
+    """Predictions below this score are left out."""
 
 
 class SelectSettings(_Settings):
@@ -411,9 +411,9 @@ class SelectSettings(_Settings):
     weight: Literal["ramp", "score"] = "ramp"
     """Lossweight between low and high: the ramp, or the (calibrated) score itself."""
     calibration: str | None = None
-    """calibration.json of jobs/label.py trust: fused scores become expected precision before any threshold; null: as they are."""
+    """calibration.json of jobs/label.py trust: turns fused scores into expected precision before any threshold; null: none."""
     min_votes: PositiveInt = 1
-    """Members that must have seen an instance; fewer make it an ignore region."""
+    """Members that must have found an instance; with fewer it becomes an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; the shorter side of the smallest rotated rectangle. Smaller ones become ignore regions."""
     outline_low: Fraction = 0.0
@@ -438,32 +438,32 @@ class SelectSettings(_Settings):
 
 class LabelSettings(_Settings):
     members: dict[str, str] = {}
-    """Name -> checkpoint directory."""
+    """Name -> checkpoint directory, local or s3://."""
     views: tuple[ViewSettings, ...] = (ViewSettings(),)
-    """Ways in which every member looks at every image."""
+    """Ways in which every member sees every image."""
     source: SourceSettings | None = None
     """Unlabelled images (a COCO json or Parquet folder whose annotations may be empty)."""
     batch: PositiveInt = 4
-    """Images a member sees at once."""
+    """Images in one pass of the network."""
     actors: NonNegativeInt = 0
-    """Processes that label; 0: one a GPU, without GPUs one a `threads` cores."""
+    """Labelling processes; 0 = one per GPU, or one per `threads` cores without GPUs."""
     threads: NonNegativeInt = 0
-    """Torch threads of an actor; 0: without GPUs as few as make at most 8 actors a machine, with a GPU 1."""
+    """Torch threads of an actor; 0 = 1 with a GPU; without GPUs the smallest number that gives at most 8 actors per machine."""
     decode_threads: NonNegativeInt = 0
-    """Threads of an actor that read and decode images while the network works; 0: 1 without GPUs, 4 with one."""
+    """Threads of an actor that read and decode images while the network works; 0 = 1 without GPUs, 4 with a GPU."""
     prefetch: PositiveInt = 2
-    """Batches an actor decodes ahead; they lie in its memory."""
+    """Batches that an actor decodes ahead and holds in memory."""
     passes: Literal["auto", "one", "per_member"] = "auto"
-    """one: an actor holds all members and decodes an image once; per_member: member after member, for members that do not fit
-    together; auto: per_member when the members' weights are more than 4 GB."""
+    """one: an actor holds all members and decodes an image once; per_member: one member after the other, when they do not fit
+    into memory together; auto: per_member when the members' weights are more than 4 GB together."""
     rows_per_block: PositiveInt = 64
-    """Images of a shard: one output file, and the most that a failure repeats."""
+    """Images of a shard. A shard is one output file; after a failure an unfinished shard is repeated."""
     attempts: PositiveInt = 3
-    """Times a shard is begun as a whole; a shard that ends its worker this often is done image by image."""
+    """Times that a shard is started as a whole; one that killed its worker this often is labelled image by image."""
     max_error_share: Fraction = 0.5
-    """Stop when a larger share of the images cannot be read."""
+    """Stop when a larger share of the images cannot be labelled."""
     price_per_hour: NonNegative = 0.0
-    """Money for one GPU (without GPUs: for one actor) and hour, in any currency; 0: no money is shown."""
+    """Price of one GPU (without GPUs: of one actor) per hour, in any currency; 0: no money is shown."""
     fusion: FusionSettings = FusionSettings()
     select: SelectSettings = SelectSettings()
 
@@ -554,7 +554,7 @@ class SceneTextSettings(_Settings):
 
 
 class TeacherSettings(_Settings):
-    """What one model of the circle does differently; train.seed differs by itself."""
+    """What is different for one model of the circle; train.seed is different anyway."""
 
     name: str
     overrides: dict[str, Any] = {}
@@ -569,13 +569,13 @@ class SelfTrainSettings(_Settings):
     pseudo_weight: Positive = 1.0
     """Share of the pseudo-labelled images in the student's mixture."""
     rounds: PositiveInt = 1
-    """Times that the circle is run: each student joins the members that label for the next one."""
+    """How often the circle is run: each student joins the members that label for the next round."""
     min_gain: float = 0.0
-    """No further round when a student's F on the validation set is not above the best by more than this; -1: never."""
+    """No further round when a student's F on the validation set is not above the best F so far by more than this; -1: always."""
     control: bool = False
     """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
     unlabelled_truth: SourceSettings | None = None
-    """Truth of the unlabelled images, where it is known: only for measuring the pseudo labels, never trained on."""
+    """Truth of the unlabelled images, where it is known. Only used to score the pseudo labels, never for training."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ study
@@ -671,11 +671,11 @@ class RangeSettings(_Settings):
     choice: tuple[Any, ...] | None = None
     """The values themselves."""
     above: str | None = None
-    """A key of the space that stands before this one and that this one may not be below (with uniform)."""
+    """An earlier key of the space; this value may not be below that one's (with uniform)."""
     below: str | None = None
-    """A key of the space that stands before this one and that this one may not be above (with uniform)."""
+    """An earlier key of the space; this value may not be above that one's (with uniform)."""
     points: Annotated[int, Field(ge=2)] = 5
-    """Values that a grid takes from a uniform or log range."""
+    """Number of values that a grid takes from a uniform or log range."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> RangeSettings:
@@ -695,7 +695,7 @@ class SearchSettings(_Settings):
     """A sweep with Ray Tune over any settings; see docs/search.md."""
 
     objective: Literal["select", "student"] = "select"
-    """select: F of the pseudo labels made from stored predictions, seconds a trial. student: F of a student trained on them."""
+    """select: F of the pseudo labels made from stored predictions, in seconds. student: F of a student trained on them."""
     space: dict[str, RangeSettings] = {}
     """Settings key, e.g. label.select.low -> its range. Its present value must lie in the range: it is tried first."""
     predictions: str | None = None
@@ -705,25 +705,25 @@ class SearchSettings(_Settings):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """tpe: Optuna's tree-structured Parzen estimator. grid: every combination of choices and of `points` of the ranges."""
     trials: PositiveInt = 100
-    """Settings tried in all; a grid stops when it is through."""
+    """Trials in all; a grid may have fewer."""
     parallel: NonNegativeInt = 0
-    """Trials at the same time; 0: a trial a core (select), or as many students as the GPUs, else the cores, hold."""
+    """Trials at the same time; 0 = one per core (select), or as many students as the GPUs (without GPUs, the cores) hold."""
     max_hours: Positive | None = None
     """Hours of wall clock, over all sessions of the sweep; null: no limit."""
     max_gpu_hours: Positive | None = None
     """GPU-hours of all trials together; null: no limit."""
     label_count: bool = False
-    """Search F and the number of pseudo labels together (two objectives); the table marks the Pareto front."""
+    """Search for a high F and many pseudo labels (two objectives); the table marks the Pareto front."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the labelled images on which no trial is measured: the winner and the defaults are reported on it."""
+    """Share of the labelled images that no trial sees; at the end the winner and the present settings are compared on them."""
     start_from: str | None = None
-    """best.yaml of another sweep: its values of this space's keys are tried next."""
+    """best.yaml of another sweep: its values are tried right after the present settings."""
     grace: PositiveInt = 1
     """student: validations that every trial gets before ASHA may stop it."""
     reduction: Annotated[float, Field(gt=1)] = 3
-    """student: ASHA goes on with one in this many."""
+    """student: ASHA continues one trial in this many."""
     seed: int = 0
-    """Of the sampler and of the split by holdout."""
+    """Seed of the sampler and of the split by holdout."""
 
 
 # ------------------------------------------------------------------------------------------------------------------- tree

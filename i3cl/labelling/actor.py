@@ -7,7 +7,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from i3cl.config import ViewSettings
 from i3cl.data.formats.predictions import to_table
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
-from i3cl.inference.recipe import AS_TRAINED, Given
+from i3cl.inference.recipe import Given
 from i3cl.labelling.ledger import Attempt, Failure, Ledger
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Plan:
     """Name of the job in log lines."""
     device: str = "cpu"
     """'cuda' or 'cpu', for every network. Never chosen by what an actor can see: cluster.gpu=false leaves visible GPUs alone."""
-    given: Given = AS_TRAINED
+    given: Given = field(default_factory=dict)
     """What takes the place of the checkpoints' own test size."""
 
 

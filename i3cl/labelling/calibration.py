@@ -1,4 +1,4 @@
-"""From fused scores to the share of them that is right, learned on labelled images and kept as JSON."""
+"""Calibration: from a fused score to the expected share of right instances, learned on labelled images and kept as JSON."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from i3cl.errors import UserError
 
 @dataclass(frozen=True)
 class Calibration:
-    """A rising line through knots: fused score -> expected precision."""
+    """A rising piecewise linear function: fused score -> expected precision."""
 
     scores: tuple[float, ...]
     """Ascending, 0-1."""
     precision: tuple[float, ...]
-    """Of the same length, 0-1, never falling."""
+    """Same length, 0-1, never falling."""
     members: tuple[str, ...] = ()
     """Sorted names of the members that were fused."""
     fusion: FusionSettings = field(default_factory=FusionSettings)
-    """Scores that were fused otherwise mean something else."""
+    """How the scores were fused: scores that were fused differently mean something else."""
     instances: int = 0
-    """Fused instances that it was learned from."""
+    """Fused instances from which it was learned."""
 
     def __call__(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """(N,) expected precision of (N,) fused scores; beyond the knots that of the nearest one."""
+        """(N,) expected precision of (N,) fused scores; outside the knots that of the nearest knot."""
         return np.interp(np.asarray(scores, np.float64), self.scores, self.precision)
 
     def check(self, members: Sequence[str], fusion: FusionSettings, path: str) -> None:
-        """UserError when other members or fusion settings made the scores."""
+        """UserError when the scores were made by other members or with other fusion settings."""
         active = active_members(members, fusion)
         if self.members and tuple(active) != self.members:
             raise UserError(
@@ -71,7 +71,7 @@ def fit_calibration(
 def cross_calibrated(scores: ArrayLike, right: ArrayLike, groups: ArrayLike, folds: int = 5) -> NDArray[np.float64]:
     """(N,) expected precision of each instance by a calibration that has not seen its image.
 
-    groups: (N,) image ids. An instance whose fold has no other one to learn from keeps its score.
+    groups: (N,) image ids. When all images are in one fold there is nothing to learn from, and scores stay as they are.
     """
     x, y = np.asarray(scores, np.float64), np.asarray(right, bool)
     _, numbers = np.unique(np.asarray(groups), return_inverse=True)
@@ -85,6 +85,8 @@ def cross_calibrated(scores: ArrayLike, right: ArrayLike, groups: ArrayLike, fol
 
 @dataclass(frozen=True)
 class ReliabilityBin:
+    """Instances whose expected precision is between `low` and `high`."""
+
     low: float
     high: float
     count: int
@@ -95,7 +97,7 @@ class ReliabilityBin:
 
 
 def reliability(expected: ArrayLike, right: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
-    """Expected beside observed precision in `bins` bins of equal width; empty bins are left out."""
+    """Expected and observed precision in `bins` bins of equal width; empty bins are left out."""
     x, y = np.asarray(expected, np.float64), np.asarray(right, bool)
     place = np.clip((x * bins).astype(int), 0, bins - 1)
     return [
@@ -112,7 +114,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def write_calibration(path: str, calibration: Calibration) -> None:
-    """As JSON, whole or not at all."""
+    """Write it as JSON, whole or not at all."""
     content = {
         "scores": calibration.scores,
         "precision": calibration.precision,
@@ -124,7 +126,7 @@ def write_calibration(path: str, calibration: Calibration) -> None:
 
 
 def read_calibration(path: str) -> Calibration:
-    """UserError when it is not a calibration as `write_calibration` writes it."""
+    """Read what `write_calibration` wrote. UserError when the file is not a calibration."""
     try:
         content: Any = json.loads(storage.read_text(path))
         knots = np.array([content["scores"], content["precision"]], np.float64)

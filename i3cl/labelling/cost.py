@@ -1,4 +1,4 @@
-"""How fast a labelling job runs and what it costs, over all its runs."""
+"""How fast a labelling job is and what it costs, over all its runs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Meter:
     total: int
     """Images x groups of the whole job."""
     done: int
-    """Of them, done before this run."""
+    """How many of them were done before this run."""
     errors: int
-    """Of them, without predictions."""
+    """How many of them have no predictions."""
     actors: int
     gpus_per_actor: float
     price_per_hour: float
@@ -37,7 +37,7 @@ class Meter:
     _seen: dict[str, _Actor] = field(default_factory=dict)
 
     def add(self, report: dict[str, Any]) -> None:
-        """Take in what an actor reports of one task: images, errors, actor, ready, ended, busy."""
+        """Add an actor's report on one task: images, errors, actor, ready, ended, busy."""
         self.worked += report["images"]
         self.errors += report["errors"]
         actor = self._seen.setdefault(report["actor"], _Actor(report["ready"], report["ended"]))
@@ -51,7 +51,7 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Images a second from the moment the first actor was ready to the last report; 0 before the first."""
+        """Images per second from the moment the first actor was ready until the last report; 0 before the first report."""
         if not self._seen:
             return 0.0
         first = min(a.ready for a in self._seen.values())
@@ -60,7 +60,7 @@ class Meter:
 
     @property
     def busy_share(self) -> float:
-        """Share of the actors' time, once ready, in which a network worked."""
+        """Share of the actors' time since they were ready in which a network worked."""
         spent = sum(a.last - a.ready for a in self._seen.values())
         return min(1.0, sum(a.busy for a in self._seen.values()) / spent) if spent > 0 else 0.0
 
@@ -77,13 +77,13 @@ class Meter:
         return text + (f"  {self.errors} errors" if self.errors else "")
 
     def numbers(self) -> dict[str, float]:
-        """How the job stands: total, done, remaining, errors: images; images_per_second, busy_share (0-1), actors."""
+        """The state of the job: total, done, remaining and errors in images; images_per_second, busy_share (0-1), actors."""
         done = self.done + self.worked
         counts = {"total": self.total, "done": done, "remaining": self.total - done, "errors": self.errors}
         return {**counts, "images_per_second": self.rate, "busy_share": self.busy_share, "actors": self.actors}
 
     def entry(self) -> dict[str, Any]:
-        """This run as cost.json keeps it."""
+        """This run as an entry of cost.json."""
         seconds = time.time() - self.started
         hours = self.actors * seconds / 3600
         return {
@@ -103,21 +103,21 @@ class Meter:
 
 
 class CostFile:
-    """cost.json: one entry a run, and their sum. A run that is killed leaves its last entry."""
+    """cost.json: one entry for each run, and their sum. A run that is killed leaves the last entry that it wrote."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.runs: list[dict[str, Any]] = json.loads(storage.read_text(path))["runs"] if storage.exists(path) else []
 
     def write(self, meter: Meter) -> dict[str, Any]:
-        """Write the earlier runs and this one; the content."""
+        """Write the earlier runs and this one; returns the content."""
         content = summary([*self.runs, meter.entry()])
         storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
         return content
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs and their sum. images: of all runs; the speed is that without start-up, over the runs that did any."""
+    """The runs and their sum. The speed leaves out start-up and runs that labelled nothing."""
     keys = ("images", "seconds", "startup_seconds", "actor_hours", "gpu_hours", "money")
     total = {key: round(sum(run[key] for run in runs), 6) for key in keys}
     working = sum(run["images"] / run["images_per_second"] for run in runs if run["images_per_second"])

@@ -1,8 +1,8 @@
-"""What several detectors, each in one or more views, agree on in one image.
+"""Fusion: one set of instances per image out of the predictions of several detectors, each in one or more views.
 
-Instances of different members and views that overlap are clustered. A cluster's score is the weighted sum of
-its scores over the weight of everyone who looked, so that it falls when members miss the instance; its shape
-is the mean of its polygons by the same weights. No result depends on the order of the members or of their polygons.
+Instances of different members and views that overlap form a cluster. A cluster's score is the weighted sum of its scores divided
+by the weight of all members, so it falls when members miss the instance; its shape is the mean of its polygons with the same
+weights. No result depends on the order of the members or of their polygons.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from i3cl.geometry import as_polygon, intersection_areas, largest_ring, to_shape
 Ring = NDArray[np.float32]
 
 _CELLS = 56
-"""Cells along the window that a cluster's shape is averaged in ..."""
+"""Cells along the window in which a cluster's shape is averaged ..."""
 _CELLS_ACROSS = 20
-"""... and at least so many across, however thin it is."""
+"""... and at least this many across, however thin it is."""
 _SHIFT = 16
-"""Bits after the point of the whole numbers that drawing and clipping there take ..."""
+"""Fractional bits of the fixed-point numbers in which drawing and clipping work ..."""
 _STEPS = 2**_SHIFT
-"""... that is, steps of a cell."""
+"""... that is, steps in a cell."""
 
 
 @dataclass(frozen=True)
 class MemberPrediction:
-    """What one member found in one view of the image; a member with several views gives several of these."""
+    """What one member found in one view of the image; a member with several views has several of these."""
 
     member: str
     polygons: Sequence[ArrayLike]
@@ -45,19 +45,19 @@ class MemberPrediction:
     weight: float | None = None
     """Weight of the member's vote, >= 0, shared by its views. None: `member_weights` of the settings."""
     view: str = "default"
-    """Name of the view; `view_weights` of the settings says how large its part of the member's vote is."""
+    """Name of the view; its part of the member's vote is `view_weights` of the settings."""
 
 
 @dataclass(frozen=True)
 class FusedInstances:
-    """One image's instances by descending score."""
+    """The instances of one image, by descending score."""
 
     polygons: list[Ring]
     """n valid polygons (P, 2) float32 in pixels."""
     scores: NDArray[np.float64]
     """(n,) 0-1."""
     votes: NDArray[np.int64]
-    """(n,) members (not views) that saw the instance, >= 1."""
+    """(n,) members (not views) that found the instance, >= 1."""
     agreement: NDArray[np.float64]
     """(n,) 0-1, how well the outlines agree: the mean IoU over all pairs of polygons (members and views) that were fused; 0 when
     only one polygon was found, so that nothing confirms its outline."""
@@ -67,30 +67,29 @@ class FusedInstances:
 
 
 def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> FusedInstances:
-    """The instances of one image out of all members' and views' predictions.
+    """The instances of one image out of the predictions of all members and views.
 
-    - A member of weight 0 is absent; one without polygons looked and saw nothing. Predictions under
-      `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
+    - A member of weight 0 is left out; a member without polygons counts as one that found nothing. Predictions with a score
+      under `settings.min_score` or without area are left out, self-intersecting polygons are repaired.
     - Within a view, polygons that overlap a better one by more than `settings.iou` are left out.
-    - By descending score, polygons that no seed of another view overlaps by `settings.iou` or more are the
-      seeds of clusters. The others join seeds that they overlap so, by descending IoU and at most one of each
-      view to a seed. What finds no place is clustered in the same way again.
+    - In the order of descending score, a polygon that no seed of another view overlaps by `settings.iou` or more becomes the
+      seed of a cluster. The others join a seed that they overlap that much, in the order of descending IoU, at most one polygon
+      of each view per seed. Polygons that find no seed are clustered again in the same way.
     - Score: sum of view weight x score over the cluster / total weight of the members.
-    - Shape: where the mean of the signed distances to the cluster's outlines, weighted by view weight x score,
-      is zero: true to about a hundredth of the length, and inside the union of the cluster's polygons (to the
-      rounding of float32). Of a polygon that nobody joined it is the polygon itself; where the mean is positive
-      nowhere, the polygon of the largest weight.
+    - Shape: the line where the mean of the signed distances to the cluster's outlines, weighted by view weight x score, is zero.
+      It is exact to about a hundredth of the length and inside the union of the cluster's polygons (up to float32 rounding). A
+      polygon that no other joined keeps its shape; when the mean is positive nowhere, the polygon of the largest weight counts.
     - Agreement: the mean IoU over the pairs of polygons in the cluster.
-    - Of results that overlap by more than `settings.iou` the one with the higher score stays.
+    - When results overlap by more than `settings.iou`, the one with the higher score stays.
 
-    ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the
-    views of one member, polygons of fewer than 3 points or with values that are not finite.
+    ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the views of one member,
+    polygons of fewer than 3 points or with values that are not finite.
     """
     return fuse_images([predictions], settings)[0]
 
 
 def fuse_images(images: Sequence[Sequence[MemberPrediction]], settings: FusionSettings) -> list[FusedInstances]:
-    """`fuse` of many images; dozens at once take less time than one by one."""
+    """`fuse` for many images; dozens at once take less time than one by one."""
     found = _candidates(images, settings)
     overlapping = _overlapping([candidates.polygons for candidates in found], settings.iou)
     drafts = [_draft(candidates, pairs, settings.iou) for candidates, pairs in zip(found, overlapping)]
@@ -139,7 +138,7 @@ def _agreements(clusters: Sequence[_Cluster]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """All polygons that take part, by descending score; equal scores in an order that the polygons decide."""
+    """All polygons that take part, by descending score; the coordinates decide the order of equal scores."""
 
     polygons: list[Ring]
     scores: NDArray[np.float64]
@@ -165,7 +164,7 @@ def _candidates(images: Sequence[Sequence[MemberPrediction]], settings: FusionSe
                     rings.append(as_polygon(prediction.polygons[k]))
                     rows.append((number, float(scores[k]), share, name, view))
 
-    # Equal scores in an order that the polygons decide, so that no result depends on the order of the members.
+    # The coordinates decide the order of equal scores, so that no result depends on the order of the members.
     ordered: list[list[tuple[float, bytes, float, str, int, Ring]]] = [[] for _ in images]
     for (number, score, share, name, view), ring in zip(rows, _valid(rings)):
         if ring is not None:
@@ -199,7 +198,7 @@ def _shares(predictions: Sequence[MemberPrediction], settings: FusionSettings) -
         views.setdefault(name, []).append(settings.view_weights.get(prediction.view, 1.0))
     # Sorted, because a sum of floats depends on its order and the result must not.
     within = {name: sum(sorted(parts)) for name, parts in views.items()}
-    # A member whose views all weigh nothing is absent.
+    # A member whose views all have weight 0 is left out.
     total = sum(sorted(weight for name, weight in weights.items() if within[name]))
     return [
         weights[p.member] / total * settings.view_weights.get(p.view, 1.0) / within[p.member]
@@ -230,7 +229,7 @@ class _Pairs:
     iou: NDArray[np.float64]
 
     def above(self, limit: float, rivals: NDArray[np.bool_] | None = None) -> list[tuple[int, int]]:
-        """Those of IoU > limit, and where `rivals`, (K,) bool."""
+        """The pairs with an IoU above `limit`, and of these the ones where `rivals`, (K,) bool."""
         chosen = self.iou > limit if rivals is None else (self.iou > limit) & rivals
         return list(zip(self.first[chosen].tolist(), self.second[chosen].tolist()))
 
@@ -247,8 +246,8 @@ def _overlapping(images: Sequence[Sequence[Ring]], limit: float) -> list[_Pairs]
         width = np.minimum(high_x[:, None], high_x) - np.maximum(low_x[:, None], low_x)
         height = np.minimum(high_y[:, None], high_y) - np.maximum(low_y[:, None], low_y)
         first, second = np.nonzero(np.triu((width > 0) & (height > 0), 1))
-        # A n B lies within the common part of the boxes and within the smaller of both, with a thousandth of slack, so
-        # that rounding does not rule out what measuring would find.
+        # The intersection of A and B is inside the common part of their boxes and inside the smaller of the two. A thousandth of
+        # slack keeps rounding from excluding a pair that the exact areas would include.
         area_first, area_second = area[first], area[second]
         bound = np.minimum(width[first, second] * height[first, second], np.minimum(area_first, area_second))
         possible = 1.001 * bound * (1 + limit) >= limit * (area_first + area_second)
@@ -285,9 +284,9 @@ def _boxes_and_areas(rings: Sequence[Ring]) -> tuple[NDArray[np.float64], NDArra
 
 
 def _best_of_overlapping(count: int, pairs: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which of `count` stay when each that stays rules out the second ones of its pairs, which are ascending."""
+    """Which of `count` stay when each that stays excludes the second of its pairs. The pairs are ascending."""
     stays = [True] * count
-    # Sorted by the better one, so that its own fate is settled before it decides another's.
+    # Sorted by the better one, so that it is settled whether it stays before it excludes another.
     for i, j in pairs:
         if stays[i]:
             stays[j] = False
@@ -362,7 +361,7 @@ def _mean_outlines(clusters: Sequence[_Cluster]) -> list[Ring]:
     result = [cluster.polygons[int(np.argmax(cluster.parts))] for cluster in clusters]
     apart = [len({polygon.tobytes() for polygon in cluster.polygons}) > 1 for cluster in clusters]
     drawn = [k for k, cluster in enumerate(clusters) if apart[k] and cluster.score > 0]
-    # Step by step over all: taking turns between the libraries costs a third more.
+    # Each step for all clusters: alternating between the libraries takes a third longer.
     windows = [_window(clusters[k].polygons) for k in drawn]
     lines = [_zero_line(window, clusters[k].parts) for k, window in zip(drawn, windows)]
     clipped = [_clipped(line, window.rings) for line, window in zip(lines, windows)]
@@ -374,7 +373,7 @@ def _mean_outlines(clusters: Sequence[_Cluster]) -> list[Ring]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Cells over the smallest rotated rectangle around some polygons: a slanted line is as fine across as along."""
+    """A grid over the smallest rotated rectangle around some polygons, so that a slanted line is as fine across as along."""
 
     width: int
     height: int
@@ -390,7 +389,7 @@ def _window(polygons: Sequence[Ring]) -> _Window:
     points = np.concatenate(polygons).astype(np.float64)
     low = points.min(axis=0)
     points -= low
-    # Of one size for float32, whatever the unit.
+    # Scaled to one size for float32, whatever the unit.
     scale = float(points.max()) / 1000
     centre, size, angle = cv2.minAreaRect((points / scale).astype(np.float32))
     longest = max(size)
@@ -434,7 +433,7 @@ def _clipped(outline: NDArray[np.int32], rings: Sequence[NDArray[np.int32]]) -> 
         return None
     clipper = pyclipper.Pyclipper()
     clipper.AddPath(outline.tolist(), pyclipper.PT_SUBJECT)
-    # All in one sense of rotation: opposite ones would cancel where they overlap.
+    # All with the same orientation: opposite ones would cancel where they overlap.
     clipper.AddPaths([ring[:: 1 if area > 0 else -1].tolist() for ring, area in zip(rings, areas)], pyclipper.PT_CLIP)
     pieces = clipper.Execute(pyclipper.CT_INTERSECTION, pyclipper.PFT_NONZERO, pyclipper.PFT_NONZERO)
     return np.array(max(pieces, key=pyclipper.Area)) if pieces else None

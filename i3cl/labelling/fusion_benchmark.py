@@ -1,4 +1,4 @@
-"""How long fusion takes: 1,000 images, 5 members, 30 instances each, over the machine's cores."""
+"""How long fusion takes: 1,000 images, 5 members, 30 instances each, on all cores of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 50
 
 
 def crowded_image(seed: int) -> list[MemberPrediction]:
-    """Bent words of 14 points that every member sees a little displaced, one in ten not at all."""
+    """Bent words of 14 points. Every member finds them slightly displaced and misses one in ten."""
     rng = np.random.default_rng(seed)
     words = [_word(rng) for _ in range(_INSTANCES)]
     result = []

@@ -14,17 +14,17 @@ from i3cl.errors import UserError
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("height", pa.int32()), ("width", pa.int32())])
 _CHUNK = 16384
-"""Records that are Python objects at a time."""
+"""Records that exist as Python objects at the same time."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is to be labelled: some tens of bytes an image."""
+    """The images to label, in some tens of bytes each."""
 
     table: pa.Table
-    """``SCHEMA``, in the order of the data set; sizes are the annotation file's word."""
+    """``SCHEMA``, in the order of the data set; sizes are those that the annotation file says."""
     digest: str
-    """SHA-256 of ids and file names in their order."""
+    """SHA-256 of ids and file names in this order."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -38,9 +38,9 @@ class Manifest:
         return min(rows, len(self) - shard * rows)
 
     def blocks(self, tasks: Sequence[tuple[str, int, int]], rows: int, together: int) -> Iterator[pa.Table]:
-        """Tables of at most `together` rows, a row a shard: part, group and, as lists, the columns of its images.
+        """Tables of at most `together` rows, one for each shard: part, group, and the columns of its images as lists.
 
-        tasks: (part, group, shard). A shard is one row, so that nothing downstream can cut it in two.
+        tasks: (part, group, shard). A shard is one row, so that nothing later can split it.
         """
         for start in range(0, len(tasks), together):
             chosen = tasks[start : start + together]
@@ -54,9 +54,9 @@ class Manifest:
 
 
 def make_manifest(dataset: Dataset) -> Manifest:
-    """The manifest of a data set, whose records are looked at once and a few at a time.
+    """The manifest of a data set, whose records are read once and a few at a time.
 
-    UserError when there is no image or two share an id.
+    UserError when there is no image, or when two have the same id.
     """
     digest = hashlib.sha256()
     tables = []

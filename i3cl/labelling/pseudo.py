@@ -232,7 +232,7 @@ def _shards(
     }
     marker = storage.join(out, "_settings.json")
     if claims.first_difference(claims.read(marker), json.loads(json.dumps(made_from))):
-        # Of other settings or predictions, or of a stopped deletion: the pseudo labels of a run are those of its last `select`.
+        # Shards of other settings or predictions, or the rest of a stopped deletion. A run keeps the labels of its last `select`.
         storage.remove_tree(out)
     claims.claim(marker, made_from, "other pseudo labels")
     present = set(storage.list_dir(out))

@@ -49,7 +49,7 @@ def score_checkpoints(
 
 
 def score_labels(name: str, truth: Dataset, labels: Dataset, settings: EvaluateSettings) -> Measured:
-    """Score pseudo labels as a student gets them: all count, because thresholds have chosen them already; ignore regions do not."""
+    """Score pseudo labels as a student gets them: all count, whatever their score; ignore regions do not."""
     found = {}
     for record in labels.records:
         kept = [i for i in record.instances if not i.ignore]

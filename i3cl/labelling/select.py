@@ -1,4 +1,4 @@
-"""From fused instances to pseudo labels: what is taught, how strongly, and what is kept out of the loss."""
+"""From fused instances to pseudo labels: which are learned, with which weight, and which regions are kept out of the loss."""
 
 from __future__ import annotations
 
@@ -31,27 +31,30 @@ class Selected:
     votes: NDArray[np.int64]
     """(n,)."""
     dropped: int
-    """Fused instances that are neither: the image teaches them as background."""
+    """Fused instances that are neither; the student learns them as background."""
 
     def __len__(self) -> int:
         return len(self.polygons)
 
 
 def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibration | None = None) -> Selected:
-    """A verdict for every instance, by the thresholds of `settings`.
+    """Sort the instances by the thresholds of `settings`.
 
-    With a `calibration` the scores are mapped to expected precision first, and all that follows is in its units.
-    score >= high: pseudo label of lossweight 1. low <= score < high: pseudo label whose lossweight grows
-    linearly from min_weight at low to 1 at high ('ramp'), or is the score ('score').
-    ignore <= score < low: ignore region, and so is what would
-    be a pseudo label but has fewer than min_votes votes or a short side under min_side pixels. score <
-    ignore: dropped.
-    agreement >= outline_high: box and mask are taught fully; < outline_low: not at all; linear between.
+    With a `calibration` the scores become expected precision first, and the thresholds are in that unit.
+
+    - score >= high: pseudo label of lossweight 1;
+    - low <= score < high: pseudo label whose lossweight grows linearly from min_weight at low to 1 at high ('ramp'), or is the
+      score ('score');
+    - ignore <= score < low: ignore region; so is a would-be pseudo label with fewer than min_votes votes or a short side under
+      min_side pixels;
+    - score < ignore: dropped.
+
+    Box and mask are taught fully from agreement outline_high on, not at all below outline_low, and by a linear share between.
     """
     scores = np.asarray(fused.scores, np.float64) if calibration is None else calibration(fused.scores)
     sides = np.array([short_side(polygon) for polygon in fused.polygons], np.float64)
     label = (scores >= settings.low) & (fused.votes >= settings.min_votes) & (sides >= settings.min_side)
-    # high == low leaves no ramp: what reaches low has reached high.
+    # high == low leaves no ramp: a score that reaches low has reached high.
     ramp = (scores - settings.low) / max(settings.high - settings.low, 1e-12)
     weight = settings.min_weight + (1 - settings.min_weight) * np.clip(ramp, 0, 1)
     if settings.weight == "score":
@@ -82,7 +85,7 @@ class SelectionSummary:
         self._weight = 0.0
 
     def update(self, selected: Selected) -> None:
-        """Adds one image."""
+        """Add one image."""
         labels = int(np.count_nonzero(~selected.ignore))
         self.images += 1
         self.images_with_labels += labels > 0
@@ -92,7 +95,7 @@ class SelectionSummary:
         self._weight += float(selected.lossweight[~selected.ignore].sum())
 
     def merge(self, counts: Mapping[str, float]) -> None:
-        """Adds the images of another `summary`."""
+        """Add the images of another `summary`."""
         self.images += int(counts["images"])
         self.images_with_labels += int(counts["images_with_labels"])
         self.instances += int(counts["instances"])
@@ -101,8 +104,9 @@ class SelectionSummary:
         self._weight += counts["mean_weight"] * counts["instances"]
 
     def summary(self) -> dict[str, float]:
-        """images, images_with_labels, instances (pseudo labels), ignored, dropped: counts. mean_weight: 0-1,
-        the mean lossweight of the pseudo labels, 0 without any.
+        """The counts images, images_with_labels, instances (pseudo labels), ignored and dropped, and mean_weight.
+
+        mean_weight: the mean lossweight of the pseudo labels, 0-1; 0 without any.
         """
         return {
             "images": self.images,

@@ -1,4 +1,4 @@
-"""How far fused labels can be trusted, measured where the truth is known, and which images the members dispute most."""
+"""How far fused labels can be trusted, measured where the truth is known, and the images on which the members disagree most."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from i3cl.labelling.fusion import FusedInstances, fuse_images
 from i3cl.labelling.pseudo import FusedImage, fused_images
 
 _SIDES = (0.0, 6.0, 10.0, 16.0, 24.0, 40.0, np.inf)
-"""Pixels; borders of the size table."""
+"""Pixels; limits of the rows of the size table."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Rate:
     count: int
     """Instances in the part."""
     precision: float
-    """Share of them that is right, don't-care ones aside; nan without any."""
+    """Share of them that is right, without don't-care ones; nan when there are none."""
     recall: float
-    """Share of all truths (in the table by size: of those of the size) that they find; nan without truths."""
+    """Share of all truths (in the table by size: of the truths of that size) that they find; nan without truths."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Trust:
-    """What `measure_trust` finds out."""
+    """The result of `measure_trust`."""
 
     images: int
     truths: int
@@ -72,11 +72,11 @@ class Trust:
     """By descending F."""
     ensemble: Contest
     gain: tuple[float, float, float]
-    """F of the ensemble less that of the best member: measured, and the 2.5 and 97.5 percentiles of a bootstrap over images."""
+    """F of the ensemble minus F of the best member: measured, and the 2.5 and 97.5 percentiles of a bootstrap over images."""
     raw: list[ReliabilityBin]
-    """The fused score taken as expected precision."""
+    """With the fused score as expected precision."""
     calibrated: list[ReliabilityBin]
-    """Expected by calibrations that have not seen the image."""
+    """With the expected precision of calibrations that have not seen the image."""
     calibration: Calibration
     """Learned from all images."""
     disputed: list[FusedImage]
@@ -89,15 +89,15 @@ def dispute(fused: FusedInstances, members: int) -> float:
 
 
 def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: LabelSettings, evaluate: EvaluateSettings) -> Trust:
-    """Fused labels of stored predictions against the truth of the same images; images without prediction count as missed.
+    """Compare fused labels of stored predictions with the truth of the same images. Images without predictions count as missed.
 
-    UserError when no image of the truth has predictions or nothing was found in any of them.
+    UserError when no image of the truth has predictions, or when nothing was found in any of them.
     """
     check_image_sizes(predictions, truth)
     known = {record.id: record for record in truth}
     images = {item.image_id: item for item in fused_images(predictions, settings) if item.image_id in known}
     if not images:
-        raise UserError(f"{predictions}: has no image of the truth; predictions and --truth must be of one data set")
+        raise UserError(f"{predictions}: has no image of the truth; predictions and --truth must belong to the same data set")
     names = active_members({part.member for item in images.values() for part in item.members}, settings.fusion)
     nothing = FusedInstances([], np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
     fused = {i: images[i].fused if i in images else nothing for i in known}
@@ -161,7 +161,7 @@ def _truths(record: ImageRecord) -> tuple[list[NDArray[np.float32]], NDArray[np.
 def _alone(
     name: str, images: Mapping[int, FusedImage], known: Mapping[int, ImageRecord], settings: LabelSettings
 ) -> dict[int, FusedInstances]:
-    """What a member finds without the others; its views are fused."""
+    """What one member finds by itself, with its views fused."""
     parts = [[p for p in images[i].members if p.member == name] if i in images else [] for i in known]
     return dict(zip(known, fuse_images(parts, settings.fusion)))
 
@@ -179,7 +179,7 @@ def _contest(
 
 
 def write_disputed(path: str, disputed: Sequence[FusedImage]) -> None:
-    """The images as COCO json in their order, the fused instances with score and votes: for a review in a labelling tool."""
+    """Write the images in this order as COCO json, the fused instances with score and votes, for review in a labelling tool."""
     records = [
         ImageRecord(
             item.image_id,

@@ -1,4 +1,4 @@
-"""What the report of the whole circle shows: its pictures are read here, a few dozen, never the corpus."""
+"""Collects what the report of the whole circle shows. It reads a few dozen pictures, never the whole corpus."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_circle_report(
 ) -> None:
     """Write report.html. `measured` holds the teachers in order and the student last; `runs` their run directories.
 
-    others: rows of summary.json of models beside these: the control, students of later rounds.
+    others: rows of summary.json for further models: the control, and students of later rounds.
     """
     *teachers, student = measured
     results = [_result(measured[name], "teacher") for name in teachers]
@@ -92,7 +92,7 @@ def _rows(run: str) -> list[dict[str, Any]]:
 
 
 def _spread(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """At most _PICTURES of them, evenly over the list."""
+    """At most _PICTURES of the records, evenly spread over the list."""
     return [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(_PICTURES, len(records))).astype(int))]
 
 

@@ -1,4 +1,4 @@
-"""The report on how far fused labels can be trusted: tables, calibration, and the images that the members dispute most."""
+"""The report on how far fused labels can be trusted: tables, calibration, and the images on which the members disagree most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PICTURES = 16
 
 
 def reliability_figure(raw: Sequence[ReliabilityBin], calibrated: Sequence[ReliabilityBin]) -> str:
-    """Observed over expected precision, before and after calibration, as SVG; the diagonal is perfect."""
+    """Observed against expected precision, before and after calibration, as SVG; a perfect calibration is the diagonal."""
     figure, axes = new_axes(4.4, 4.0)
     axes.plot([0, 1], [0, 1], color="#7a7f87", linewidth=1, linestyle=(0, (4, 3)))
     for name, bins, colour in (("fused score", raw, PALETTE[1]), ("calibrated", calibrated, PALETTE[0])):
@@ -31,13 +31,13 @@ def reliability_figure(raw: Sequence[ReliabilityBin], calibrated: Sequence[Relia
 
 
 def write_trust_report(path: str, trust: Trust, images_root: str, title: str) -> None:
-    """One HTML file that needs nothing but itself, at a local path or s3:// URL; decodes only the pictures that it shows."""
+    """Write one self-contained HTML file to a local path or s3:// URL; decodes only the pictures that it shows."""
     names = sorted(member.name for member in trust.members)
     colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
     pictures = []
     for item in trust.disputed[:_PICTURES]:
         image = decode_image(storage.join(images_root, item.file_name))
-        # A member's doubtful finds would cover what it is sure of.
+        # A member's doubtful detections would hide the ones of which it is sure.
         outlines = []
         for part in item.members:
             if part.member in colours:
@@ -54,7 +54,7 @@ def write_trust_report(path: str, trust: Trust, images_root: str, title: str) ->
         pictures=pictures,
         tables=[
             ("By score threshold", "Fused score from", trust.by_threshold),
-            ("By votes", "Members that saw it", trust.by_votes),
+            ("By votes", "Members that found it", trust.by_votes),
             ("By size, from the lower threshold on", "Short side", trust.by_size),
         ],
         figure=Markup(reliability_figure(trust.raw, trust.calibrated)),

@@ -11,18 +11,17 @@ from typing import Any
 
 from i3cl import observe
 from i3cl.runtime.ray_private import check_answers, cluster_address, this_machine_only
-from i3cl.runtime.resources import machine_cores
 
 TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-"""Environment variables copied to the workers when a job joins an existing cluster, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*.
-Never secrets: Ray shows them to everybody who can see the cluster. Keys and tokens come from each node's own environment or role."""
+"""Variables of a job that joins a cluster which its workers get too, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*. Never a
+secret: Ray shows them to everybody who may look at the cluster. Keys and tokens come from each node's own environment or role."""
 
 
 def connect() -> None:
-    """Join the cluster of RAY_ADDRESS or one that runs on this machine, otherwise start a local Ray. Safe to call twice.
+    """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
 
-    Sets the environment variables that keep Ray's own messages out of the job's output. I3CL_WORKER_LOGS=1 shows what workers
-    print; with I3CL_LOG=json they log JSON (docs/observe.md).
+    Sets the environment that Ray reads on the driver: no chatter between a job's own lines. What workers print is shown with
+    I3CL_WORKER_LOGS=1; with I3CL_LOG=json what they log is JSON (docs/observe.md).
     """
     defaults = {
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -46,19 +45,19 @@ def connect() -> None:
     address = cluster_address()
     if address:
         check_answers(address)
-        # `ray job submit --runtime-env-json` puts its variables into this environment too; without this, equal keys are an error.
+        # What `ray job submit --runtime-env-json` set is in this environment too, and equal keys are a conflict without this.
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         ray.init(runtime_env={"env_vars": travelling(os.environ)}, **silent)
     else:
         # More logical CPUs than cores: on a laptop Ray Data's decoding shares the cores with a training worker that reserves
         # them, and a cluster without a free logical CPU would wait for ever. Workers inherit this process's environment.
-        cpus = max(8, 2 * machine_cores())
+        cpus = max(8, 2 * (os.cpu_count() or 1))
         with this_machine_only():
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=1 << 30, **silent)
     if on_stop is signal.default_int_handler:
-        signal.signal(signal.SIGTERM, on_stop)  # ray.init has replaced it
+        signal.signal(signal.SIGTERM, on_stop)  # ray.init puts its own there
     if observe.wants_json():
-        # In this process the logging_config would mix Ray's own lines with the job's.
+        # In this process the logging_config would have put Ray's own lines between the job's.
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger().setLevel(logging.WARNING)
     observe.joined()
@@ -72,13 +71,13 @@ def connect() -> None:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are copied to the workers of a cluster: addresses and regions, never keys."""
+    """Those of the variables that go with a job to the workers of a cluster: addresses and regions, never keys."""
     families = ("I3CL_", "RAY_DATA_", "GLOO_", "NCCL_")
     return {key: value for key, value in environment.items() if key in TRAVELLING or key.startswith(families)}
 
 
 def quiet(context: Any) -> None:
-    """Stop a Ray Data context from printing: jobs show their own progress."""
+    """Keep a Ray Data context from printing: jobs show progress of their own."""
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.ERROR)

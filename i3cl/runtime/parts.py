@@ -76,7 +76,7 @@ def _on_ray(task: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterato
     connect()
     import ray
 
-    remote = ray.remote(num_cpus=1, max_retries=3)(_outcome)
+    remote: Any = ray.remote(num_cpus=1, max_retries=3)(_outcome)
     shared = ray.put(task)
     waiting = list(reversed(list(enumerate(calls))))
     running: dict[Any, int] = {}

@@ -14,9 +14,9 @@ from i3cl.errors import UserError
 
 
 def cluster_address() -> str | None:
-    """host:port of the cluster to join: RAY_ADDRESS, otherwise one that `ray start` started on this machine; None without any.
+    """host:port of the cluster to join: RAY_ADDRESS, else the one that `ray start` has left on this machine; None: none.
 
-    UserError for a RAY_ADDRESS of another form.
+    UserError for a RAY_ADDRESS of another kind.
     """
     from ray._private.services import canonicalize_bootstrap_address_or_die, find_bootstrap_address
 
@@ -29,13 +29,11 @@ def cluster_address() -> str | None:
         try:
             return canonicalize_bootstrap_address_or_die(given)
         except ConnectionError as error:
-            raise UserError(
-                "RAY_ADDRESS=auto: found no Ray cluster on this machine, or more than one; set RAY_ADDRESS=host:port"
-            ) from error
+            raise UserError("RAY_ADDRESS=auto: `ray start` has left no one cluster here; give its host:port") from error
     if "://" in given:
         raise UserError(
-            f"RAY_ADDRESS={given}: not the host:port of a cluster; to send a job to that address use `ray job submit --address`, "
-            "to use a local Ray unset RAY_ADDRESS"
+            f"RAY_ADDRESS={given}: is no host:port of a cluster; for a job on it use `ray job submit --address`, for a Ray of "
+            "this machine unset RAY_ADDRESS"
         )
     try:
         complete = bool(urlsplit(f"//{given}").hostname and urlsplit(f"//{given}").port)
@@ -47,7 +45,7 @@ def cluster_address() -> str | None:
 
 
 def check_answers(address: str) -> None:
-    """UserError when no cluster answers there, or it needs another token: ray.init would try for half a minute and then raise."""
+    """UserError when no cluster answers there or it wants another token: ray.init would try for half a minute, then raise."""
     import grpc
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.grpc_utils import init_grpc_channel
@@ -66,20 +64,20 @@ def check_answers(address: str) -> None:
             raise UserError(f"RAY_AUTH_MODE=token, but there is no token; {token}") from error
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise UserError(f"{where}: the cluster needs its token, and this job has none or another one; {token}") from error
+                raise UserError(f"{where}: it wants its token, and this job has none or another one; {token}") from error
             reason = " ".join(str(error.details()).split()).rpartition(": ")[2]
             raise UserError(
-                f"{where}: no cluster answers there ({reason}); start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to "
-                "use a local Ray"
+                f"{where}: no cluster answers there ({reason}); start it, correct RAY_ADDRESS, or RAY_ADDRESS=local for a Ray "
+                "of this machine"
             ) from error
 
 
 @contextmanager
 def this_machine_only() -> Iterator[None]:
-    """A Ray started in this block listens only on the loopback address; by default it listens on all addresses."""
+    """A Ray that is started in the block listens on the loopback address; Ray by itself listens on every one."""
     from ray._private import ray_constants
 
-    # What Ray does by itself on macOS and Windows. Read once when Ray is imported, and by the processes that it starts.
+    # Ray's own way on macOS and Windows. Read once, when Ray is imported, and by the processes that are started.
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False

@@ -270,7 +270,7 @@ _TAG = "!!python/object/apply:os.system ['touch {}']"
 
 def test_yaml_makes_no_objects(tmp_path, tiny_settings):
     """Recipes, extends, catalogue, overrides, settings of a checkpoint and of a run that is continued."""
-    from i3cl.training.launch import claim
+    from i3cl.claims import claim_run
 
     sprung = tmp_path / "sprung"
     tag = _TAG.format(sprung)
@@ -287,7 +287,7 @@ def test_yaml_makes_no_objects(tmp_path, tiny_settings):
         lambda: load_settings(tmp_path / "catalogue.yaml"),
         lambda: load_settings(None, [f"name={tag}"]),
         lambda: i3cl.load(str(tmp_path / "run")),
-        lambda: claim(str(tmp_path / "run"), tiny_settings, ("model",)),
+        lambda: claim_run(str(tmp_path / "run"), tiny_settings, ("model",)),
     ):
         with pytest.raises(UserError) as caught:
             read()

@@ -16,7 +16,6 @@ from i3cl.data.synthetic.write import write_scene_text
 from i3cl.errors import UserError
 from i3cl.geometry import clip_polygon, short_side, to_shapely
 from i3cl.report.sheet import contact_sheet, write_contact_sheet
-from i3cl.runtime.parts import _task
 
 SMALL = SceneTextSettings(width=256, height=192, size=18, images_per_part=2)
 
@@ -193,12 +192,3 @@ def test_bad_numbers_and_notes_are_named(tmp_path):
         write_scene_text(SMALL, str(tmp_path), 1, 0)
     with pytest.raises(ValueError, match="at least 0"):
         make_scene(-1, 0, SMALL)
-
-
-def test_a_task_reports_problems_and_mistakes_as_values():
-    def work(part):
-        if part == 2:
-            raise UserError("part 2 is bad")
-        return ["one"] if part else []
-
-    assert _task(work, {"part": np.arange(3)}) == {"problems": ["[]", '["one"]', "[]"], "mistake": ["", "", "part 2 is bad"]}

@@ -162,11 +162,14 @@ def test_other_settings_under_the_same_name_are_refused(circle):
     assert "train.steps: 6 there, 7 here" in done.stderr
 
 
-def test_select_again_needs_no_prediction(circle):
-    _, config, _ = circle
+def test_select_again_needs_no_prediction_and_its_labels_do_not_slip_under_the_student(circle):
+    folder, config, _ = circle
     done = job("label", "select", "--config", config, "label.select.high=0.0")
     assert done.returncode == 0, done.stderr
     assert "mean_weight 1.000" in done.stdout
+    done = job("train", "--config", str(folder / "runs" / "circle" / "student" / "settings.yaml"))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "was begun with other labels" in done.stderr and "pseudo.json (data.train.1.annotations)" in done.stderr
 
 
 @pytest.mark.slow
@@ -193,6 +196,10 @@ def test_predict_and_evaluate_with_the_students_checkpoint(circle, tiny_set, tmp
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "out" / "art.json").read_text())) == 12
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 12
+    assert "test size 96/96 from the checkpoint" in done.stdout
+    one = str(tiny_set / "images" / "0.jpg")
+    done = job("predict", "--checkpoint", checkpoint, "--images", one, "--out", str(tmp_path / "one"), "data.test_short_side=64")
+    assert "test size 64/96 (data.test_short_side as given, the rest from the checkpoint)" in done.stdout
     done = job(
         "evaluate",
         "--config",
@@ -203,6 +210,7 @@ def test_predict_and_evaluate_with_the_students_checkpoint(circle, tiny_set, tmp
         str(tmp_path / "e.json"),
     )
     assert done.returncode == 0, done.stderr
+    assert "test size 96/96 (data.test_short_side, data.test_long_side, data.test_upscale as given)" in done.stdout
     score = json.loads((tmp_path / "e.json").read_text())["student"]
     kept = json.loads((folder / "runs" / "circle" / "summary.json").read_text())["student"]
     assert score["hmean"] == pytest.approx(kept["hmean"], abs=1e-4)

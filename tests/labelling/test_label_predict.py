@@ -253,17 +253,17 @@ def test_bad_images_are_rows_with_an_error(tiny_checkpoints, tmp_path):
 
 
 def test_an_image_that_the_network_refuses_costs_only_itself(tiny_checkpoints, tmp_path, monkeypatch):
-    import i3cl.inference.predictor
+    from i3cl.inference.predictor import Predictor
 
     names = write_images(tmp_path / "images", 5)
-    real = i3cl.inference.predictor.detect_arrays
+    real = Predictor.__call__
 
-    def small_memory(model, images, settings, view=None):
+    def small_memory(predictor, images, view=None):
         if any(image.shape[1] == 98 for image in images):
             raise RuntimeError("out of memory\nin lines")
-        return real(model, images, settings, view)
+        return real(predictor, images, view)
 
-    monkeypatch.setattr(i3cl.inference.predictor, "detect_arrays", small_memory)
+    monkeypatch.setattr(Predictor, "__call__", small_memory)
     labeller = Labeller(plan(tmp_path / "images", tmp_path / "out", tiny_checkpoints, batch=5))
     for table in blocks(dataset(tmp_path / "images", names), 5):
         labeller(table)
@@ -305,7 +305,7 @@ def test_an_image_that_kills_the_worker_is_found_and_left_out(tiny_checkpoints, 
     assert sorted(found) == list(range(1, 9))
     errors = {i: row["error"] for i, rows in found.items() for row in rows.values()}
     assert [i for i, error in errors.items() if error] == [6]
-    assert errors[6] == "5.jpg: killed the worker 2 times when it was alone in hand"
+    assert errors[6] == "5.jpg: killed the worker 2 times while it was labelled alone"
 
 
 def _fresh(labeller: Labeller, tables: list) -> None:
@@ -338,7 +338,7 @@ def test_automatic_layout(label, shards, gpus, cpus, cores, wanted):
 def test_a_checkpoint_is_known_by_its_weights_and_settings(tiny_checkpoints, tmp_path):
     assert checkpoint_hash(tiny_checkpoints["a"]) != checkpoint_hash(tiny_checkpoints["b"])
     assert checkpoint_hash(tiny_checkpoints["a"]) == checkpoint_hash(tiny_checkpoints["a"])
-    with pytest.raises(UserError, match=r"is no checkpoint \(it has no settings.yaml\)"):
+    with pytest.raises(UserError, match=r"not a checkpoint directory \(it has no settings.yaml\)"):
         checkpoint_hash(str(tmp_path))
 
 
@@ -352,7 +352,7 @@ def test_mistakes_are_told_before_anything_starts(tiny_checkpoints, tmp_path):
         call({})
     with pytest.raises(UserError, match="every view once"):
         call(tiny_checkpoints, views=[{}, {}])
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint directory"):
         call({"a": str(tmp_path / "nowhere")})
     assert not (tmp_path / "out").exists()
 
@@ -381,6 +381,54 @@ def test_a_done_job_returns_at_once_and_knows_another_one(tiny_checkpoints, tmp_
         predict(data, {"a": tiny_checkpoints["a"]}, Settings(), out, "t")
     with pytest.raises(UserError, match=r"images"):
         predict(dataset(tmp_path, ["b.jpg"]), tiny_checkpoints, Settings(), out, "t")
+
+
+def test_a_given_test_size_belongs_to_the_job_and_reaches_the_actors(tiny_checkpoints, tmp_path, monkeypatch):
+    names = write_images(tmp_path / "images", 3)
+    data, out = dataset(tmp_path / "images", names), str(tmp_path / "out")
+    labelled, said = [], []
+
+    def label(job, missing):
+        """What the actors would do, in this process."""
+        labelled.append(job.plan(layout(job.label, len(missing), 0, 1, 1)))
+        said.append(job.sizes)
+        labeller = Labeller(labelled[-1])
+        for table in job._blocks(missing, layout(job.label, len(missing), 0, 1, 1)):
+            labeller(table)
+        assert {str(p.size) for p in labeller.predictors.values()} == {"64/96"}
+
+    monkeypatch.setattr(_Job, "_label", label)
+    given = Settings.model_validate({"data": {"test_short_side": 64}})
+    predict(data, tiny_checkpoints, given, out, "t")
+    assert labelled[0].device == "cpu" and labelled[0].given == {"data.test_short_side": 64}
+    assert said == ["test size 64/96 (data.test_short_side as given, the rest from the checkpoints)"]
+    predict(data, tiny_checkpoints, given, out, "t")
+    assert len(labelled) == 1, "the job is done"
+    with pytest.raises(UserError, match=r"data\.test_short_side: 64 there, nothing here"):
+        predict(data, tiny_checkpoints, Settings(), out, "t")
+    with pytest.raises(UserError, match=r"data\.test_short_side: 64 there, 32 here"):
+        predict(data, tiny_checkpoints, Settings.model_validate({"data": {"test_short_side": 32}}), out, "t")
+
+
+def test_without_gpus_to_use_no_actor_asks_for_one_that_is_visible(tiny_checkpoints, tmp_path, monkeypatch):
+    import torch
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("CUDA was asked for")
+
+    names = write_images(tmp_path / "images", 2)
+    data = dataset(tmp_path / "images", names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    settings = Settings.model_validate({"cluster": {"gpu": False}})
+    job = _Job(data, make_manifest(data), [tiny_checkpoints], settings, Ledger(str(tmp_path / "out")), "t")
+    on_cpu, on_gpu = (job.plan(layout(settings.label, 1, gpus, 2, 2)) for gpus in (0, 1))
+    assert (on_cpu.device, on_gpu.device) == ("cpu", "cuda")
+    labeller = Labeller(on_cpu)
+    assert labeller(blocks(data, 2)[0])["errors"].to_pylist() == [0]
+    assert {p.device.type for p in labeller.predictors.values()} == {"cpu"}
+    with pytest.raises((AssertionError, RuntimeError)):
+        Labeller(on_gpu)
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,11 @@ def test_the_verdict_sees_a_difference_and_its_absence():
 def test_nothing_found_scores_zero():
     truth = [ImageRecord(1, "1.jpg", 9, 9, ())]
     assert scores(count(truth, {}, EvaluateSettings())) == {"recall": 0, "precision": 0, "hmean": 0}
+
+
+def test_a_broken_trial_says_why_in_the_words_of_the_error():
+    from i3cl.search.trials import _reason
+
+    trace = "Traceback (most recent call last):\n  File x\n{}: search.space: low: must be below 1\n"
+    assert _reason(trace.format("i3cl.errors.SettingsError")) == "search.space: low: must be below 1"
+    assert _reason(trace.format("ValueError")) == "ValueError: search.space: low: must be below 1"
