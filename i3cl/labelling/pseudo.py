@@ -98,9 +98,22 @@ def label_parts(
         if settings.select.drop_empty and not np.any(~chosen.ignore):
             continue
         instances = tuple(
-            Instance(polygon, ignore=bool(ignore), lossweight=float(weight), score=float(score), votes=int(votes))
-            for polygon, ignore, weight, score, votes in zip(
-                chosen.polygons, chosen.ignore, chosen.lossweight, chosen.scores, chosen.votes, strict=True
+            Instance(
+                polygon,
+                ignore=bool(ignore),
+                lossweight=float(weight),
+                outlineweight=float(outline),
+                score=float(score),
+                votes=int(votes),
+            )
+            for polygon, ignore, weight, outline, score, votes in zip(
+                chosen.polygons,
+                chosen.ignore,
+                chosen.lossweight,
+                chosen.outlineweight,
+                chosen.scores,
+                chosen.votes,
+                strict=True,
             )
         )
         records.append(ImageRecord(item.image_id, item.file_name, item.height, item.width, instances))

@@ -22,7 +22,7 @@ class Selected:
     """n polygons (P, 2) float32 in pixels."""
     lossweight: NDArray[np.float64]
     """(n,) 0-1, as the settings say, for pseudo labels; 0 for ignore regions."""
-    outline_weight: NDArray[np.float64]
+    outlineweight: NDArray[np.float64]
     """(n,) 0-1, how strongly a pseudo label teaches box and mask, beside its lossweight; 1 for ignore regions."""
     ignore: NDArray[np.bool_]
     """(n,) True for ignore regions."""
@@ -69,7 +69,7 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
     return Selected(
         polygons=[fused.polygons[k] for k in kept],
         lossweight=np.where(label, weight, 0.0)[kept],
-        outline_weight=np.where(label, outline, 1.0)[kept],
+        outlineweight=np.where(label, outline, 1.0)[kept],
         ignore=~label[kept],
         scores=scores[kept],
         votes=fused.votes[kept],

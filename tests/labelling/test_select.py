@@ -34,11 +34,11 @@ SETTINGS = SelectSettings(high=0.8, low=0.4, ignore=0.2, min_weight=0.2, min_vot
 def test_outlines_that_the_members_dispute_teach_less():
     settings = SETTINGS.model_copy(update={"outline_low": 0.6, "outline_high": 0.8})
     chosen = select(fused(0.9, 0.9, 0.9, 0.9, 0.3, agreement=[0.59, 0.65, 0.8, 0.95, 0.1]), settings)
-    assert chosen.outline_weight == pytest.approx([0, 0.25, 1, 1, 1])
+    assert chosen.outlineweight == pytest.approx([0, 0.25, 1, 1, 1])
     assert chosen.ignore.tolist() == [False] * 4 + [True]
     gate = select(fused(0.9, 0.9, agreement=[0.69, 0.7]), SETTINGS.model_copy(update={"outline_low": 0.7, "outline_high": 0.7}))
-    assert gate.outline_weight.tolist() == [0, 1]
-    assert select(fused(0.9, 0.9), SETTINGS).outline_weight.tolist() == [1, 1]
+    assert gate.outlineweight.tolist() == [0, 1]
+    assert select(fused(0.9, 0.9), SETTINGS).outlineweight.tolist() == [1, 1]
 
 
 def test_thresholds_are_inclusive():
