@@ -20,8 +20,8 @@ from i3cl.errors import UserError
 from i3cl.evaluation.metrics.model_score import Measured, Score
 from i3cl.inference.recipe import AS_TRAINED
 from i3cl.labelling.label import PseudoLabels, label_images, unlabelled_images
-from i3cl.labelling.pseudo import with_pseudo_labels
-from i3cl.labelling.scoring import score_checkpoints, score_labels
+from i3cl.labelling.pseudo import with_pseudo_labels, without_pseudo_labels
+from i3cl.labelling.scoring import Gain, calibrate, gain, score_checkpoints, score_labels
 from i3cl.runtime.pace import duration
 from i3cl.training.launch import TrainResult, train_all
 
@@ -64,15 +64,18 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
     # More rounds and a control may be added to a finished run.
-    once = {"rounds": 1, "min_gain": 0.0, "control": False}
+    once = {"rounds": 1, "min_gain": 0.0, "control": True}
     same = settings.model_copy(update={"selftrain": settings.selftrain.model_copy(update=once)})
     claim_run(run, same, ("synthetic", "model", "data", "train", "label", "evaluate", "selftrain"))
     with stages("teachers"):
         names = [teacher.name for teacher in settings.selftrain.teachers]
         variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
         teachers = dict(zip(names, train_all(variants), strict=True))
+    checkpoints = {name: t.checkpoint for name, t in teachers.items()}
+    if settings.selftrain.calibrate:
+        with stages("calibration"):
+            settings = _calibrated(settings, validation, checkpoints, run)
     with stages("labels"):
-        checkpoints = {name: t.checkpoint for name, t in teachers.items()}
         labels = label_images(unlabelled, checkpoints, settings, run, "labels", given=AS_TRAINED)
         counts = labels.counts
         observe.say(
@@ -98,15 +101,17 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             truth = read_source(settings.selftrain.unlabelled_truth, settings.data_root, settings.data.skip_bad)
             kept = read_coco(labels.path, labels.images_root)
             pseudo_measured = score_labels("pseudo labels", truth, kept, settings.evaluate)
-    control_measured = None
+    control_measured, gained = None, None
     if control is not None:
         # In a folder of its own, so that adding a control to a finished run predicts nothing else again.
         with stages("evaluation of the control"):
             name = _control_name(settings)
             folder = storage.join(run, "predictions", "control")
             checkpoint = {name: control.checkpoint}
-            control_measured = score_checkpoints(validation, checkpoint, settings, folder, "control", AS_TRAINED).members[name]
+            control_scores = score_checkpoints(validation, checkpoint, settings, folder, "control", AS_TRAINED)
+            control_measured = control_scores.members[name]
             _show(name, control_measured.score)
+            gained = gain(validation, (scores, settings.selftrain.student.name), (control_scores, name), settings.evaluate)
     summary: dict[str, Any] = {
         "teachers": [_brief(measured[name].score) for name in teachers],
         "student": _brief(measured[settings.selftrain.student.name].score),
@@ -118,8 +123,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         },
         "seconds": stages.seconds,
     }
-    if control_measured is not None:
+    if control_measured is not None and gained is not None:
         summary["control"] = _brief(control_measured.score)
+        summary["student_minus_control"] = {key: round(value, 4) for key, value in asdict(gained).items()}
+    summary["verdict"] = verdict(gained, settings)
     if settings.selftrain.rounds > 1:
         summary["rounds"] = _more_rounds(settings, stages, run, teachers, student, measured, unlabelled, validation)
     if pseudo_measured is not None:
@@ -140,6 +147,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             labels.images_root,
             runs,
             [row for row in [summary.get("control"), *summary.get("rounds", [])[1:]] if row is not None],
+            summary["verdict"],
         )
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
@@ -176,6 +184,8 @@ def _more_rounds(
         folder = storage.join(run, f"round-{number}")
         with stages(f"round {number}: labels"):
             checkpoints = {name: model.checkpoint for name, model in members.items()}
+            if circle.calibrate:
+                own = _calibrated(own, validation, checkpoints, folder)
             labels = label_images(unlabelled, checkpoints, own, folder, f"labels of round {number}", given=AS_TRAINED)
         with stages(f"round {number}: student"):
             student = train_all([_student(own, members, labels)])[0]
@@ -228,8 +238,52 @@ def _control_name(settings: Settings) -> str:
 def _control(settings: Settings, teachers: dict[str, TrainResult]) -> Settings:
     """The student's recipe, start and seed without the pseudo labels."""
     student = _student(settings, teachers, None)
-    labelled = [s.model_dump() for s in settings.data.train]
-    return with_overrides(student, {"data.train": labelled, "name": _control_name(settings)}, "selftrain.control")
+    changes = {"data.train": without_pseudo_labels(settings), "name": _control_name(settings)}
+    return with_overrides(student, changes, "selftrain.control")
+
+
+def _calibrated(settings: Settings, validation: Dataset, members: dict[str, str], run: str) -> Settings:
+    out = storage.join(run, "predictions", "calibration")
+    scores = score_checkpoints(validation, members, settings, out, "calibration", AS_TRAINED)
+    return calibrate(validation, scores, settings, storage.join(run, "calibration.json"))
+
+
+def verdict(gained: Gain | None, settings: Settings) -> str:
+    """In words, what the pseudo labels brought: student minus control with its interval, and what to try when it is nothing.
+
+    gained: None when no control was trained.
+    """
+    if gained is None:
+        return "No control was trained (selftrain.control=false), so what the pseudo labels brought is not known."
+    text = (
+        f"Student minus control: {100 * gained.difference:+.1f} points of F, 95 % interval {100 * gained.low:+.1f} to "
+        f"{100 * gained.high:+.1f}."
+    )
+    if gained.low > 0:
+        return f"{text} The pseudo labels made the detector better."
+    lost = (
+        "The pseudo labels made it worse."
+        if gained.high < 0
+        else "This cannot be told from zero: the pseudo labels brought nothing."
+    )
+    return f"{text} {lost} {_levers(settings)}"
+
+
+def _levers(settings: Settings) -> str:
+    """What most often helps and is not in use, the most likely first."""
+    circle = settings.selftrain
+    untried = [
+        (circle.pseudo_per_step is None, "put pseudo-labelled images on top of the labelled ones (selftrain.pseudo_per_step)"),
+        (not settings.train.average_decay, "average the weights (train.average_decay)"),
+        (not circle.pseudo_transform, "augment pseudo-labelled images strongly (selftrain.pseudo_transform)"),
+        (not circle.calibrate, "choose thresholds by precision (selftrain.calibrate)"),
+        (settings.label.select.outline_high == 0, "teach outlines only where members agree (label.select.outline_high)"),
+        (len(settings.label.views) < 2, "label with a second view (label.views)"),
+    ]
+    likely = [lever for unused, lever in untried if unused]
+    if not likely:
+        return "Likely levers: better teachers, and more unlabelled images from the same source."
+    return f"Likely levers: {'; '.join(likely[:3])}."
 
 
 def _brief(score: Score) -> dict[str, Any]:
@@ -258,4 +312,6 @@ def print_table(summary: dict[str, Any]) -> None:
     if not observe.wants_json():
         Console().print(table)
     labels = summary["pseudo_labels"]
-    print(f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}")
+    text = f"pseudo labels: {labels['instances']} instances on {labels['images']} images, mean weight {labels['mean_weight']:.2f}"
+    observe.say(text, **{key: labels[key] for key in ("instances", "images", "mean_weight")})
+    observe.say(summary["verdict"], **summary.get("student_minus_control", {}))

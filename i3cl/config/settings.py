@@ -567,13 +567,24 @@ class SelfTrainSettings(_Settings):
     student_starts_from_best_teacher: bool = True
     """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
     pseudo_weight: Positive = 1.0
-    """Share of the pseudo-labelled images in the student's mixture."""
+    """Share of the pseudo-labelled images in the student's mixture; data.train.N.weight of that training set."""
+    pseudo_per_step: PositiveInt | None = None
+    """Pseudo-labelled images in each worker's share of a step, in place of pseudo_weight; then every set of data.train has a
+    per_step too, and the student's train.batch is the sum."""
+    pseudo_loss_scale: NonNegative = 1.0
+    """data.train.N.loss_scale of the pseudo-labelled images."""
+    pseudo_transform: dict[str, Any] = {}
+    """data.train.N.transform of the pseudo-labelled images: their strong augmentation."""
+    calibrate: bool = False
+    """Learn from data.validation which precision a fused score stands for, so that the thresholds of label.select are precisions.
+    F on these images is then slightly optimistic; the report says so."""
     rounds: PositiveInt = 1
     """How often the circle is run: each student joins the members that label for the next round."""
     min_gain: float = 0.0
     """No further round when a student's F on the validation set is not above the best F so far by more than this; -1: always."""
-    control: bool = False
-    """Also train the first student's recipe without pseudo labels, from the same weights and for the same steps or epochs."""
+    control: bool = True
+    """Also train the first student's recipe without pseudo labels: same weights at the start, same steps, batch and augmentation.
+    Only the difference between student and control shows what pseudo labels bring. false: for those who know already."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known. Only used to score the pseudo labels, never for training."""
 

@@ -171,9 +171,36 @@ def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:
 
 
 def with_pseudo_labels(settings: Settings, pseudo: str, images_root: str) -> list[dict[str, Any]]:
-    """data.train of a student: the labelled sources, and the pseudo-labelled one with weight selftrain.pseudo_weight."""
+    """data.train of a student: the labelled sources, and the pseudo-labelled one as selftrain.pseudo_* say."""
     labelled = [source.model_dump() for source in settings.data.train]
-    return [*labelled, {"annotations": pseudo, "images": images_root, "weight": settings.selftrain.pseudo_weight}]
+    return [*labelled, {"annotations": pseudo, "images": images_root, **_pseudo_options(settings)}]
+
+
+def without_pseudo_labels(settings: Settings) -> list[dict[str, Any]]:
+    """data.train of a control: the student's, with labelled images in the place of the pseudo-labelled ones.
+
+    Where the sets are mixed by weight these are the labelled sources alone. With selftrain.pseudo_per_step the labelled sources
+    appear a second time, with the augmentation of the pseudo-labelled images and their share of a step.
+    """
+    labelled = [source.model_dump() for source in settings.data.train]
+    count = settings.selftrain.pseudo_per_step
+    if count is None:
+        return labelled
+    # In proportion to their own shares, in whole images.
+    shares = np.cumsum([source["per_step"] or 0 for source in labelled], dtype=np.float64)
+    ends = np.rint(shares / max(shares[-1], 1) * count).astype(int)
+    parts = np.diff(ends, prepend=0).tolist()
+    options = _pseudo_options(settings) | {"loss_scale": 1.0}
+    again = [source | options | {"per_step": part} for source, part in zip(labelled, parts, strict=True) if part]
+    return [*labelled, *again]
+
+
+def _pseudo_options(settings: Settings) -> dict[str, Any]:
+    circle = settings.selftrain
+    options: dict[str, Any] = {"loss_scale": circle.pseudo_loss_scale, "transform": circle.pseudo_transform}
+    if circle.pseudo_per_step is None:
+        return options | {"weight": circle.pseudo_weight}
+    return options | {"per_step": circle.pseudo_per_step}
 
 
 def pseudo_path(run: str, predictions: str, settings: LabelSettings, name: str = "pseudo") -> str:

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from i3cl.config import EvaluateSettings, Settings
+from i3cl.config import EvaluateSettings, Settings, with_overrides
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
-from i3cl.evaluation.metrics.model_score import Measured, score_predictions
+from i3cl.evaluation.analysis.intervals import seeds_difference
+from i3cl.evaluation.metrics.metric import DetectionMetric
+from i3cl.evaluation.metrics.model_score import Measured, image_of_record, score_predictions
+from i3cl.evaluation.metrics.protocols import iou_rules
 from i3cl.inference.recipe import Given
+from i3cl.labelling.calibration import write_calibration
 from i3cl.labelling.predict import predict
+from i3cl.labelling.trust import measure_trust
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,36 @@ def score_checkpoints(
         name: score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members
     }
     return Scores(predictions, scored)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """F of one model minus F of another on the same images, each at its own threshold."""
+
+    difference: float
+    low: float
+    """Lower limit of the 95 % interval by paired bootstrap over the images."""
+    high: float
+    """Upper limit."""
+
+
+def gain(truth: Dataset, a: tuple[Scores, str], b: tuple[Scores, str], settings: EvaluateSettings) -> Gain:
+    """What model `a` reaches more than model `b`; each is given by what `score_checkpoints` returned and its name in it."""
+    rows = []
+    for scores, name in (a, b):
+        found = member_predictions(scores.predictions, name)
+        metric = DetectionMetric(iou_rules(settings.iou, settings.matching))
+        metric.update([image_of_record(record, *found.get(record.id, ((), np.zeros(0)))) for record in truth.records])
+        rows.append(metric.counts(scores.members[name].score.threshold).ratios)
+    difference, interval = seeds_difference(rows[:1], rows[1:])
+    return Gain(difference, interval.low, interval.high)
+
+
+def calibrate(truth: Dataset, scores: Scores, settings: Settings, path: str) -> Settings:
+    """Settings whose label.select.calibration is learned from the members' predictions of labelled images, written to `path`."""
+    found = measure_trust(scores.predictions, truth.records, settings.label, settings.evaluate)
+    write_calibration(path, found.calibration)
+    return with_overrides(settings, {"label.select.calibration": path}, "selftrain.calibrate")
 
 
 def score_labels(name: str, truth: Dataset, labels: Dataset, settings: EvaluateSettings) -> Measured:

@@ -32,9 +32,11 @@ def write_circle_report(
     pseudo_images: str,
     runs: Mapping[str, str],
     others: Sequence[Mapping[str, Any]] = (),
+    verdict: str = "",
 ) -> None:
     """Write report.html. `measured` holds the teachers in order and the student last; `runs` their run directories.
 
+    verdict: what the pseudo labels brought, in words; the report begins with it.
     others: rows of summary.json for further models: the control, and students of later rounds.
     """
     *teachers, student = measured
@@ -65,6 +67,7 @@ def write_circle_report(
                 ("pseudo label thresholds", f"{settings.label.select.low:g} to {settings.label.select.high:g}"),
                 ("protocol", measured[student].score.rules.split(";")[0]),
             ],
+            verdict=verdict,
             results=results,
             small_side=settings.evaluate.small_side,
             curves={name: _curve(item) for name, item in measured.items()},

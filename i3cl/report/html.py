@@ -98,6 +98,8 @@ class ReportData:
     title: str
     facts: Sequence[tuple[str, str]] = ()
     """The few settings worth reading first, as label and value."""
+    verdict: str = ""
+    """The outcome in words; it stands above everything, in place of a sentence made from `results`."""
     results: Sequence[Result] = ()
     small_side: float = 10.0
     """Pixels; words with a shorter short side are the small ones of Result.hmean_without_small."""
@@ -125,7 +127,7 @@ def render_report(data: ReportData) -> str:
         {"duration": _duration},
         data=data,
         colours=colours,
-        summary=_summary(data.results),
+        summary=data.verdict or _summary(data.results),
         best=_best(data.results),
         curves=_curves(data, colours),
         losses=_charts(data, colours, _LOSS_TITLES),

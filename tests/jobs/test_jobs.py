@@ -106,6 +106,7 @@ def circle(tiny_settings, tiny_set, tmp_path_factory):
             "model.score_threshold": 0.0,
             "model.detections_per_image": 5,
             "selftrain.unlabelled_truth": source,
+            "selftrain.control": False,
             "selftrain.teachers": [
                 {"name": "a", "overrides": {"train.seed": 1}},
                 {"name": "b", "overrides": {"train.seed": 2}},
