@@ -38,6 +38,7 @@ class SelectTrial(tune.Trainable):
     """Reads the stored predictions once and scores one choice of settings after the other: Tune uses the actor again."""
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # by tune.with_parameters
+        """Read the truth and the stored predictions."""
         from i3cl.data.formats.coco import read_coco
         from i3cl.search.objectives import StoredLabels
 
