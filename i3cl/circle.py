@@ -35,6 +35,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Run the block as a stage of this name, with a line before and after it."""
         observe.say(f"\n== {name}", stage=name)
         started = time.monotonic()
         with observe.stage(name):

@@ -9,6 +9,7 @@ from i3cl.errors import UserError
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Run the command."""
     from i3cl import storage
     from i3cl.ablation import ablation, table
 
@@ -26,8 +27,10 @@ def _seeds(text: str) -> list[int]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="seeds of every variant")
 
 
 def main() -> None:
+    """Entry point of jobs/ablation.py."""
     run(work, __doc__, arguments)

@@ -14,6 +14,7 @@ from i3cl.errors import UserError
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Run the command."""
     from i3cl import storage
     from i3cl.labelling.label import select_labels, unlabelled_images, unlabelled_root
     from i3cl.labelling.predict import predict
@@ -66,6 +67,7 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument(
         "step", choices=("predict", "select", "all", "trust"), help="what to do (see above); select and trust need no GPU"
     )
@@ -76,4 +78,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
+    """Entry point of jobs/label.py."""
     run(work, __doc__, arguments)

@@ -7,6 +7,7 @@ from i3cl.config import Settings
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Run the command."""
     from i3cl import storage
     from i3cl.report.search import write_search_page
     from i3cl.search.sweep import search
@@ -22,4 +23,5 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Entry point of jobs/search.py."""
     run(work, __doc__)

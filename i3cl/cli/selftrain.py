@@ -7,6 +7,7 @@ from i3cl.config import Settings
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Run the command."""
     from i3cl import storage
     from i3cl.circle import print_table, selftrain
 
@@ -16,4 +17,5 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Entry point of jobs/selftrain.py."""
     run(work, __doc__)

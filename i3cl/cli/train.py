@@ -7,6 +7,7 @@ from i3cl.config import Settings
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Run the command."""
     from i3cl.training.launch import train
 
     result = train(settings)
@@ -15,4 +16,5 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Entry point of jobs/train.py."""
     run(work, __doc__)

@@ -36,6 +36,7 @@ class Suggest:
         self.seen = Counter(map(named, tried))
 
     def __call__(self, trial: BaseTrial) -> dict[str, Any]:
+        """The values of Optuna's `trial`, with the count of earlier trials of the same values."""
         values = self.space.suggest(trial)
         copy = self.seen[named(values)]
         self.seen[named(values)] += 1

@@ -38,6 +38,7 @@ class SelectTrial(tune.Trainable):
     """Reads the stored predictions once and scores one choice of settings after the other: Tune uses the actor again."""
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # by tune.with_parameters
+        """Read the truth and the stored predictions."""
         from i3cl.data.formats.coco import read_coco
         from i3cl.search.objectives import StoredLabels
 
@@ -48,10 +49,12 @@ class SelectTrial(tune.Trainable):
         self.labels = StoredLabels.read(job.settings.search.predictions, truth.records, job.settings.evaluate)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the settings of the next trial."""
         self.config = new_config
         return True
 
     def step(self) -> dict[str, Any]:
+        """Score the pseudo labels of the present settings: the whole trial."""
         settings = with_overrides(self.job.settings, values_of(self.config), "search.space")
         metrics, _ = self.labels.score(settings.label)
         return {**metrics, "done": True}
@@ -90,10 +93,12 @@ class GpuHours(tune.Stopper):
         self.seconds: dict[str, float] = {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Note how long a trial has run; no single trial is stopped."""
         self.seconds[trial_id] = result["time_total_s"]
         return False
 
     def stop_all(self) -> bool:
+        """Whether the GPU-hours are used up."""
         used = self.spent + sum(self.seconds.values()) * self.gpus / 3600
         return self.limit is not None and used >= self.limit
 
@@ -122,21 +127,25 @@ class Watch(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Enter the trial into the log."""
         self._of(trial)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """Keep the numbers that a trial reports."""
         row = self._of(trial)
         row.metrics = {k: float(v) for k, v in result.items() if k in _KEPT}
         row.seconds = round(float(result["time_total_s"]), 2)
         row.curve.append((int(result.get("step", result["training_iteration"])), float(result["hmean"])))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note how a trial ended."""
         row = self._of(trial)
         whole = self.settings.search.objective == "select" or (row.curve and row.curve[-1][0] >= self.settings.train.steps)
         row.state = "finished" if row.metrics and whole else "stopped"
         self._over(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial failed; its reason follows."""
         row = self._of(trial)
         row.state = "broken"
         self.log.write()
@@ -152,6 +161,7 @@ class Watch(tune.Callback):
                 self._over(row)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look for reasons of failed trials, and write the page now and then."""
         self._explain()
         if time.monotonic() - self._shown > self.every:
             self._shown = time.monotonic()

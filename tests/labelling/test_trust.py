@@ -104,7 +104,7 @@ def test_what_lies_in_a_dont_care_region_is_neither_right_nor_wrong(tmp_path):
 
 
 def test_other_images_and_nothing_found_are_the_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="one data set"):
+    with pytest.raises(UserError, match="the same data set"):
         measure_trust(stored(tmp_path / "p", {99: {"a": []}}), TRUTH, LabelSettings(), EVALUATE)
     with pytest.raises(UserError, match="found anything"):
         measure_trust(stored(tmp_path / "q", {0: {"a": []}}), TRUTH, LabelSettings(), EVALUATE)

@@ -10,13 +10,19 @@ from i3cl.runtime.pace import Every, Pace
 from i3cl.runtime.parts import fan_out, run_parts
 
 
-def square(number: int) -> int:
-    if number == 5:
-        raise UserError("part 5 is bad")
-    return number * number
+@pytest.fixture
+def square():
+    """A task that Ray sends by value: workers cannot import this file."""
+
+    def task(number: int) -> int:
+        if number == 5:
+            raise UserError("part 5 is bad")
+        return number * number
+
+    return task
 
 
-def test_parts_in_this_process(capsys):
+def test_parts_in_this_process(square, capsys):
     assert list(fan_out("work", square, [(3,), (4,)])) == [(0, 9), (1, 16)]
     assert "work: part 1 of 2, " in capsys.readouterr().out
     with pytest.raises(UserError, match="part 5 is bad"):
@@ -24,7 +30,7 @@ def test_parts_in_this_process(capsys):
     assert run_parts("work", [], 0, lambda part: ["never"]) == []
 
 
-def test_parts_as_ray_tasks_and_a_users_mistake_in_one(ray_cluster, capsys):
+def test_parts_as_ray_tasks_and_a_users_mistake_in_one(ray_cluster, square, capsys):
     calls = [(number,) for number in (0, 1, 2, 3, 4)]
     assert sorted(fan_out("work", square, calls, unit="bundle")) == [(n, n * n) for n in range(5)]
     assert "work: bundle 4 of 5, " in capsys.readouterr().out
