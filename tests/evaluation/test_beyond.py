@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from i3cl.evaluation import run
+from i3cl.evaluation import scoring
 from i3cl.evaluation.analysis import intervals as stats
 from i3cl.evaluation.analysis.advice import diagnose
 from i3cl.evaluation.analysis.error_kinds import breakdown, kinds
-from i3cl.evaluation.metrics.batch import Sample, measure
-from i3cl.evaluation.metrics.protocols import PROTOCOLS, judge
+from i3cl.evaluation.metrics.batch import EvalImage, measure_polygons
+from i3cl.evaluation.metrics.judge import judge
+from i3cl.evaluation.metrics.protocols import PROTOCOLS
 
 ICDAR = PROTOCOLS["icdar"][0]
 
@@ -19,7 +20,7 @@ def box(x0, y0, x1, y1):
 
 def sample(truths, detections, name="1", scores=None, **more):
     scores = np.ones(len(detections)) if scores is None else np.asarray(scores, float)
-    return Sample(name, truths, np.zeros(len(truths), bool), detections, scores, **more)
+    return EvalImage(name, truths, np.zeros(len(truths), bool), detections, scores, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals
@@ -61,7 +62,7 @@ def test_no_images():
 
 
 def kinds_of(truths, detections):
-    batch = measure([sample(truths, detections)])
+    batch = measure_polygons([sample(truths, detections)])
     return kinds(batch, judge(batch, ICDAR))
 
 
@@ -92,7 +93,7 @@ def test_groups():
     curved = np.array([[0, 60], [50, 0], [100, 60], [85, 70], [50, 25], [15, 70]], float)
     straight, small = box(200, 0, 400, 30), box(0, 300, 30, 308)
     image = sample([curved, straight, small], [straight], languages=("Latin", "Latin", "Chinese"))
-    batch = measure([image])
+    batch = measure_polygons([image])
     groups = {(g.by, g.name): g for g in breakdown([image], batch, judge(batch, ICDAR))}
     assert groups["curvature", "curved"].recall == 0
     assert groups["curvature", "straight"].truths == 2
@@ -157,7 +158,7 @@ def test_shifted_images(shift):
     wrong = []
     for k, image in enumerate(right):
         other = right[(k + shift) % len(right)]
-        wrong.append(Sample(image.name, image.truths, image.ignore, other.detections, other.scores))
+        wrong.append(EvalImage(image.name, image.truths, image.ignore, other.detections, other.scores))
     advice = diagnose(wrong, ICDAR)
     assert advice[0].kind == "image ids"
     assert advice[0].hmean > 0.75
@@ -170,7 +171,8 @@ def test_images_counted_in_text_order(numbered_as_text):
     wrong: list = [None] * 30
     for place, k in enumerate(by_text):
         image, found = (right[place], right[k]) if numbered_as_text else (right[k], right[place])
-        wrong[place if numbered_as_text else k] = Sample(image.name, image.truths, image.ignore, found.detections, found.scores)
+        place = place if numbered_as_text else k
+        wrong[place] = EvalImage(image.name, image.truths, image.ignore, found.detections, found.scores)
     best = diagnose(wrong, ICDAR)[0]
     assert ("numbered by file names sorted as text" in best.text) == numbered_as_text
     assert ("where the truth counts names sorted as text" in best.text) != numbered_as_text
@@ -203,7 +205,7 @@ def test_thresholds_and_empty_results():
 
 
 def test_right_results_get_no_advice():
-    assert run.advice(run.score(photographs(), PROTOCOLS["icdar"])) == []
+    assert scoring.advice(scoring.score(photographs(), PROTOCOLS["icdar"])) == []
 
 
 # ------------------------------------------------------------------------------------------------ choosing a threshold
@@ -217,14 +219,14 @@ def test_the_threshold_is_chosen_on_other_images():
         wrong = [word + np.array([500, 0]) for word in words]
         scores = np.concatenate([rng.uniform(0.5, 1, 5), rng.uniform(0, 0.45, 5)])
         images.append(sample(words, words + wrong, str(k), scores))
-    validation, rest = run.split_off(images, "0.3")
+    validation, rest = scoring.split_off(images, "0.3")
     assert {s.name for s in validation} | {s.name for s in rest} == {s.name for s in images}
     assert len(validation) + len(rest) == 60
-    assert [s.name for s in run.split_off(images, "0.3")[0]] == [s.name for s in validation]
-    threshold, hmean = run.best_threshold(validation, ICDAR)
+    assert [s.name for s in scoring.split_off(images, "0.3")[0]] == [s.name for s in validation]
+    threshold, hmean = scoring.best_threshold(validation, ICDAR)
     assert 0.44 <= threshold <= 0.51
     assert hmean == 1
-    scored = run.score(rest, PROTOCOLS["icdar"], threshold)
+    scored = scoring.score(rest, PROTOCOLS["icdar"], threshold)
     assert scored.summary.hmean > 0.99
-    table = run.sweep(scored.batch, ICDAR, (0.0, 0.5))
+    table = scoring.sweep(scored.batch, ICDAR, (0.0, 0.5))
     assert table[0]["precision"] == pytest.approx(0.5)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from i3cl.evaluation.metrics.coco_ap import ImageRecord, coco_box_ap, coco_mask_ap
+from i3cl.evaluation.metrics.batch import EvalImage
+from i3cl.evaluation.metrics.coco_ap import coco_box_ap, coco_mask_ap
 
 
 def box(x0, y0, x1, y1):
@@ -9,7 +10,8 @@ def box(x0, y0, x1, y1):
 
 
 def record(truths, ignore, detections, scores, side=200):
-    return ImageRecord(side, side, truths, ignore, detections, scores)
+    rings, found = ([np.array(p, float) for p in polygons] for polygons in (truths, detections))
+    return EvalImage("1", rings, np.array(ignore, bool), found, np.array(scores, float), height=side, width=side)
 
 
 WORDS = [box(10, 10, 60, 30), box(10, 50, 90, 70), [[100, 100], [150, 90], [160, 120], [110, 130]]]
@@ -77,9 +79,15 @@ def test_prints_nothing(capsys):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="3 truths and 1 ignore flags"):
+    with pytest.raises(ValueError, match="3 truths but 1 ignore flags"):
         coco_mask_ap([record(WORDS, [False], [], [])])
-    with pytest.raises(ValueError, match="3 detections and 2 scores"):
+    with pytest.raises(ValueError, match="3 detections but 2 scores"):
         coco_mask_ap([record([], [], WORDS, [0.5, 0.5])])
     with pytest.raises(ValueError, match="max_detections"):
         coco_mask_ap([], max_detections=0)
+
+
+def test_without_an_image_size_the_frame_reaches_as_far_as_the_polygons():
+    word = np.array(box(10, 10, 60, 30), float)
+    image = EvalImage("1", [word, word[:2]], np.array([False, False]), [word], np.ones(1))
+    assert coco_mask_ap([image])["AP"] == pytest.approx(1)  # the truth of two points is left out

@@ -18,11 +18,10 @@ from i3cl.data.formats.records import (
     from_table,
     to_table,
 )
-from i3cl.evaluation import run
-from i3cl.evaluation.formats.read import read_results, read_truth
-from i3cl.evaluation.metrics.batch import measure
-from i3cl.evaluation.metrics.protocols import PROTOCOLS, Counts
-from i3cl.evaluation.shards import count_shard, truth_shards
+from i3cl.evaluation import outcome, scoring
+from i3cl.evaluation.metrics.metric import COLUMNS, DetectionMetric, summarise
+from i3cl.evaluation.metrics.protocols import PROTOCOLS
+from i3cl.evaluation.shards import count_shard, plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,11 +121,11 @@ def test_pictures_in_the_report(tmp_path):
     truth["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [np.ravel(box(0, 0)).tolist()]}]
     (tmp_path / "t.json").write_text(json.dumps(truth))
     (tmp_path / "r.json").write_text(json.dumps([{"image_id": 1, "bbox": [0, 25, 50, 20], "score": 0.5}]))
-    paired, warnings = run.load(str(tmp_path / "t.json"), str(tmp_path / "r.json"))
+    paired, warnings = scoring.load(str(tmp_path / "t.json"), str(tmp_path / "r.json"))
     assert not warnings
-    scored = run.score(paired.samples, PROTOCOLS["icdar"])
-    outcome = run.as_json(scored) | run.details(scored) | {"truth": "<t>", "results": "r", "advice": []}
-    page = render_evaluation_report(scored, outcome, images=str(tmp_path))
+    scored = scoring.score(paired.images, PROTOCOLS["icdar"])
+    values = outcome.as_json(scored) | outcome.details(scored) | {"truth": "<t>", "results": "r", "advice": []}
+    page = render_evaluation_report(scored, values, images=str(tmp_path))
     assert "data:image/jpeg;base64," in page
     assert "&lt;t&gt;" in page
     assert 'class="missed"' in page
@@ -157,20 +156,21 @@ def write_corpus(folder, images=60):
 
 def test_shards_add_up_to_the_whole(tmp_path):
     truth, found = write_corpus(tmp_path)
-    shards = truth_shards(truth)
-    assert len(shards) == 4
+    shards, member = plan(truth, found, None)
+    assert (len(shards), member) == (4, "m")
+    # Images 1-32 are in the first two shards, 1-30 in the first part of the results.
+    assert [len(shard.results) for shard in shards] == [1, 2, 1, 1]
     rules = PROTOCOLS["icdar"]
-    totals, missing = [Counts(r) for r in rules], 0
+    totals, missing, images = np.zeros((len(rules), len(COLUMNS))), 0, 0
     for shard in shards:
-        counts, absent = count_shard(shard, found, "m", rules, None)
-        missing += absent
-        for total, each in zip(totals, counts):
-            total.merge(each)
-    paired, _ = run.combine(read_truth(truth), read_results(found))
+        counts, absent = count_shard(shard, member, rules, None)
+        missing, images = missing + absent, images + len(counts[0].names)
+        totals += [each.table.sum(axis=0) for each in counts]
+    paired, _ = scoring.load(truth, found)
     for total, r in zip(totals, rules):
-        whole = Counts(r)
-        whole.update(measure(paired.samples))
-        assert total.summary() == whole.summary()
+        whole = DetectionMetric(r)
+        whole.update(paired.images)
+        assert summarise(total, images, r, None) == whole.summary()
     assert missing == len(paired.missing) == 1
     assert len(from_table(predictions.pq.read_table(tmp_path / "truth" / "0.parquet"))) == 60
 

@@ -9,10 +9,12 @@ import pytest
 import shapely
 
 from i3cl.errors import UserError
-from i3cl.evaluation import run
-from i3cl.evaluation.metrics.average_precision import polygon_ap
-from i3cl.evaluation.metrics.batch import Sample, measure
-from i3cl.evaluation.metrics.protocols import PROTOCOLS, Counts, rules_of
+from i3cl.evaluation import scoring
+from i3cl.evaluation.metrics.batch import EvalImage, measure_polygons
+from i3cl.evaluation.metrics.matching import MATCHINGS
+from i3cl.evaluation.metrics.metric import DetectionMetric
+from i3cl.evaluation.metrics.protocols import PROTOCOLS, rules_of
+from i3cl.evaluation.metrics.rctw_ap import polygon_ap
 
 BOW_TIE = np.array([[0, 0], [10, 10], [10, 0], [0, 10]], float)
 FLAT = np.array([[1, 1], [5, 5], [8, 8]], float)
@@ -25,13 +27,13 @@ def box(x0, y0, x1, y1):
 def image(truths, detections, ignore=None, scores=None, name="1"):
     ignore = [False] * len(truths) if ignore is None else ignore
     scores = np.ones(len(detections)) if scores is None else scores
-    return Sample(name, truths, np.array(ignore, bool), detections, np.asarray(scores, float))
+    return EvalImage(name, truths, np.array(ignore, bool), detections, np.asarray(scores, float))
 
 
 def by(protocol, *images, threshold=None, **options):
-    counts = Counts(rules_of(protocol, **options)[0], threshold)
-    counts.update(measure(images, counts.rules.repair))
-    return counts.summary()
+    metric = DetectionMetric(rules_of(protocol, **options)[0])
+    metric.update(images)
+    return metric.summary(threshold)
 
 
 WORKED = image(
@@ -123,7 +125,7 @@ def test_fast_areas_are_the_exact_ones():
     turn = np.sort(rng.uniform(0, 2 * np.pi, (60, 12)), axis=1)
     stars = 100 + rng.uniform(20, 90, (60, 12, 1)) * np.stack([np.cos(turn), np.sin(turn)], axis=2)
     polygons = [star[: 3 + k % 10] for k, star in enumerate(stars)]
-    batch = measure([image(polygons[:30], polygons[30:])])
+    batch = measure_polygons([image(polygons[:30], polygons[30:])])
     exact = shapely.area(shapely.intersection(batch.truths[:, None], batch.detections[None]))
     found = np.zeros(exact.shape)
     found[batch.truth, batch.detection] = batch.intersection
@@ -133,7 +135,7 @@ def test_fast_areas_are_the_exact_ones():
 
 @pytest.mark.parametrize(("repair", "area"), [("make_valid", 50), ("buffer0", 25)])
 def test_bow_ties(repair, area):
-    batch = measure([image([BOW_TIE], [BOW_TIE, box(0, 0, 10, 10)])], repair)
+    batch = measure_polygons([image([BOW_TIE], [BOW_TIE, box(0, 0, 10, 10)])], repair)
     assert batch.truth_area.tolist() == batch.detection_area[:1].tolist() == [area]
     s = by("icdar", image([BOW_TIE], [BOW_TIE]), repair=repair)
     assert (s.recall_hits, s.repaired) == (1, 2)
@@ -146,7 +148,7 @@ def test_ctw1500_v1_has_no_dont_care_and_skips_invalid_detections():
     assert (s.recall, s.precision) == (0.5, 1)
     assert by("ctw1500-v2", image(words, [words[0], BOW_TIE + 200, FLAT + 300], [False, True])).detections == 3
     with pytest.raises(UserError, match="no truth"):
-        run.score([image([], [words[0]])], PROTOCOLS["ctw1500-v1"])
+        scoring.score([image([], [words[0]])], PROTOCOLS["ctw1500-v1"])
 
 
 def test_totals_are_summed_and_images_without_truth_cost_precision():
@@ -178,15 +180,15 @@ def test_score_thresholds():
 def test_mmocr_sweeps_on_the_test_set_and_says_so():
     words = [box(0, y, 50, y + 10) for y in range(0, 100, 20)]
     wrong = [box(200, y, 250, y + 10) for y in range(0, 100, 20)]
-    scored = run.score([image(words, words + wrong, scores=[0.9] * 5 + [0.6] * 5)], PROTOCOLS["mmocr"])
+    scored = scoring.score([image(words, words + wrong, scores=[0.9] * 5 + [0.6] * 5)], PROTOCOLS["mmocr"])
     assert scored.summary.hmean == 1
     assert "optimistic" in scored.choice
     fixed = {c.threshold: c.summary().hmean for c in scored.counts}
     assert len(fixed) == 7
     assert fixed[0.3] == pytest.approx(2 / 3)
     # A score of exactly 0.7 or 0.9 counts there, whatever binary fractions do; nothing under 0.3 ever does.
-    assert run.score([image(words, words, scores=[0.9] * 5)], PROTOCOLS["mmocr"]).counts[-1].summary().hmean == 1
-    assert run.score([image(words, words, scores=[0.2] * 5)], PROTOCOLS["mmocr"]).summary.hmean == 0
+    assert scoring.score([image(words, words, scores=[0.9] * 5)], PROTOCOLS["mmocr"]).counts[-1].summary().hmean == 1
+    assert scoring.score([image(words, words, scores=[0.2] * 5)], PROTOCOLS["mmocr"]).summary.hmean == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- DetEval
@@ -256,13 +258,13 @@ def test_tiou_pays_for_other_truths():
 def test_rctw_ap():
     words = [box(0, 0, 50, 10), box(0, 20, 50, 30)]
     wrong = box(200, 0, 250, 10)
-    assert polygon_ap(measure([image(words, words)])) == 1
+    assert polygon_ap(measure_polygons([image(words, words)])) == 1
     # Ranked right, wrong, right: precision 1 and 2/3 at the two recalls.
     ranked = image(words, [*words, wrong], scores=[0.9, 0.5, 0.7])
-    assert polygon_ap(measure([ranked])) == pytest.approx((1 + 2 / 3) / 2)
+    assert polygon_ap(measure_polygons([ranked])) == pytest.approx((1 + 2 / 3) / 2)
     twice = image(words[:1], [words[0], words[0]], scores=[0.9, 0.8])
-    assert polygon_ap(measure([twice])) == 1
-    assert polygon_ap(measure([image([], [wrong])])) == polygon_ap(measure([image(words, [])])) == 0
+    assert polygon_ap(measure_polygons([twice])) == 1
+    assert polygon_ap(measure_polygons([image([], [wrong])])) == polygon_ap(measure_polygons([image(words, [])])) == 0
 
 
 def test_options_that_do_not_exist():
@@ -285,18 +287,18 @@ def test_rules_say_what_is_done(protocol):
         assert rules.repair in text
 
 
-def test_merging_counts_equals_one_count():
+def test_merging_metrics_equals_one_metric():
     images = [image([box(0, 0, 50, 10)], [box(0, 0, k + 10, 10)], name=str(k)) for k in range(40)]
-    whole, left, right = (Counts(PROTOCOLS["tiou"][0]) for _ in range(3))
-    whole.update(measure(images))
-    left.update(measure(images[:15]))
-    right.update(measure(images[15:]))
+    whole, left, right = (DetectionMetric(PROTOCOLS["tiou"][0]) for _ in range(3))
+    whole.update(images)
+    left.update(images[:15])
+    right.update(images[15:])
     left.merge(right)
     assert left.summary() == whole.summary()
     with pytest.raises(ValueError, match="twice"):
         left.merge(right)
     with pytest.raises(ValueError, match="rules"):
-        left.merge(Counts(PROTOCOLS["icdar"][0]))
+        left.merge(DetectionMetric(PROTOCOLS["icdar"][0]))
 
 
 def test_a_batch_equals_its_images():
@@ -308,16 +310,16 @@ def test_a_batch_equals_its_images():
         found = [t + rng.normal(0, 12, 2) for t in truths]
         images.append(image(truths, found, rng.random(8) < 0.3, name=str(k)))
     for rules in (r for each in PROTOCOLS.values() for r in each):
-        together, single = Counts(rules), Counts(rules)
-        together.update(measure(images))
+        together, single = DetectionMetric(rules), DetectionMetric(rules)
+        together.update(images)
         for each in images:
-            single.update(measure([each]))
-        assert together.table == pytest.approx(single.table)
+            single.update([each])
+        assert together.counts().table == pytest.approx(single.counts().table)
 
 
 def test_adelaidet_steps():
     word = box(0.9, 0.9, 50.7, 10.2)
-    prepared, dropped = run.adelaidet_steps([image([word], [word, word, BOW_TIE], scores=[0.9, 0.1, 0.9])])
+    prepared, dropped = scoring.adelaidet_steps([image([word], [word, word, BOW_TIE], scores=[0.9, 0.1, 0.9])])
     assert dropped == 2
     assert prepared[0].detections[0].tolist() == box(0, 0, 50, 10).tolist()
 
@@ -333,9 +335,9 @@ _LOADED: dict = {}
 
 def loaded(pair):
     if pair not in _LOADED:
-        paired, warnings = run.load(str(GOLDEN / pair[0]), str(GOLDEN / pair[1]))
+        paired, warnings = scoring.load(str(GOLDEN / pair[0]), str(GOLDEN / pair[1]))
         assert not warnings
-        _LOADED[pair] = measure(paired.samples, "make_valid"), measure(paired.samples, "buffer0")
+        _LOADED[pair] = measure_polygons(paired.images, "make_valid"), measure_polygons(paired.images, "buffer0")
     return _LOADED[pair]
 
 
@@ -364,20 +366,29 @@ def loaded(pair):
 )
 def test_golden_numbers(files, protocol, options, truths, kept, rates):
     for batch in loaded(files):
-        counts = Counts(rules_of(protocol, **options)[0])
-        counts.update(batch)
-        s = counts.summary()
+        metric = DetectionMetric(rules_of(protocol, **options)[0])
+        metric.update(batch)
+        s = metric.summary()
         assert (s.truths, s.detections) == (truths, kept)
         tolerance = 5e-4 if protocol == "tiou" else 5e-5
         assert (s.recall, s.precision, s.hmean) == pytest.approx(rates, abs=tolerance)
 
 
 @golden
+@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize(("files", "iou", "hits"), [(CTW, 0.5, 2504), (CTW, 0.7, 1916), (TOTAL, 0.5, 1553), (TOTAL, 0.7, 1213)])
+def test_golden_numbers_by_every_matching(files, iou, hits, matching):
+    metric = DetectionMetric(rules_of("icdar", iou=iou, matching=matching)[0])
+    metric.update(loaded(files)[0])
+    assert metric.summary().true_positives == hits
+
+
+@golden
 def test_golden_set_is_quick():
     """500 images with 3,068 x 3,340 polygons; a wide margin for busy machines."""
     start = time.process_time()
-    paired, _ = run.load(str(GOLDEN / CTW[0]), str(GOLDEN / CTW[1]))
-    counts = Counts(PROTOCOLS["icdar"][0])
-    counts.update(measure(paired.samples))
-    assert counts.summary().recall_hits == 2504
+    paired, _ = scoring.load(str(GOLDEN / CTW[0]), str(GOLDEN / CTW[1]))
+    metric = DetectionMetric(PROTOCOLS["icdar"][0])
+    metric.update(paired.images)
+    assert metric.summary().recall_hits == 2504
     assert time.process_time() - start < 2.5

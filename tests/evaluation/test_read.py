@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from i3cl.data.formats import predictions
-from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
-from i3cl.evaluation.formats.read import pair, read_results, read_truth
+from i3cl.evaluation.formats.pairing import pair
+from i3cl.evaluation.formats.read import read_results, read_truth
+from i3cl.evaluation.formats.table import check_image_sizes
 
 SQUARE = "0,0,100,0,100,20,0,20"
 RING = [[0, 0], [100, 0], [100, 20], [0, 20]]
@@ -75,6 +77,62 @@ def test_transcriptions_that_look_like_numbers(tmp_path, line, points, text):
 def test_commas_in_numbers_are_text_where_all_lines_have_one_length(tmp_path):
     source = read_truth(folder(tmp_path / "gt", a=f"{SQUARE},SHOP\n" * 12 + f"{SQUARE},1,000,000\n{SQUARE},12,50\n"))
     assert source.images[0].texts[-2:] == ["1,000,000", "12,50"]
+
+
+@pytest.mark.parametrize("price", ["900,50", "5,99,-", "12,50,99,00", "1,2,3,4,5,6"])
+@pytest.mark.parametrize("lines", [2, 6, 40])
+def test_numbers_in_texts_never_become_corners(tmp_path, price, lines):
+    words = "".join(f"10,{20 * k},110,{20 * k},110,{20 * k + 15},10,{20 * k + 15},WORD\n" for k in range(lines - 1))
+    source = read_truth(folder(tmp_path / "gt", a=words + f"300,400,420,410,419,440,299,430,{price}\n", b=words))
+    last = source.images[0]
+    assert (len(last.polygons[-1]), last.texts[-1]) == (4, price)
+    assert source.format == "text files, 4 points a line, then the text; 1 texts begin with numbers"
+
+
+def test_a_set_of_prices_only(tmp_path):
+    lines = [f"10,{20 * k},110,{20 * k},110,{20 * k + 15},10,{20 * k + 15},{k},99,-" for k in range(9)]
+    lines.append("300,0,400,0,400,20,300,20,SUM")
+    image = read_truth(folder(tmp_path / "gt", a="\n".join(lines))).images[0]
+    assert {len(polygon) for polygon in image.polygons} == {4}
+    assert image.texts[3] == "3,99,-"
+    with pytest.raises(UserError, match="far from the first corner"):
+        read_truth(folder(tmp_path / "one", a=f"{SQUARE},900,50"))
+
+
+def test_outlines_of_different_length_are_kept(tmp_path):
+    """Unmarked lines of 4 to 10 points, as copies of Total-Text have them; what cannot be told apart is refused."""
+    rng = np.random.default_rng(0)
+    lines, sizes = [], []
+    for k in range(40):
+        half = [2, 3, 4, 5][k % 4]
+        top = np.stack([np.linspace(0, 100, half), 6 * np.sin(np.linspace(0, 3, half))], axis=1) + rng.uniform(0, 900, 2)
+        outline = np.concatenate([top, top[::-1] + np.array([0, 25])]).round()
+        lines.append(",".join(f"{v:.0f}" for v in outline.ravel()) + ",WORD")
+        sizes.append(2 * half)
+    source = read_truth(folder(tmp_path / "gt", a="\n".join(lines)))
+    assert [len(polygon) for polygon in source.images[0].polygons] == sizes
+    assert source.format == "text files, 4-10 points a line, then the text"
+    for text, words in (("900,50", "cannot tell"), ("5,99,-", "far from the first corner")):
+        doubtful = "\n".join([*lines, f"700,700,800,700,800,720,700,720,{text}"])
+        with pytest.raises(UserError, match=rf"line 41: .*{words}.*####TEXT"):
+            read_truth(folder(tmp_path / words[:3], a=doubtful))
+
+
+def test_what_macos_adds_is_passed_over(tmp_path):
+    with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
+        archive.writestr("res_1.txt", SQUARE)
+        for name in ("._res_1.txt", "__MACOSX/._res_1.txt", ".DS_Store"):
+            archive.writestr(name, b"\x00\x05\x16\x07 Mac OS X \xff")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "res_1.txt").write_text(SQUARE)
+    (tmp_path / "r" / "._res_1.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    for name in ("r.zip", "r"):
+        assert [image.name for image in read_results(str(tmp_path / name)).images] == ["res_1.txt"]
+    (tmp_path / "t").mkdir()
+    row = {"image_id": 1, "file_name": "a.jpg", "height": 50, "width": 120, "polygons": [RING], "scores": [0.5], "member": "m"}
+    predictions.pq.write_table(predictions.to_table([row]), tmp_path / "t" / "part.parquet")
+    (tmp_path / "t" / "._part.parquet").write_bytes(b"\x00\x05\x16\x07")
+    assert len(read_results(str(tmp_path / "t")).images) == 1
 
 
 def test_marked_truth_of_ctw1500(tmp_path):
@@ -187,19 +245,19 @@ def test_predictions_table(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("0,0,10,10", "2 points"),
+        ("0,0,10,10", "a box and not a polygon; write its four corners"),
         ("0,0,10,0,10,10,5", "odd"),
-        ("0,0,10,0,nan,10", "not finite"),
+        ("0,0,10,0,nan,10", "'nan' is not a number"),
         ("0,0,10,0,1e300,10", "beyond any image"),
-        ("0,0,10,0,inf,10", "not finite"),
-        ("0,0,ten,0,10,10", "is not x1,y1"),
-        ("hello", "is not x1,y1"),
-        ("0,0,1_0,0,10,10", "is not x1,y1"),
+        ("0,0,10,0,inf,10", "'inf' is not a number"),
+        ("0,0,ten,0,10,10", "not x1,y1"),
+        ("hello", "not x1,y1"),
+        ("0,0,1_0,0,10,10", "not x1,y1"),
     ],
 )
 def test_broken_result_lines(tmp_path, line, words):
     path = folder(tmp_path / "r", a=f"{SQUARE}\n{SQUARE}\n{line}\n")
-    with pytest.raises(UserError, match=rf"a\.txt line 3: .*{words}"):
+    with pytest.raises(UserError, match=rf"a\.txt: line 3: .*{words}"):
         read_results(path)
     source = read_results(path, skip_bad=True)
     assert len(source.images[0].polygons) == 2
@@ -211,7 +269,7 @@ def test_broken_result_lines(tmp_path, line, words):
 )
 def test_broken_truth_lines(tmp_path, line):
     path = folder(tmp_path / "t", a=f"{SQUARE},SHOP\n{line}\n")
-    with pytest.raises(UserError, match=r"a\.txt line 2: "):
+    with pytest.raises(UserError, match=r"a\.txt: line 2: "):
         read_truth(path)
     assert len(read_truth(path, skip_bad=True).images[0].polygons) == 1
 
@@ -228,6 +286,7 @@ def test_broken_truth_lines(tmp_path, line):
         [{"image_id": 1, "score": 0.5}],
         [{"image_id": "one", "segmentation": [[0, 0, 1, 1, 2, 0]], "score": 0.5}],
         [{"image_id": 1, "bbox": [0, 0, "a", 1], "score": 0.5}],
+        [{"image_id": 1, "bbox": ["0", "0", "9", "9"], "score": 0.5}],
         [{"image_id": 1, "segmentation": {"size": [10, 10], "counts": [5]}, "score": 0.5}],
         ["x"],
         7,
@@ -261,8 +320,8 @@ def test_unreadable_files(tmp_path):
     [
         (["../a.txt"], "folder"),
         (["/etc/a.txt"], "folder"),
-        (["sub/a.txt"], "flat"),
-        (["a\\b.txt"], "folder"),
+        (["sub/a.txt"], "without their folder"),
+        (["a\\b.txt"], "lies in a folder"),
         (["inner.zip"], "zip in a zip"),
         (["a.txt", "notes.doc"], "notes.doc"),
         ([], "not a zip"),
@@ -286,7 +345,7 @@ def test_zips_that_lie(tmp_path, monkeypatch):
 
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.txt", " " * 300_000)
-    monkeypatch.setattr("i3cl.evaluation.formats.read.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("i3cl.evaluation.formats.files.MAX_FILE_BYTES", 100_000)
     with pytest.raises(UserError, match="unpacks to more"):
         read_results(str(tmp_path / "bomb.zip"))
 
@@ -295,6 +354,31 @@ def test_zips_that_lie(tmp_path, monkeypatch):
     (tmp_path / "broken.zip").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cannot be unpacked"):
         read_results(str(tmp_path / "broken.zip"))
+
+
+def test_image_sizes_are_compared(tmp_path):
+    """Labels in the upright frame of an image that was predicted as it is stored."""
+    ring = np.array(RING, np.float32)
+    write_coco(str(tmp_path / "t.json"), [ImageRecord(1, "a.jpg", 427, 640, (Instance(ring),))])
+    row = {"image_id": 1, "file_name": "a.jpg", "height": 640, "width": 427, "polygons": [RING], "scores": [0.5], "member": "m"}
+    predictions.pq.write_table(predictions.to_table([row]), tmp_path / "p.parquet")
+    mask = {"size": [640, 427], "counts": [0, 40, 640 * 427 - 40]}
+    results = write(tmp_path / "r.json", [{"image_id": 1, "segmentation": mask, "score": 0.5}])
+    truth = read_truth(str(tmp_path / "t.json"))
+    message = r"a.jpg: the image is 427 x 640 but its annotation says 640 x 427 \(turned"
+    for path in (str(tmp_path / "p.parquet"), results):
+        with pytest.raises(UserError, match=message):
+            pair(truth, read_results(path))
+    with pytest.raises(UserError, match=message):
+        check_image_sizes(str(tmp_path / "p.parquet"), read_coco(str(tmp_path / "t.json"), "", check_files=False).records)
+
+
+def test_one_file_under_two_ids_is_refused(tmp_path):
+    from i3cl.evaluation.formats.sets import ImageTruth, PolygonSet
+
+    truth = PolygonSet("t.json", "COCO", [ImageTruth("a.jpg", id=3), ImageTruth("a.jpg", id=7)])
+    with pytest.raises(UserError, match=r"a.jpg is there twice \(image ids 3 and 7\)"):
+        pair(truth, PolygonSet("r", "text files", []))
 
 
 # ------------------------------------------------------------------------------------------------------------- pairing
@@ -317,7 +401,7 @@ def paired(tmp_path, truth_names, result_names):
 )
 def test_names_that_belong_together(tmp_path, truth, result):
     both = paired(tmp_path, [truth, "gt_img_77"], [result])
-    assert len(both.samples[0].detections) == 1
+    assert len(both.images[0].detections) == 1
     assert both.missing == ["gt_img_77.txt"]
 
 
@@ -332,6 +416,6 @@ def test_coco_ids_and_numbers(tmp_path):
     write_coco(str(tmp_path / "t.json"), [ImageRecord(5, "x/gt_9.jpg", 50, 200), ImageRecord(9, "x/gt_5.jpg", 50, 200)])
     truth = read_truth(str(tmp_path / "t.json"))
     by_id = pair(truth, read_results(write(tmp_path / "c.json", [{"image_id": 5, "bbox": [0, 0, 9, 9], "score": 1}])))
-    assert [len(s.detections) for s in by_id.samples] == [1, 0]
+    assert [len(s.detections) for s in by_id.images] == [1, 0]
     by_name = pair(truth, read_results(write(tmp_path / "a.json", {"res_5": [{"points": RING, "confidence": 1}]})))
-    assert [len(s.detections) for s in by_name.samples] == [0, 1]
+    assert [len(s.detections) for s in by_name.images] == [0, 1]

@@ -27,7 +27,7 @@ _WHOLE = 0.7
 """Share of its smallest rotated rectangle that a word's quadrilateral fills. The first four corners of a longer outline run
 along one of its sides and fill at most about half."""
 _FAR = 2.0
-"""Diagonals of the first corners' box; a corner further away does not belong to the same word."""
+"""Diagonals of the first corners' box; a last corner further away does not belong to the same word."""
 _SCRIPTS = ("Arabic", "Latin", "Chinese", "Japanese", "Korean", "Bangla", "Hindi", "Symbols", "Mixed", "None")
 
 
@@ -180,8 +180,8 @@ class _Columns:
                 raise BadItem("polygon", f"cannot tell coordinates from text in {count} numbers; write ####TEXT after them")
             return line.cut(count - 1)
         _refuse_not_finite(line)
-        if self.texts and count > _QUADRILATERAL and _is_far(line):
-            message = "numbers before the text lie far from the other corners; write ####TEXT after the coordinates"
+        if count > _QUADRILATERAL and _looks_like_text(line):
+            message = "the last numbers before the text lie far from the first corner; write ####TEXT after the coordinates"
             raise BadItem("polygon", message)
         return line.cut(count)
 
@@ -198,16 +198,16 @@ def _decide(lines: Sequence[_Line]) -> _Columns:
         votes = Counter(line.count - 1 for line in lines if line.count % 2 and line.count >= 7)
     if not votes:
         return _Columns(None, texts=any(line.rest is not None for line in lines))
-    usual = max(votes, key=lambda count: (votes[count], count == _QUADRILATERAL, -count))
-    if min(votes) < usual:
-        return _Columns(None, texts=True)
-    longer = [line for line in lines if line.count >= usual + 2]
-    if not longer:
-        return _Columns(usual, texts=True)
-    if usual == _QUADRILATERAL:
-        fixed = float(np.median([_filled(line.corners(usual)) for line in longer])) >= _WHOLE
+    quadrilaterals = votes[_QUADRILATERAL]
+    if quadrilaterals and (min(votes) == _QUADRILATERAL or quadrilaterals > votes.total() / 2):
+        usual = _QUADRILATERAL
+        longer = [line for line in lines if line.count >= usual + 2]
+        shapes = [_filled(line.corners(usual)) for line in longer]
+        fixed = float(np.median(shapes)) >= _WHOLE if shapes else min(votes) == usual
     else:
-        fixed = len(longer) < len(lines) / 2
+        usual = max(votes, key=lambda count: (votes[count], -count))
+        longer = [line for line in lines if line.count >= usual + 2]
+        fixed = min(votes) == usual and len(longer) < len(lines) / 2
     return _Columns(usual if fixed else None, texts=True)
 
 
@@ -217,11 +217,14 @@ def _filled(corners: np.ndarray) -> float:
     return polygon_area(corners) / (width * height) if width * height > 0 else 0.0
 
 
-def _is_far(line: _Line) -> bool:
-    first, others = line.corners(_QUADRILATERAL), line.corners(line.count // 2 * 2)[_QUADRILATERAL // 2 :]
+def _looks_like_text(line: _Line) -> bool:
+    """Whether the first four corners are a word of their own and the last one, which an outline has beside the first, is far."""
+    if _filled(line.corners(_QUADRILATERAL)) < _WHOLE:
+        return False
+    first, last = line.corners(_QUADRILATERAL), line.corners(line.count // 2 * 2)[-1]
     low, high = first.min(axis=0), first.max(axis=0)
-    away = np.maximum(np.maximum(low - others, others - high), 0)
-    return bool((np.linalg.norm(away, axis=1) > _FAR * max(float(np.linalg.norm(high - low)), 1.0)).any())
+    away = np.maximum(np.maximum(low - last, last - high), 0)
+    return float(np.linalg.norm(away)) > _FAR * max(float(np.linalg.norm(high - low)), 1.0)
 
 
 def _refuse_not_finite(line: _Line) -> None:

@@ -1,21 +1,17 @@
-import os
+"""One metric for training, labelling, search and evaluation: its rules, its thresholds and its sweep."""
+
 import time
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i3cl.evaluation.metrics.iou import (
-    DROPPED,
-    UNMATCHED,
-    IouMetric,
-    Matching,
-    assign,
-    mark_small,
-)
+from i3cl.evaluation.metrics.batch import EvalImage, mark_small
+from i3cl.evaluation.metrics.judge import DROPPED, UNMATCHED, assign
+from i3cl.evaluation.metrics.matching import Matching
+from i3cl.evaluation.metrics.metric import DetectionMetric
+from i3cl.evaluation.metrics.protocols import PROTOCOLS, iou_rules
 from i3cl.geometry import overlaps
 
 MATCHINGS: list[Matching] = ["first", "best_gt", "max", "greedy"]
@@ -25,9 +21,13 @@ def box(x0, y0, x1, y1):
     return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], float)
 
 
+def image(name, truths, ignore, detections, scores):
+    return EvalImage(str(name), truths, np.array(ignore, bool), detections, np.array(scores, float))
+
+
 def score_one(truths, ignore, detections, scores=None, iou=0.5, matching: Matching = "first", threshold=0.0):
-    metric = IouMetric(iou, matching)
-    metric.update(1, truths, ignore, detections, np.ones(len(detections)) if scores is None else scores)
+    metric = DetectionMetric(iou_rules(iou, matching))
+    metric.update([image(1, truths, ignore, detections, np.ones(len(detections)) if scores is None else scores)])
     return metric.summary(threshold)
 
 
@@ -103,10 +103,10 @@ def test_first_follows_the_file_order_not_the_scores():
 
 
 def test_totals_are_summed_over_images():
-    metric = IouMetric()
+    metric = DetectionMetric()
     word = box(0, 0, 100, 20)
-    metric.update("one", [word], [False], [word], [1.0])
-    metric.update("three", [word, box(0, 40, 9, 50), box(0, 60, 9, 70)], [False] * 3, [], [])
+    metric.update([image("one", [word], [False], [word], [1.0])])
+    metric.update([image("three", [word, box(0, 40, 9, 50), box(0, 60, 9, 70)], [False] * 3, [], [])])
     result = metric.summary(0.5)
     assert (result.recall, result.precision, result.hmean) == pytest.approx((1 / 4, 1, 0.4))
 
@@ -126,9 +126,9 @@ def test_dropped_detections_are_counted_above_the_threshold_only():
 
 
 def test_nothing_at_all():
-    result = IouMetric().summary("best")
+    result = DetectionMetric().summary("best")
     assert (result.recall, result.precision, result.hmean, result.images) == (0, 0, 0, 0)
-    assert IouMetric().curve().hmean.tolist() == [0]
+    assert DetectionMetric().curve().hmean.tolist() == [0]
 
 
 def test_empty_image():
@@ -171,25 +171,30 @@ def test_ring_order_does_not_matter():
 
 def test_bad_input():
     word = box(0, 0, 9, 9)
-    metric = IouMetric()
-    metric.update(1, [word], [False], [word], [0.5])
-    with pytest.raises(ValueError, match="twice"):
-        metric.update(1, [word], [False], [word], [0.5])
+    metric = DetectionMetric()
+    metric.update([image(1, [word], [False], [word], [0.5])])
+    with pytest.raises(ValueError, match="image 1 was given twice"):
+        metric.update([image(1, [word], [False], [word], [0.5])])
+    with pytest.raises(ValueError, match="image 3 was given twice"):
+        metric.update([image(3, [], [], [], []), image(3, [], [], [], [])])
     with pytest.raises(ValueError, match="1 detections but 0 scores"):
-        metric.update(2, [word], [False], [word], [])
+        image(2, [word], [False], [word], [])
     with pytest.raises(ValueError, match="1 truths but 2 ignore"):
-        metric.update(2, [word], [False, True], [], [])
-    with pytest.raises(ValueError, match="image 2: a polygon needs"):
-        metric.update(2, [word[:2]], [False], [], [])
+        image(2, [word], [False, True], [], [])
+    for broken in (word[:2], word * np.nan):
+        with pytest.raises(ValueError, match="image 2: a polygon needs"):
+            metric.update([image(2, [], [], [broken], [1])])
     for wrong in (1.5, -0.1, np.nan):
         with pytest.raises(ValueError, match="0-1"):
-            metric.update(2, [], [], [word], [wrong])
+            image(2, [], [], [word], [wrong])
     with pytest.raises(ValueError, match="matching"):
-        IouMetric(matching="hungarian")  # type: ignore[arg-type]
+        iou_rules(matching="hungarian")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="iou"):
-        IouMetric(iou=50)
+        iou_rules(iou=50)
     with pytest.raises(ValueError, match="best"):
         metric.summary("bset")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="curve"):
+        DetectionMetric(PROTOCOLS["tiou"][0]).curve()
     assert metric.summary(0).images == 1
 
 
@@ -205,7 +210,7 @@ def test_mark_small():
 
 
 def test_rules_name_what_was_done():
-    metric = IouMetric(0.7, "max")
+    metric = DetectionMetric(iou_rules(0.7, "max"))
     assert "IoU > 0.7" in metric.summary(0.25).rules
     assert "'max'" in metric.summary(0.25).rules
     assert "score > 0.25 (fixed)" in metric.summary(0.25).rules
@@ -219,26 +224,25 @@ def random_images(seed, images=6, truths=5, detections=12, levels=8):
     """Crowded images: every detection is a moved truth, so that they compete."""
     rng = np.random.default_rng(seed)
     result = []
-    for image in range(images):
+    for number in range(images):
         places = rng.uniform(0, 60, (truths, 2)).round()
         words = [box(x, y, x + 30, y + 12) for x, y in places]
         moved = places[rng.integers(0, truths, detections)] + rng.normal(0, 4, (detections, 2)).round()
         found = [box(x, y, x + 30, y + 12) for x, y in moved]
         scores = rng.integers(0, levels, detections) / levels
-        result.append((image, words, rng.random(truths) < 0.2, found, scores))
+        result.append((number, words, rng.random(truths) < 0.2, found, scores))
     return result
 
 
-def above(image, threshold):
-    image_id, truths, ignore, detections, scores = image
+def above(given, threshold):
+    image_id, truths, ignore, detections, scores = given
     kept = np.flatnonzero(scores > threshold)
     return image_id, truths, ignore, [detections[d] for d in kept], scores[kept]
 
 
 def collect(images, iou=0.4, matching: Matching = "first"):
-    metric = IouMetric(iou, matching)
-    for image in images:
-        metric.update(*image)
+    metric = DetectionMetric(iou_rules(iou, matching))
+    metric.update([image(*each) for each in images])
     return metric
 
 
@@ -250,7 +254,7 @@ def test_sweep_equals_filtering_first(matching, seed):
     metric = collect(images, matching=matching)
     curve = metric.curve()
     for k, threshold in enumerate(curve.thresholds):
-        filtered = [above(image, threshold) for image in images]
+        filtered = [above(each, threshold) for each in images]
         expected = collect(filtered, matching=matching).summary(0.0)
         result = metric.summary(float(threshold))
         assert (result.true_positives, result.detections) == (expected.true_positives, expected.detections)
@@ -267,9 +271,9 @@ def test_sweep_equals_filtering_first(matching, seed):
     assert best.threshold in curve.thresholds
 
 
-def brute_force(image, threshold, matching, iou=0.4):
+def brute_force(given, threshold, matching, iou=0.4):
     """True positives by the rules as they are written, no sparse pairs, no steps."""
-    _, truths, ignore, detections, scores = image
+    _, truths, ignore, detections, scores = given
     ious = overlaps(truths, detections).dense_iou()
     share = np.zeros_like(ious)
     found = overlaps(truths, detections)
@@ -314,7 +318,7 @@ def test_sweep_equals_brute_force(matching):
     images = random_images(5)
     metric = collect(images, matching=matching)
     for threshold in metric.curve().thresholds:
-        expected = np.sum([brute_force(image, threshold, matching) for image in images], axis=0)
+        expected = np.sum([brute_force(each, threshold, matching) for each in images], axis=0)
         result = metric.summary(float(threshold))
         assert [result.true_positives, result.detections] == expected.tolist()
 
@@ -354,54 +358,4 @@ def test_merge_equals_one_metric():
     with pytest.raises(ValueError, match="twice"):
         left.merge(right)
     with pytest.raises(ValueError, match="rules"):
-        left.merge(IouMetric(0.7))
-
-
-# ----------------------------------------------------------------------------------------------------- golden
-
-SHARED = Path(os.environ.get("I3CL_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-GOLDEN = SHARED / "golden-eval"
-
-
-def lines(name):
-    with zipfile.ZipFile(GOLDEN / name) as archive:
-        return {
-            entry.removeprefix("poly_gt_"): archive.read(entry).decode("utf-8-sig").split("\n")
-            for entry in archive.namelist()
-            if entry.endswith(".txt")
-        }
-
-
-def parse(line):
-    """x, y, ... and what is left of the line: its transcription."""
-    fields = line.strip().split(",")
-    numbers = 0
-    while numbers < len(fields) and fields[numbers].strip().lstrip("-").isdigit():
-        numbers += 1
-    numbers -= numbers % 2
-    return np.array(fields[:numbers], float).reshape(-1, 2), ",".join(fields[numbers:]).strip()
-
-
-# Yuliang-Liu/TIoU-metric, curved-tiou: the rows at 0.5 are its authors' own published numbers.
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden-eval folder; I3CL_SHARED names its parent")
-@pytest.mark.parametrize("matching", MATCHINGS)
-@pytest.mark.parametrize(
-    "truth, found, iou, expected, rates",
-    [
-        ("ctw1500-gt.zip", "det_ctw1500.zip", 0.5, (2504, 3068, 3340), (0.8162, 0.7497, 0.7815)),
-        ("ctw1500-gt.zip", "det_ctw1500.zip", 0.7, (1916, 3068, 3340), (0.6245, 0.5737, 0.5980)),
-        ("total-text-gt.zip", "total-text_baseline.zip", 0.5, (1553, 2214, 1932), (0.7014, 0.8038, 0.7492)),
-        ("total-text-gt.zip", "total-text_baseline.zip", 0.7, (1213, 2214, 1932), (0.5479, 0.6278, 0.5851)),
-    ],
-)
-def test_golden_numbers(matching, truth, found, iou, expected, rates):
-    metric = IouMetric(iou, matching)
-    detections = lines(found)
-    for name, text in lines(truth).items():
-        rows = [parse(line) for line in text if line.strip()]
-        polygons = [parse(line)[0] for line in detections.get(name, []) if line.strip()]
-        ignore = [transcription == "###" for _, transcription in rows]
-        metric.update(name, [polygon for polygon, _ in rows], ignore, polygons, np.ones(len(polygons)))
-    result = metric.summary(0.0)
-    assert (result.true_positives, result.truths, result.detections) == expected
-    assert (result.recall, result.precision, result.hmean) == pytest.approx(rates, abs=5e-5)
+        left.merge(DetectionMetric(iou_rules(0.7)))
