@@ -75,4 +75,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    run(work, __doc__, arguments)
+    run(work, __doc__, arguments, resumes=lambda options: options.step in ("predict", "all"))
