@@ -160,7 +160,7 @@ def streams() -> Iterator[None]:
     File names that are not UTF-8 and characters that the terminal lacks are printed as escapes.
     """
     if sys.stdout is None:  # started with stdout closed: otherwise the next file that is opened would become stdout
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from i3cl.config.settings import CatalogueEntry, Settings
 from i3cl.errors import SettingsError
 
-
 PACKAGED = next((p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs") if p.is_dir()), None)
 """Folder of the recipes that are installed with the package; in a checkout, its folder configs/."""
 _NOT_RECIPES = {"datasets"}
@@ -43,7 +42,7 @@ def load_settings(config: str | Path | None = None, overrides: list[str] | tuple
 
 
 def find_recipe(config: str | Path) -> Path:
-    """The file of a recipe: a path as it is, a name without ending among the packaged recipes. SettingsError for an unknown name."""
+    """The file of a recipe: a path as it is, or the name of a packaged one. SettingsError for an unknown name."""
     path = Path(config)
     if path.exists() or path.suffix or PACKAGED is None:
         return path
