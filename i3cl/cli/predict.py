@@ -123,7 +123,7 @@ def art_numbers(files: list[str], names: list[str]) -> list[int] | None:
         other = first.setdefault(numbers[-1], file)
         if other != file and posixpath.dirname(other) == posixpath.dirname(file):
             raise UserError(
-                f"{other} and {file}: both would be res_{numbers[-1]} in art.json; rename one, or give them different --out folders"
+                f"{other} and {file}: both would be res_{numbers[-1]} in art.json; rename one, or give each its own --out"
             )
         apart |= other != file
     return None if apart else numbers
