@@ -65,7 +65,7 @@ def main() -> None:
             parser.exit(2, f"i3cl: no command {name!r}{nearest(name, list(COMMANDS))}; i3cl --help lists all\n")
     # Every command reads the process's arguments, so that jobs/*.py and this one share its code.
     sys.argv = [f"i3cl {name}", *sys.argv[2:]]
-    importlib.import_module(f"i3cl.cli.{name}").main()
+    importlib.import_module(f"i3cl.cli.{name.replace('-', '_')}").main()
 
 
 if __name__ == "__main__":

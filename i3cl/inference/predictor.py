@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from torch import nn
 from i3cl import storage
 from i3cl.config import Settings, ViewSettings, load_settings
 from i3cl.data.formats.records import ImageRecord
-from i3cl.data.loading.any_image import AnyImage, as_images, as_rgb, describe
 from i3cl.data.loading.images import decode_image, resize, test_scale
 from i3cl.detections import Detections
 from i3cl.errors import UserError
@@ -27,14 +24,11 @@ from i3cl.model.network import I3CL
 ImageArray = NDArray[np.uint8]
 
 
-def load(checkpoint: str | os.PathLike[str], device: str | torch.device | None = None) -> I3CL:
+def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     """The network of a checkpoint directory (local or s3://), in eval mode, with its settings as ``model.recipe``.
 
     UserError when the directory is no checkpoint or its weights do not fit its settings.
     """
-    if not isinstance(checkpoint, str | os.PathLike):
-        raise UserError(f"checkpoint: takes the path or URL of a checkpoint directory; got {describe(checkpoint)}")
-    checkpoint = os.fspath(checkpoint)
     with storage.local_copy(checkpoint, without=STATE) as folder:
         if not (folder / "settings.yaml").is_file():
             raise UserError(f"{checkpoint}: is no checkpoint (it has no settings.yaml); give a directory that train.py wrote")
@@ -50,16 +44,15 @@ def load(checkpoint: str | os.PathLike[str], device: str | torch.device | None =
     return model
 
 
-def detect(model: I3CL, images: AnyImage | Iterable[AnyImage], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
-    """Text in one image or several: whatever `as_rgb` takes, of any size. One Detections each, in original pixels.
+def detect(model: I3CL, images: Sequence[str | ImageArray], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
+    """Text in images: paths, URLs or (H, W, 3) uint8 RGB arrays of any size. One Detections each, in original pixels.
 
     Scores are above `score_threshold` (0-1). UserError for an image that cannot be read.
     """
     settings = model.recipe or Settings(model=model.settings)
     result: list[Detections] = []
-    waiting = as_images(images)
-    while group := list(islice(waiting, batch)):
-        arrays = [as_rgb(image) for image in group]
+    for start in range(0, len(images), batch):
+        arrays = [decode_image(image) if isinstance(image, str) else image for image in images[start : start + batch]]
         result += [found.filter(score_threshold) for found in detect_arrays(model, arrays, settings)]
     return result
 
