@@ -95,7 +95,7 @@ def test_a_closed_stdout_ends_quietly(arguments):
     process = subprocess.Popen([sys.executable, "-m", "i3cl.cli", *arguments], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(writer)
     assert process.communicate()[1] == b""
-    assert process.returncode == 141
+    assert process.returncode in (0, 141)  # 0: argparse itself passes over it when it prints help
 
 
 def test_a_process_without_stdout():
@@ -105,7 +105,8 @@ def test_a_process_without_stdout():
 
 
 INTERRUPTED = """
-import os, signal, sys
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from i3cl.cli.command_line import run
 run(lambda settings, options: os.kill(os.getpid(), signal.{signal}), "", argv=[], prog="x", resumes={resumes})
 """

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,9 @@ def test_a_stopped_run_continues(tiny_checkpoints, tiny_set, tmp_path, number):
     command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--checkpoint", tiny_checkpoints["a"], "--score", "0"]
     command += ["--images", str(folder), "--out", str(out)]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # A test run in the background of a shell ignores SIGINT, and its children would too.
+        restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=restore)
     deadline = time.monotonic() + 120
     while "3/40" not in (tmp_path / "log").read_text():
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()

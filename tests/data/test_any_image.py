@@ -56,7 +56,7 @@ def test_a_path_a_string_and_a_url_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (3, ["int", "takes a path or URL"]),
+        (3, ["type int", "a path or URL"]),
         (None, ["None"]),
         ({"a": 1}, ["dict"]),
         (np.zeros((3, 20, 30), np.uint8), ["(3, 20, 30)", "channels last"]),
@@ -111,7 +111,7 @@ def test_detect_takes_them_all(tiny_checkpoints, tiny_set):
         found = i3cl.detect(model, given, 0.0)
         assert len(found) == 1
         np.testing.assert_allclose(found[0].scores, expected.scores, atol=0.02)
-    with pytest.raises(UserError, match="checkpoint: got a int"):
+    with pytest.raises(UserError, match="checkpoint: got an object of type int"):
         i3cl.load(3)
 
 

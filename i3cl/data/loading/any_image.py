@@ -90,4 +90,4 @@ def describe(value: object) -> str:
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         return f"an array of shape {array.shape} and type {array.dtype}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
