@@ -1,10 +1,11 @@
 """Every command, snippet, setting and link of README.md, CONTRIBUTING.md and docs/.
 
-Really executed: only `kubectl … --help`. Executed with `--dry-run`, so that recipe, options and keys must be real but nothing is
-read, started or written: every `i3cl …` and `python jobs/…` line, also behind `ray job submit … --`. Executed with `make -n`: every
-make target. Looked up: options of `ray …` in Ray's own command line, files and markers of `pytest …`, imported names of Python
-snippets, keys of settings in YAML. Lines with tools that need an account or other machines (aws, gcloud, helm, docker, ssh, …) pass
-only when a line `Needs X.`, visible or in an HTML comment, stands right above their block: nobody has run those.
+Really executed: only `kubectl … --help`. Executed with `--dry-run`, so that recipe, options and keys must be real but nothing
+is read, started or written: every `i3cl …` and `python jobs/…` line, also behind `ray job submit … --`. Executed with `make
+-n`: every make target. Looked up: options of `ray …` in Ray's own command line, files and markers of `pytest …`, imported names
+of Python snippets, keys of settings in YAML. Lines with tools that need an account or other machines (aws, gcloud, helm,
+docker, ssh, …) pass only when a line `Needs X.`, visible or in an HTML comment, stands right above their block: nobody has run
+those.
 """
 
 from __future__ import annotations
