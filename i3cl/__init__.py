@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
 
         return Detections
     if name in ("load", "detect"):
-        from i3cl.inference import predictor as predict
+        from i3cl.inference import api
 
-        return getattr(predict, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'i3cl' has no attribute {name!r}")

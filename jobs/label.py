@@ -1,5 +1,4 @@
-"""Label unlabelled images with an ensemble: `predict` (GPU actors, Parquet out), `select` (thresholds, COCO json or Parquet out),
-and `trust` (fused predictions of labelled images against their truth: report, calibration.json, disputed.json)."""
+"""Label unlabelled images with an ensemble: `predict`, `select`, `all`, `trust`; --help says what each does."""
 
 from i3cl.cli.label import main
 

@@ -11,6 +11,7 @@ from i3cl.config import (
     to_yaml,
     with_overrides,
 )
+from i3cl.config.loading import recipe_names, setting_names
 from i3cl.errors import SettingsError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -151,6 +152,79 @@ def test_missing_file_suggests_the_near_one(tmp_path):
 def test_bad_overrides_name_the_command_line(override):
     with pytest.raises(SettingsError, match="command line"):
         load_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["20240105", "001", "2024-05-01", "exp #2", "1e3", "yes", "null.5", "[a", "{a: b", "a: b", "'a' and 'b'", "x=y", "!a", "*"],
+)
+def test_text_on_the_command_line_is_taken_as_it_stands(text):
+    """Run names, folders and checkpoints are words, whatever YAML would read in them."""
+    overrides = [
+        f"{key}={text}" for key in ("name", "storage", "data_root", "train.start_from", "label.members.a", "search.start_from")
+    ]
+    settings = load_settings(None, overrides)
+    assert (settings.name, settings.storage, settings.data_root) == (text, text, text)
+    assert settings.train.start_from == settings.search.start_from == settings.label.members["a"] == text
+    assert load_settings(None, ['name="quoted #1"']).name == "quoted #1"
+
+
+def test_text_survives_the_file_of_a_run(tmp_path):
+    settings = load_settings(None, ["name=001", "storage=/data/st #1"])
+    (tmp_path / "settings.yaml").write_text(to_yaml(settings))
+    assert load_settings(tmp_path / "settings.yaml") == settings
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_optional_text_can_be_emptied(text, tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {start_from: other}")
+    assert load_settings(tmp_path / "a.yaml", [f"train.start_from={text}"]).train.start_from is None
+
+
+def test_choices_are_text_and_other_values_yaml():
+    settings = load_settings(
+        None, ["train.precision=float32", "cluster.gpu=false", "evaluate.score_threshold=0.5", "train.steps=7"]
+    )
+    assert (settings.train.precision, settings.cluster.gpu) == ("float32", False)
+    assert (settings.evaluate.score_threshold, settings.train.steps) == (0.5, 7)
+
+
+@pytest.mark.parametrize(("value", "quoted"), [("20240105", "'20240105'"), ("2024-05-01", "'2024-05-01'")])
+def test_a_text_in_a_file_that_is_not_one_says_how_to_quote(tmp_path, value, quoted):
+    (tmp_path / "a.yaml").write_text(f"name: {value}")
+    with pytest.raises(SettingsError, match=rf"a\.yaml: name: .*put it in quotes, {quoted}"):
+        load_settings(tmp_path / "a.yaml")
+
+
+def test_packaged_recipes_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("quickstart") == load_settings(CONFIGS / "quickstart.yaml")
+    assert load_settings("r50/mixtrain") == load_settings(CONFIGS / "r50" / "mixtrain.yaml")
+    assert set(recipe_names()) == {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in RECIPES}
+    Path("quickstart").write_text("name: mine")
+    assert load_settings("quickstart").name == "mine", "a file of that name comes first"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("quikstart", ["did you mean quickstart?"]),
+        ("r50/mixtran", ["did you mean r50/mixtrain?"]),
+        ("configs/quickstart.yaml", ["configs/quickstart.yaml: no such settings file", "did you mean quickstart?"]),
+        ("zzz", ["no packaged recipe", "quickstart"]),
+    ],
+)
+def test_a_misspelt_recipe_names_the_nearest(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(name)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_names_of_settings_for_completion():
+    names = setting_names()
+    assert {"name", "train.steps", "model.backbone.name", "label.members", "data.train"} <= set(names)
+    assert len(names) == len(set(names)) > 150
 
 
 def test_with_overrides_checks_and_keeps_the_rest():

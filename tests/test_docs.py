@@ -1,10 +1,11 @@
-"""Every command, snippet, setting and link of README.md and docs/.
+"""Every command, snippet, setting and link of README.md, CONTRIBUTING.md and docs/.
 
-What is executed really: `--help` lookups of `kubectl`, and nothing else. What is executed dry: every `python jobs/…` line, with
-`--dry-run` (recipe, options and keys must be real; nothing is read, started or written), also behind `ray job submit … --`; every
-make target with `make -n`. What is looked up: options of `ray …` in Ray's own command line, files and markers of `pytest …`,
-imported names of Python snippets, keys of settings in YAML. Lines with tools that need an account or machines that nobody has
-here (aws, gcloud, helm, docker, ssh, …) pass only where their block stands right below a line `Needs X.`: nobody has run those.
+Really executed: only `kubectl … --help`. Executed with `--dry-run`, so that recipe, options and keys must be real but nothing
+is read, started or written: every `i3cl …` and `python jobs/…` line, also behind `ray job submit … --`. Executed with `make
+-n`: every make target. Looked up: options of `ray …` in Ray's own command line, files and markers of `pytest …`, imported names
+of Python snippets, keys of settings in YAML. Lines with tools that need an account or other machines (aws, gcloud, helm,
+docker, ssh, …) pass only when a line `Needs X.`, visible or in an HTML comment, stands right above their block: nobody has run
+those.
 """
 
 from __future__ import annotations
@@ -25,20 +26,29 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "cluster").rglob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "cluster").rglob("*.md"),
+    ]
+)
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
-# Files of the reader that recipes stand in for.
+# Recipes that stand in for files of the reader.
 STAND_INS = {"my.yaml": "configs/realtext.yaml", "RECIPE.yaml": "configs/realtext.yaml", "FILE.yaml": "configs/realtext.yaml"}
 STAND_INS["runs/search-select/best.yaml"] = "configs/realtext.yaml"
 SHELL = {"export", "cd", "mkdir", "echo", "cat", "chmod", "umask", "unset", "cp", "tar", "test"}
 SHELL |= {"grep", "sleep", "wait", "ulimit"}
 OPTIONS = {"pip": {"-e", "-r", "--no-deps"}, "pip-audit": {"-r", "--no-deps", "--disable-pip"}, "tensorboard": {"--logdir"}}
 OPTIONS["uv"] = OPTIONS["pip"]
-"""Of tools that stand beside ours: those that pages use, looked up by hand."""
+OPTIONS["pre-commit"] = set()
+"""Options of other tools that the pages use, looked up by hand."""
 OUTSIDE = {"aws", "gcloud", "gsutil", "helm", "docker", "ssh", "scp", "rsync", "kubectl", "curl", "openssl", "git", "sudo"}
 OUTSIDE |= {"systemctl", "iptables", "ufw", "mount", "apt-get", "podman", "kind"}
-NEEDS = re.compile(r"Needs [^.]+\.")
+NEEDS = re.compile(r"(<!-- )?Needs [^.]+\.( -->)?")
 ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
@@ -46,9 +56,9 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 class Block:
     page: str
     line: int
-    """Of the first line of its content, from 1."""
+    """Number of the first line of its content, from 1."""
     language: str
-    """Of the fence; "" for an indented block."""
+    """Language of the fence; "" for an indented block."""
     text: str
     needs: bool
     """Whether a line `Needs X.` stands right above it."""
@@ -79,7 +89,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `Needs X.`"""
+    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `Needs X.`."""
     found = []
     for block in blocks(page):
         if block.language not in ("", "?", "sh", "bash", "console"):
@@ -93,13 +103,13 @@ def commands(page: Path) -> list[tuple[str, bool]]:
     text = re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"))
     for span in re.findall(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)", "\n".join(x for x in text.splitlines() if x[:4] != "    ")):
         span = " ".join(span.split())
-        if tool(span) in ("python", "make", "ray", "jobs") and len(span.split()) > 1:
+        if tool(span) in ("python", "make", "ray", "jobs", "i3cl") and len(span.split()) > 1:
             found.append((span, False))
     return found
 
 
 def tool(line: str) -> str:
-    """What a line calls: python, make, ray, pip, a shell word or an outside tool; "" for what is no command."""
+    """What a line calls: python, make, ray, i3cl, pip, a shell word or an outside tool; "" when it is not a command."""
     words = line.split()
     while words and ASSIGNMENT.match(words[0]):
         words = words[1:]
@@ -110,12 +120,14 @@ def tool(line: str) -> str:
         return "python"
     if re.fullmatch(r"jobs/\w+\.py", word):
         return "jobs"
-    return word if word in {"make", "ray", *OPTIONS} | SHELL | OUTSIDE else ""
+    return word if word in {"make", "ray", "i3cl", *OPTIONS} | SHELL | OUTSIDE else ""
 
 
 def split(line: str) -> list[list[str]]:
-    """The commands of a line (behind &&, ||, | and &) as a shell takes them apart, without comments, redirections and
-    assignments before them; of [OPTIONAL] and A|B the first."""
+    """The commands of a line (behind &&, ||, | and &), split into words as a shell does it.
+
+    Comments, redirections and assignments before a command are left out. [OPTIONAL] and A|B count as their first choice.
+    """
     line = re.sub(r"\[(--[^\]]+)\]", lambda part: part[1].split("|")[0], line).replace("…", " ")
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>;&")
     lexer.whitespace_split = True
@@ -152,6 +164,8 @@ def check_words(words: list[str], needs: bool, monkeypatch) -> None:
         compile(words[2], "-c", "exec")
     elif name in ("python", "python3") or name.startswith("jobs/"):
         dry_run(words if name.startswith("jobs/") else words[1:], monkeypatch)
+    elif name == "i3cl":
+        dry_run(words, monkeypatch)
     elif name == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -173,12 +187,21 @@ def check_words(words: list[str], needs: bool, monkeypatch) -> None:
 
 def dry_run(words: list[str], monkeypatch) -> None:
     script, arguments = words[0], words[1:]
-    if script == "jobs/NAME.py":  # all jobs at once
+    if "NAME.py" in script or "COMMAND" in arguments[:1]:  # any command
         return
-    assert (ROOT / script).is_file(), f"no such file {script}"
-    if not script.startswith("jobs/"):
-        return
-    if Path(script).name == "benchmark.py":  # has no dry run
+    if script == "i3cl":
+        from i3cl.cli.__main__ import COMMANDS
+
+        if not arguments or arguments[0] in ("--help", "--version"):
+            return
+        assert arguments[0] in COMMANDS, f"i3cl has no command {arguments[0]}"
+        script, arguments = f"i3cl {arguments[0]}", arguments[1:]
+    else:
+        assert (ROOT / script).is_file(), f"no such file {script}"
+        if not script.startswith("jobs/"):
+            return
+    name = Path(script.removeprefix("i3cl ")).stem
+    if name == "benchmark":  # has no dry run
         arguments = [*arguments[:1], "--help"]
     elif "--help" not in arguments:
         arguments = [*(STAND_INS.get(word, word) for word in arguments), "--dry-run"]
@@ -187,7 +210,10 @@ def dry_run(words: list[str], monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script.startswith("i3cl "):
+            importlib.import_module(f"i3cl.cli.{name.replace('-', '_')}").main()
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         assert end.code in (0, None), f"ended with status {end.code}"
 
@@ -269,6 +295,9 @@ def test_the_pages_do_hold_commands():
         ("ray job submit --workingdir . -- python jobs/train.py", False),
         ("ray job submit --working-dir . -- python jobs/train.py train.step=3", False),
         ("ray jobs submit", False),
+        ("i3cl trian --config quickstart", False),
+        ("i3cl train --config quikstart", False),
+        ("i3cl train --config quickstart train.stepz=3", False),
         ("make nothing", False),
         ("python -m pytest -m fast", False),
         ("aws s3 ls", False),
@@ -320,7 +349,7 @@ def test_settings_in_yaml_are_real(page, tmp_path):
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Anchors of the headings, as GitHub makes them."""
     text = re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ +(.+?)\s*$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

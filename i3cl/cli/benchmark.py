@@ -1,17 +1,22 @@
 """Times the network, labelling and fusion; every command has its own --help."""
 
+from __future__ import annotations
+
 import argparse
-import sys
 from typing import Any
+
+from i3cl.cli.command_line import Parser, called, complete, exit_status
 
 
 def step(options: argparse.Namespace) -> str:
+    """A training step beside torchvision's Mask R-CNN."""
     from i3cl.model.benchmark import step_report
 
     return step_report(options.runs, options.side, options.threads)
 
 
 def model(options: argparse.Namespace) -> str:
+    """Images per second and peak memory of the network."""
     import torch
 
     from i3cl.config import BackboneSettings, ModelSettings
@@ -28,6 +33,7 @@ def model(options: argparse.Namespace) -> str:
 
 
 def label(options: argparse.Namespace) -> str:
+    """Images per second of the labelling pipeline."""
     from i3cl.config import LabelSettings
     from i3cl.labelling.benchmark import label_report
 
@@ -36,45 +42,54 @@ def label(options: argparse.Namespace) -> str:
 
 
 def fusion(options: argparse.Namespace) -> str:
+    """Seconds to fuse the predictions of an ensemble."""
     from i3cl.labelling.fusion_benchmark import fusion_report
 
     return fusion_report(options.threads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for work, text in (
-        (step, "a training step beside torchvision's Mask R-CNN"),
-        (model, "images a second, peak memory and each part's share"),
-        (label, "images a second of the labelling pipeline beside a plain loop over decoded images"),
-        (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
-    ):
-        command = commands.add_parser(work.__name__, help=text, description=text)
+COMMANDS = {
+    "step": (step, "a training step beside torchvision's Mask R-CNN"),
+    "model": (model, "images per second, peak memory and the share of each part"),
+    "label": (label, "images per second of the labelling pipeline beside a plain loop over decoded images"),
+    "fusion": (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
+}
+
+
+def parser() -> Parser:
+    """The command line of all four."""
+    parser = Parser(prog=called(), description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, (work, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(work=work)
-        command.add_argument("--threads", type=int, default=0 if work is label else 2, help="CPU threads")
-        if work is not fusion:
-            command.add_argument("--runs", type=int, default=5 if work is step else 3, help="timed runs, of each in turn")
-        if work in (step, model):
+        command.add_argument("--threads", type=int, default=0 if name == "label" else 2, help="CPU threads")
+        if name != "fusion":
+            command.add_argument("--runs", type=int, default=5 if name == "step" else 3, help="timed runs, of each in turn")
+        if name in ("step", "model"):
             command.add_argument("--side", type=int, default=640, help="image side in pixels")
-        if work in (model, label):
-            command.add_argument("--batch", type=int, default=1 if work is model else 4, help="images at once")
-        if work is model:
+        if name in ("model", "label"):
+            command.add_argument("--batch", type=int, default=1 if name == "model" else 4, help="images at once")
+        if name == "model":
             command.add_argument("--backbone", default="resnet50", help="as model.backbone.name; vitaev2_s trains everything")
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
             command.add_argument("--checkpointing", action="store_true", help="as model.backbone.checkpointing")
             command.add_argument("--compile", default="none", help="as model.compile")
-        if work is label:
+        if name == "label":
             command.add_argument("--checkpoint", required=True, metavar="DIR")
             command.add_argument("--images", required=True, metavar="FOLDER")
             command.add_argument("--count", type=int, default=400, metavar="N", help="images of one run")
             command.add_argument("--actors", type=int, default=0, help="as label.actors")
-    options = parser.parse_args()
-    from i3cl.errors import UserError
+    return parser
 
-    try:
+
+def main() -> None:
+    """Parse the arguments, time, print."""
+    from i3cl import observe
+
+    options_of = parser()
+    complete(options_of)
+    options = options_of.parse_args()
+    with exit_status(f"{options_of.prog} {options.command}", resumes=False), observe.only_json():
         print(options.work(options))
-    except UserError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,46 +1,79 @@
-"""What every command shares: its arguments and its exit status.
+"""What every command shares: its arguments, its messages and its exit status.
 
-Exit status 0 done; 2 the user's mistake, one line on stderr that names the file or key and the remedy; 1 anything else.
+Exit status: 0 done; 2 the user's mistake, one line on stderr that names the file or key and the remedy; 130 interrupted;
+141 the reader of stdout has closed it (as when SIGPIPE ends a program); 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import select
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, NoReturn
 
-from i3cl import observe
-from i3cl.config import Settings, load_settings, to_yaml
-from i3cl.errors import UserError, inside
-from i3cl.storage import NoAnswer
-
-Work = Callable[[Settings, argparse.Namespace], None]
+Work = Callable[[Any, argparse.Namespace], None]
 Arguments = Callable[[argparse.ArgumentParser], None]
+Resumes = bool | Callable[[argparse.Namespace], bool]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One of a job's commands: ``python jobs/NAME.py COMMAND …``."""
+    """One of several commands in a file: ``i3cl prepare COMMAND …``."""
 
     work: Work
     description: str
     arguments: Arguments | None = None
+    resumes: Resumes = False
+    """Whether the same line continues after an interruption, instead of starting from the beginning."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the nearest right word."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2 and one line on stderr."""
+        lost = message.removeprefix("unrecognized arguments: ")
+        if lost != message:
+            message += nearest(lost.split()[0].partition("=")[0], [o for o in self._option_string_actions if len(o) > 2])
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = nearest(str(value), choices) or f"; choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"{value!r} is not known{hint}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``; did you mean X?`` for the known word that is most like `word`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def called() -> str:
+    """How the command was called, for messages: ``i3cl train`` or ``train.py``."""
+    return Path(sys.argv[0]).name
 
 
 def run_commands(commands: Mapping[str, Command], description: str) -> None:
-    """As `run`, for a job whose first argument names what to do; without one, the list of commands."""
+    """Like `run`, for a command whose first argument says what to do; without it, print the list."""
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:{width}}  {command.description}" for name, command in commands.items())
-    parser = argparse.ArgumentParser(
-        description=f"{description}\n\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog=called(), description=f"{description}\n\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=commands, metavar="COMMAND")
-    name = parser.parse_args(sys.argv[1:2]).command
+    parser.add_argument("command", choices=list(commands), metavar="COMMAND")
+    name = completed_word(parser, commands) or parser.parse_args(sys.argv[1:2]).command
     chosen = commands[name]
-    run(chosen.work, chosen.description, chosen.arguments, argv=sys.argv[2:], prog=f"{Path(sys.argv[0]).name} {name}")
+    run(chosen.work, chosen.description, chosen.arguments, sys.argv[2:], f"{called()} {name}", resumes=chosen.resumes)
 
 
 def run(
@@ -49,40 +82,159 @@ def run(
     arguments: Arguments | None = None,
     argv: Sequence[str] | None = None,
     prog: str | None = None,
+    *,
+    resumes: Resumes = True,
 ) -> None:
-    """Parse ``--config FILE [key=value …] [--dry-run]``, call `work`, end the process with the status above.
+    """Parse ``--config RECIPE [key=value …] [--dry-run]``, call `work`, and end the process with the status above on an error.
 
-    argv, prog: arguments and name in messages; None: the process's own.
+    Args:
+        work: gets the settings and the parsed options.
+        description: text of ``--help``.
+        arguments: adds further options to the parser.
+        argv: the arguments; None: those of the process.
+        prog: the name in messages; None: as the process was called.
+        resumes: whether the same line continues after an interruption; the interrupted message says so.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE.yaml", help="recipe; see configs/")
+    from i3cl.config import load_settings, to_yaml
+    from i3cl.config.loading import find_recipe
+
+    parser = Parser(prog=prog or called(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    config = parser.add_argument("--config", metavar="RECIPE", help="YAML file, or the name of a recipe in configs/")
+    config.completer = _complete_recipe  # type: ignore[attr-defined]  # read by argcomplete
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
     parser.add_argument("--skip-bad", action="store_true", help="list and count bad images and annotations, and go on")
     if arguments:
         arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
-    options = parser.parse_intermixed_args(argv)
-    try:
+    overrides = parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.steps=500")
+    overrides.completer = _complete_setting  # type: ignore[attr-defined]
+    complete(parser)
+    with streams():
+        options = parser.parse_intermixed_args(argv)
+    with exit_status(parser.prog, resumes(options) if callable(resumes) else resumes):
+        if options.config is not None:
+            options.config = str(find_recipe(options.config))
         settings = load_settings(options.config, options.overrides)
         if options.skip_bad:
             settings = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_bad": True})})
         if options.dry_run:
             print(to_yaml(settings), end="")
             return
-        # `ray job stop`, and a machine that goes down, send SIGTERM some seconds before they kill.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from i3cl import observe
+
         observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
         with observe.only_json():
             work(settings, options)
+
+
+@contextmanager
+def exit_status(prog: str, resumes: bool) -> Iterator[None]:
+    """End the process with one line and the status of this module when what is inside fails."""
+    from i3cl.errors import UserError, inside
+
+    try:
+        with streams():
+            # `ray job stop`, and a machine that goes down, send SIGTERM some seconds before they kill.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            yield
     except UserError as error:
-        observe.complain(f"{parser.prog}: {error}")
+        _complain(f"{prog}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        observe.complain(f"{parser.prog}: interrupted; the same command continues where it stopped")
+        then = "the same command continues where it stopped" if resumes else "the same command starts from the beginning"
+        _complain(f"{prog}: interrupted; {then}")
         sys.exit(130)
     except Exception as error:
+        from i3cl.storage import NoAnswer
+
         lost = inside(error, NoAnswer)
         if lost is None:
             raise
-        observe.complain(f"{parser.prog}: {lost}")
+        _complain(f"{prog}: {lost}")
         sys.exit(1)
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Inside, any text can be printed, and a reader that closes stdout ends the process quietly with status 141.
+
+    File names that are not UTF-8 and characters that the terminal lacks are printed as escapes.
+    """
+    if sys.stdout is None:  # started with stdout closed: otherwise the next file that is opened would become stdout
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # A broken pipe can also be a connection of Ray or of S3.
+        if not isinstance(error, BrokenPipeError) or not _reader_is_gone():
+            raise
+        _discard_output()
+        sys.exit(141)
+
+
+def _reader_is_gone() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining about the closed stdout when it flushes at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _complain(message: str) -> None:
+    from i3cl import observe
+
+    with suppress(BrokenPipeError):
+        observe.complain(message)
+
+
+# -------------------------------------------------------------------------------------------------------------- completion
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell and end the process when it asks for completions (``eval "$(register-python-argcomplete i3cl)"``)."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def completed_word(parser: argparse.ArgumentParser, known: Mapping[str, Any]) -> str | None:
+    """While the shell asks for completions: the command that is already typed in full, so that its own parser answers.
+
+    Without one, `parser` answers. None when the shell asks for nothing.
+    """
+    if "_ARGCOMPLETE" not in os.environ:
+        return None
+    typed, position = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" "), int(os.environ["_ARGCOMPLETE"])
+    words = [word for word in typed[:-1] if word]
+    if len(words) > position and words[position] in known:
+        os.environ["_ARGCOMPLETE"] = str(position + 1)
+        return words[position]
+    complete(parser)
+    return None
+
+
+def _complete_recipe(prefix: str, **_: Any) -> list[str]:
+    from i3cl.config.loading import recipe_names
+
+    files = [str(path) for path in Path().glob(f"{prefix}*") if path.suffix == ".yaml" or path.is_dir()] if prefix else []
+    return [*recipe_names(), *files]
+
+
+def _complete_setting(prefix: str, **_: Any) -> list[str]:
+    from i3cl.config.loading import setting_names
+
+    return [f"{name}=" for name in setting_names()]

@@ -157,4 +157,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    run(work, __doc__, arguments)
+    run(work, __doc__, arguments, resumes=False)

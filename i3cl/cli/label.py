@@ -79,4 +79,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Entry point of jobs/label.py."""
-    run(work, __doc__, arguments)
+    run(work, __doc__, arguments, resumes=lambda options: options.step in ("predict", "all"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,21 +15,111 @@ from pydantic import BaseModel, ValidationError
 from i3cl.config.settings import CatalogueEntry, Settings
 from i3cl.errors import SettingsError
 
+PACKAGED = next((p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs") if p.is_dir()), None)
+"""Folder of the recipes that are installed with the package; in a checkout, its folder configs/."""
+_NOT_RECIPES = {"datasets"}
+
 
 def load_settings(config: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
-    """The tree from a YAML file and ``key.sub=value`` overrides (values are YAML). SettingsError names file, key and remedy."""
-    tree: dict[str, Any] = _read_tree(Path(config), ()) if config is not None else {}
-    origin = str(config) if config is not None else "command line"
+    """The settings from a recipe and ``key.sub=value`` overrides.
+
+    Args:
+        config: path of a YAML file, or the name of a packaged recipe such as ``quickstart`` or ``r50/mixtrain``.
+        overrides: the value of a text setting is taken as it stands; any other value is YAML.
+
+    Raises:
+        SettingsError: one line that names file, key and remedy.
+    """
+    path = find_recipe(config) if config is not None else None
+    tree: dict[str, Any] = _read_tree(path, ()) if path is not None else {}
+    origin = str(path) if path is not None else "command line"
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
             raise SettingsError(f"command line: {text!r} is not key=value, e.g. train.steps=500")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise SettingsError(f"command line: {key}: the value {value!r} is not YAML; quote it") from None
-        tree = _merge(tree, _nested(key.strip(), parsed))
+        tree = _merge(tree, _nested(key.strip(), _parse(key.strip(), value)))
     return _validate(tree, origin, {text.partition("=")[0].strip() for text in overrides})
+
+
+def find_recipe(config: str | Path) -> Path:
+    """The file of a recipe: a path as it is, or the name of a packaged one. SettingsError for an unknown name."""
+    path = Path(config)
+    if path.exists() or path.suffix or PACKAGED is None:
+        return path
+    packaged = PACKAGED / f"{config}.yaml"
+    if str(config) in recipe_names():
+        return packaged
+    hint = (
+        _did_you_mean(str(config), recipe_names()) or f"; packaged are quickstart, realtext, r50/mixtrain and others: {PACKAGED}"
+    )
+    raise SettingsError(f"{config}: no such settings file and no packaged recipe{hint}")
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted: quickstart, r50/mixtrain, ..."""
+    if PACKAGED is None:
+        return []
+    found = (path.relative_to(PACKAGED).with_suffix("").as_posix() for path in PACKAGED.rglob("*.yaml"))
+    return sorted(name for name in found if name not in _NOT_RECIPES)
+
+
+def setting_names() -> list[str]:
+    """Dotted keys of all settings that have one value."""
+    return list(_leaves(Settings, ""))
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is not None and get_origin(field.annotation) not in (tuple, list, dict):
+            yield from _leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _parse(key: str, value: str) -> Any:
+    """The value of an override: text as it stands where the setting is text, else YAML."""
+    kind = _kind(key)
+    if kind is not None and _is_text(kind):
+        if NoneType in get_args(kind) and value.strip() in ("", "null", "~"):
+            return None
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            try:
+                quoted = yaml.safe_load(value)
+            except yaml.YAMLError:
+                return value
+            return quoted if isinstance(quoted, str) else value
+        return value
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise SettingsError(f"command line: {key}: the value {value!r} is not YAML; put it in quotes") from None
+
+
+def _kind(key: str) -> Any:
+    """The annotation of the setting that a dotted key names; None when there is none."""
+    kind: Any = Settings
+    for part in key.split("."):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
+        model = _model_in(kind)
+        if model is None or part not in model.model_fields:
+            return None
+        kind = model.model_fields[part].annotation
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a setting holds text and nothing else, apart from null."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _is_text(get_args(kind)[0])
+    if origin in (Union, UnionType):
+        return all(_is_text(part) for part in get_args(kind) if part is not NoneType)
+    if origin is Literal:
+        return all(isinstance(value, str) for value in get_args(kind))
+    return kind is str
 
 
 def with_overrides(settings: Settings, overrides: dict[str, Any], origin: str) -> Settings:
@@ -49,14 +142,16 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        name = path.with_suffix("").as_posix().removeprefix("configs/")
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes are in configs/"
+        hint = f"; did you mean {path.parent / near[0]}?" if near else _did_you_mean(name, recipe_names())
+        hint = hint or "; give a path, or the name of a recipe in configs/"
         raise SettingsError(f"{path}: no such settings file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read ({error}); it must be a UTF-8 YAML file") from None
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise SettingsError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
@@ -112,9 +207,8 @@ def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str])
         if not isinstance(weighted, bool):
             raise SettingsError(f"{where}.weighted: must be true or false, not {weighted!r}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise SettingsError(f"{where}.dataset: {path} has no data set {name!r}; {hint}")
+            hint = _did_you_mean(name, known) or f"; it has {', '.join(known)}"
+            raise SettingsError(f"{where}.dataset: {path} has no data set {name!r}{hint}")
         if "annotations" in source or "images" in source:
             raise SettingsError(f"{where}: give either dataset, or annotations and images")
         annotations = known[name].weighted if weighted else known[name].annotations
@@ -126,7 +220,7 @@ def _with_named_sources(tree: dict[str, Any], origin: str, overridden: set[str])
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            if value.get("dataset") is not None and "." in key:  # a section of the tree is no source
+            if value.get("dataset") is not None and "." in key:  # a section at the top of the tree is not a source
                 return spelled_out(value, key)
             return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
         if isinstance(value, list | tuple):
@@ -173,8 +267,20 @@ def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settin
             raise SettingsError(f"{origin}: {key}: unknown key{_nearest(location)}") from None
         message = first["msg"].removeprefix("Value error, ")
         given = first.get("input")
-        shown = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+        shown = "" if isinstance(given, dict | BaseModel) else f", not {_shown(given)}"
+        if first["type"] == "string_type" and not isinstance(given, dict | list | tuple | NoneType):
+            shown += f"; put it in quotes, '{_shown(given)}'"
         raise SettingsError(f"{origin}: {key or 'settings'}: {message[0].lower() + message[1:]}{shown}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as a YAML file has it: a date is 2024-05-01, a text in quotes."""
+    return str(value) if isinstance(value, datetime.date) else repr(value)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _nearest(location: list[str]) -> str:

@@ -1,0 +1,50 @@
+"""`i3cl.load` and `i3cl.detect`: what Python users call, with whatever they have as an image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+
+from i3cl.data.loading.any_image import AnyImage, as_images, as_rgb, describe
+from i3cl.detections import Detections
+from i3cl.errors import UserError
+from i3cl.inference import predictor
+from i3cl.model.network import I3CL
+
+
+def load(checkpoint: str | os.PathLike[str], device: str | torch.device | None = None) -> I3CL:
+    """The network of a checkpoint directory (path or s3:// URL), in eval mode, with its settings as ``model.recipe``.
+
+    Args:
+        checkpoint: directory that training wrote.
+        device: None: a GPU when there is one.
+
+    Raises:
+        UserError: it is not a checkpoint directory, or its weights do not fit its settings.
+    """
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise UserError(f"checkpoint: got {describe(checkpoint)}; it takes the path or URL of a checkpoint directory")
+    return predictor.load(os.fspath(checkpoint), device)
+
+
+def detect(model: I3CL, images: AnyImage | Iterable[AnyImage], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
+    """Text in one image or in several: one `Detections` each, in original pixels.
+
+    Args:
+        model: as `load` gives it.
+        images: a path, an s3:// URL, the bytes of an image file, a Pillow image, an array (H, W) or (H, W, 1|3|4) in RGB order of
+            uint8, uint16 or float 0-1; or an iterable of them, of any sizes. It is read as it is needed.
+        score_threshold: 0-1; detections up to it are left out.
+        batch: images that go through the network together.
+
+    Raises:
+        UserError: an image cannot be read, or is something else; the message says what it got and what it takes.
+    """
+    found: list[Detections] = []
+    waiting = as_images(images)
+    while group := [as_rgb(image) for image in islice(waiting, batch)]:
+        found += predictor.detect(model, group, score_threshold, batch)
+    return found
