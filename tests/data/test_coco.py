@@ -274,7 +274,7 @@ def test_partly_outside_is_clipped_and_counted(read):
     polygon = data.records[0].instances[0].polygon
     np.testing.assert_array_equal(geometry.polygon_box(polygon), [90, 20, 100, 40])
     assert [(p.kind, p.left_out) for p in data.problems] == [("clipped", False)]
-    assert "mended: 1 clipped" in data.summary()
+    assert "repaired: 1 clipped" in data.summary()
 
 
 def test_the_largest_part_is_kept(read):
@@ -398,15 +398,15 @@ def test_two_records_with_one_id_are_not_written(tmp_path):
 
 
 def test_table_round_trip():
-    table = records_module.to_table(records(), "s3://bucket/root")
+    table = records_module.record_table(records(), "s3://bucket/root")
     assert table.schema == records_module.IMAGE_SCHEMA
     assert table["path"].to_pylist()[1] == "s3://bucket/root/sub/ü.jpg"
     assert all(map(same, records_module.from_table(table), records()))
-    assert records_module.to_table([], "root").num_rows == 0
+    assert records_module.record_table([], "root").num_rows == 0
 
 
 def test_record_from_rows_as_ray_data_hands_them():
-    rows = records_module.to_table(records(), "root").to_pylist()
+    rows = records_module.record_table(records(), "root").to_pylist()
     for row, record in zip(rows, records(), strict=True):
         assert same(records_module.record_from_row(row), record)
         # Numpy format: arrays of objects, and NaN for what is absent.
@@ -453,7 +453,7 @@ def test_other_parquet_is_refused(tmp_path, kind):
     elif kind == "other columns":
         pq.write_table(pa.table({"a": [1]}), path)
     elif kind == "other types":
-        table = records_module.to_table(records(), "root")
+        table = records_module.record_table(records(), "root")
         pq.write_table(table.set_column(5, "instances", [[["x"]] * 3]), path)
     else:
         path.write_bytes(path.read_bytes()[:-20])

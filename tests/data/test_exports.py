@@ -61,7 +61,7 @@ def predicted(folder: Path) -> str:
             rows.append(row | {"member": member, "view": "default", "polygons": polygons, "scores": scores})
     gone = {"image_id": 12, "file_name": "gt_12.jpg", "height": 0, "width": 0, "error": "gt_12.jpg: empty"}
     rows += [gone | {"member": m, "view": "default", "polygons": [], "scores": []} for m in "ab"]
-    pq.write_table(predictions.to_table(rows[::-1]), folder / "0.parquet")
+    pq.write_table(predictions.prediction_table(rows[::-1]), folder / "0.parquet")
     return str(folder)
 
 

@@ -14,7 +14,7 @@ from i3cl.data.formats.records import (
     ImageRecord,
     Instance,
     TableRecords,
-    to_table,
+    record_table,
 )
 from i3cl.data.formats.table import write_parquet, write_shards
 from i3cl.data.loading.ingest import mix, read_source
@@ -99,7 +99,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_one_bad_instance_among_many(change, message, tmp_path):
-    table = to_table([record(i) for i in range(6)], "")
+    table = record_table([record(i) for i in range(6)], "")
     instance = None if change is None else {"polygon": BOX.ravel().tolist(), **SOUND, **change}
     cells = table["instances"].to_pylist()
     cells[3].insert(1, instance)

@@ -19,7 +19,7 @@ from i3cl.data.formats.records import (
     Instance,
     Problem,
     record_from_row,
-    to_table,
+    record_table,
 )
 from i3cl.data.importers.base import Folder, Importer, Item, LabelledImage, degenerate
 from i3cl.data.loading.images import image_size
@@ -109,7 +109,7 @@ def mend(polygon: NDArray[np.float32], height: int, width: int) -> tuple[NDArray
 def outcomes_table(outcomes: Sequence[Outcome], positions: Sequence[int]) -> pa.Table:
     """Outcomes as a table that Ray Data can carry; `positions` are their places in the order of the set."""
     blank = ImageRecord(-1, "", 0, 0)
-    table = to_table([outcome.record or blank for outcome in outcomes], "")
+    table = record_table([outcome.record or blank for outcome in outcomes], "")
     problems = [json.dumps([asdict(p) for p in outcome.problems]) for outcome in outcomes]
     keywords = [list(outcome.keywords) for outcome in outcomes]
     table = table.append_column("problems", pa.array(problems, pa.string()))

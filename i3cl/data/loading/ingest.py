@@ -23,7 +23,7 @@ from i3cl.data.formats.records import (
     Dataset,
     TableRecords,
     record_from_row,
-    to_table,
+    record_table,
 )
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.data.loading.transforms import Sample, TrainTransform
@@ -101,7 +101,7 @@ def mix(sources: Sequence[SourceSettings], data_root: str, skip_bad: bool = Fals
     for source in sources:
         dataset = read_source(source, data_root, skip_bad, check_files)
         records = dataset.records
-        tables.append(records.table if isinstance(records, TableRecords) else to_table(records, dataset.images_root))
+        tables.append(records.table if isinstance(records, TableRecords) else record_table(records, dataset.images_root))
         weights.append(np.full(len(dataset.records), source.weight))
     table = pa.concat_tables(tables)
     if not table.num_rows:
@@ -163,7 +163,7 @@ class _Loader:
     def __call__(self, rows: pa.Table) -> pa.Table:
         samples = [self.sample(row) for row in rows.to_pylist()]
         pixels = pa.array([sample.image.tobytes() for sample in samples], pa.large_binary())
-        return to_table([sample.record for sample in samples], "").append_column("pixels", pixels)
+        return record_table([sample.record for sample in samples], "").append_column("pixels", pixels)
 
 
 def _as_sample(row: dict[str, Any]) -> Sample:

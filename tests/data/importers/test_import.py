@@ -21,7 +21,7 @@ from PIL import Image
 
 from i3cl import geometry, storage
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.records import to_table
+from i3cl.data.formats.records import record_table
 from i3cl.data.importers import archives, run
 from i3cl.data.importers.base import degenerate
 from i3cl.data.importers.records import mend
@@ -190,7 +190,7 @@ def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
         summary = import_dataset(
             "icdar2015", str(tmp_path / "in"), str(tmp_path / "out"), parquet=True, skip_bad=True, through_ray=through_ray
         )
-        table = to_table(read_coco(summary.annotations, summary.images_root).records, "")
+        table = record_table(read_coco(summary.annotations, summary.images_root).records, "")
         results.append((replace(summary), table, Path(summary.problems).read_text()))
     assert results[0] == results[1]
     assert results[0][0].images == 24
