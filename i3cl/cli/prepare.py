@@ -80,7 +80,7 @@ def import_corrections(settings: Settings, options: argparse.Namespace) -> None:
         skip_bad=settings.data.skip_bad,
     )
     for problem in done.problems:
-        print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}")
+        print(problem)
     print(
         f"{done.corrected} corrected images with {done.instances} instances and {done.ignored} ignore regions instead of "
         f"{done.removed} labels; {done.images} images: {options.out}"
@@ -143,7 +143,7 @@ def _duplicates(parser: argparse.ArgumentParser) -> None:
 
 
 def import_public(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl.data.importers.run import import_dataset
+    from i3cl.data.importers.import_set import import_dataset
 
     summary = import_dataset(
         options.name,
@@ -157,7 +157,7 @@ def import_public(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
-    from i3cl.data.importers import IMPORTERS
+    from i3cl.data.importers.registry import IMPORTERS
 
     parser.add_argument("name", choices=IMPORTERS, metavar="NAME", help=", ".join(IMPORTERS))
     parser.add_argument("--source", required=True, help="folder of the download (local or s3://), or its .zip, .tar, .tar.gz")

@@ -6,9 +6,9 @@ import pytest
 from i3cl.data.formats import predictions
 from i3cl.data.formats.predictions import (
     PREDICTION_SCHEMA,
+    prediction_table,
     read_batches,
     read_predictions,
-    prediction_table,
 )
 from i3cl.errors import UserError
 

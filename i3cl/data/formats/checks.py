@@ -135,9 +135,7 @@ def checked_file_name(name: Any) -> str:
     return normal
 
 
-def checked_instance(
-    entry: dict[str, Any], categories: dict[int, bool], height: int, width: int
-) -> tuple[Instance, Notes]:
+def checked_instance(entry: dict[str, Any], categories: dict[int, bool], height: int, width: int) -> tuple[Instance, Notes]:
     """The instance of a COCO annotation, and what was repaired. BadItem for one that cannot be used.
 
     categories: category id -> whether it is the text category; height, width: pixels of the image.

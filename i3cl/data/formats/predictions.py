@@ -27,7 +27,8 @@ PREDICTION_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each; `error` is null when the image could be read."""
+"""Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each; `error` is null unless the image could not
+be read."""
 _ROWS = 1024
 """Rows in memory at a time: a row may hold hundreds of polygons."""
 

@@ -171,7 +171,11 @@ def _parts(path: str) -> list[str]:
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
         raise UserError(f"{path}: its upload was stopped half-way; write it again")
-    names = [n for n in sorted(storage.list_files(path)) if n.endswith(".parquet") and n.rsplit("/", 1)[-1][0] not in "._" and not is_companion(n)]
+    names = [
+        n
+        for n in sorted(storage.list_files(path))
+        if n.endswith(".parquet") and n.rsplit("/", 1)[-1][0] not in "._" and not is_companion(n)
+    ]
     if not names:
         raise UserError(f"{path}: holds no Parquet file; give a COCO json, or a folder written by: prepare.py export parquet")
     return [storage.join(path, name) for name in names]
@@ -185,7 +189,9 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                 there = file.schema_arrow.names
                 for name in _REQUIRED:
                     if name not in there:
-                        raise UserError(f"{part}: not a Parquet table of images (no column {name}); write it with: prepare.py export parquet")
+                        raise UserError(
+                            f"{part}: not a Parquet table of images (no column {name}); write it with: prepare.py export parquet"
+                        )
                 wanted = [name for name in columns or _FILE_SCHEMA.names if name in there]
                 for batch in file.iter_batches(_ROWS, columns=wanted):
                     batch.validate(full=True)
@@ -193,7 +199,9 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                     yield pa.RecordBatch.from_pydict(made, schema=pa.schema([_FILE_SCHEMA.field(n) for n in made]))
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{part}: not a Parquet table of images ({reason}); write it with: prepare.py export parquet") from None
+            raise UserError(
+                f"{part}: not a Parquet table of images ({reason}); write it with: prepare.py export parquet"
+            ) from None
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

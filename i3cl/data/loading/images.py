@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from i3cl import storage
+from i3cl.data.loading.endings import FORMATS as _FORMATS
 from i3cl.errors import UserError
 
 MAX_PIXELS = 178_956_970
 """Largest image decoded by default; the decoder itself refuses more."""
-# Listed because the library knows formats that start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

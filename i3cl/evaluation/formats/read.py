@@ -503,7 +503,7 @@ def _bare(text: str | None) -> str:
 
 def _imported(path: str, format_name: str, split: str, faults: _Faults) -> Source:
     try:
-        from i3cl.data.importers import read_labels
+        from i3cl.data.importers.registry import read_labels
     except ImportError:
         raise UserError(f"--truth-format {format_name}: this installation has no importers") from None
 

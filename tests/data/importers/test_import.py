@@ -22,10 +22,9 @@ from PIL import Image
 from i3cl import geometry, storage
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import record_table
-from i3cl.data.importers import archives, run
-from i3cl.data.importers.base import degenerate
-from i3cl.data.importers.records import mend
-from i3cl.data.importers.run import import_dataset
+from i3cl.data.formats.rings import degenerate, repair
+from i3cl.data.importers import archives, import_set
+from i3cl.data.importers.import_set import import_dataset
 from i3cl.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -83,18 +82,18 @@ numbers = st.one_of(st.integers(-30, 130), st.floats(-1e6, 1e6, width=32))
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=16))
-def test_a_mended_ring_is_simple_and_inside(points):
+def test_a_repaired_ring_is_simple_and_inside(points):
     ring = np.array(points, np.float32)
     before = ring.copy()
-    mended, notes = mend(ring, 60, 100)
+    repaired, notes = repair(ring, 60, 100)
     np.testing.assert_array_equal(ring, before)
-    if mended is None:
+    if repaired is None:
         assert notes
         return
-    assert not degenerate(mended)
-    assert (mended.min(axis=0) >= 0).all()
-    assert (mended.max(axis=0) <= [100, 60]).all()
-    assert notes or (mended == ring).all()
+    assert not degenerate(repaired)
+    assert (repaired.min(axis=0) >= 0).all()
+    assert (repaired.max(axis=0) <= [100, 60]).all()
+    assert notes or (repaired == ring).all()
 
 
 def test_sizes_come_from_the_stored_pixels(tmp_path):
@@ -175,8 +174,8 @@ def test_a_second_import_leaves_no_old_list_behind(tmp_path):
 
 
 def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
-    monkeypatch.setattr(run, "_BLOCK", 7)
-    monkeypatch.setattr(run, "_CHUNK", 20)
+    monkeypatch.setattr(import_set, "_BLOCK", 7)
+    monkeypatch.setattr(import_set, "_CHUNK", 20)
     for number in range(30):
         image(tmp_path / f"in/img_{number}.jpg", (100 + number, 80))
         ring = QUAD if number % 5 else [(-9, 1), (20, 1), (20, 9), (-9, 9)]

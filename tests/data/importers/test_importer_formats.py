@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from importer_samples import QUAD, RING, RING14, SAMPLES, flat, image, pairs, text
 
-from i3cl.data.importers import IMPORTERS, LabelledImage, read_labels
+from i3cl.data.importers.base import LabelledImage
+from i3cl.data.importers.registry import IMPORTERS, read_labels
 from i3cl.errors import UserError
 
 
