@@ -199,10 +199,9 @@ def _categories(entries: list[Any], path: str) -> dict[int, bool]:
 def read_for_command(
     annotations: str, images_root: str = "", *, skip_bad: bool, check_files: bool = False, same_files: bool = False
 ) -> Dataset:
-    """As ``read_coco``; with `skip_bad`, what was left out or repaired is logged."""
+    """As ``read_coco``; logs what was repaired and, with `skip_bad`, left out."""
     dataset = read_coco(annotations, images_root, skip_bad=skip_bad, check_files=check_files, same_files=same_files)
-    if skip_bad:
-        dataset.list_problems()
+    dataset.list_problems()
     return dataset
 
 

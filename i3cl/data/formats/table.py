@@ -50,6 +50,7 @@ from i3cl.data.formats.records import (
 )
 from i3cl.errors import UserError
 
+_WRITE = "write it with: prepare.py export parquet"
 _ROWS = 1024
 """Number of rows in memory at a time."""
 _FILE_SCHEMA = pa.schema([field for field in IMAGE_SCHEMA if field.name != "path"])
@@ -155,7 +156,7 @@ def _doubles(names: NDArray[np.int64], usable: NDArray[np.bool_]) -> Iterator[tu
 
 
 def is_table(path: str) -> bool:
-    """Whether a Parquet file or folder holds images with labels, judged by the columns of its first part. UserError for neither."""
+    """Whether a Parquet file or folder holds images with labels, by the columns of its first part. UserError without any part."""
     part = _parts(path)[0]
     try:
         with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
@@ -171,11 +172,8 @@ def _parts(path: str) -> list[str]:
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
         raise UserError(f"{path}: its upload was stopped half-way; write it again")
-    names = [
-        n
-        for n in sorted(storage.list_files(path))
-        if n.endswith(".parquet") and n.rsplit("/", 1)[-1][0] not in "._" and not is_companion(n)
-    ]
+    found = sorted(n for n in storage.list_files(path) if n.endswith(".parquet") and not is_companion(n))
+    names = [name for name in found if not posixpath.basename(name).startswith("_")]
     if not names:
         raise UserError(f"{path}: holds no Parquet file; give a COCO json, or a folder written by: prepare.py export parquet")
     return [storage.join(path, name) for name in names]
@@ -189,9 +187,7 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                 there = file.schema_arrow.names
                 for name in _REQUIRED:
                     if name not in there:
-                        raise UserError(
-                            f"{part}: not a Parquet table of images (no column {name}); write it with: prepare.py export parquet"
-                        )
+                        raise UserError(f"{part}: not a Parquet table of images (no column {name}); {_WRITE}")
                 wanted = [name for name in columns or _FILE_SCHEMA.names if name in there]
                 for batch in file.iter_batches(_ROWS, columns=wanted):
                     batch.validate(full=True)
@@ -199,9 +195,7 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                     yield pa.RecordBatch.from_pydict(made, schema=pa.schema([_FILE_SCHEMA.field(n) for n in made]))
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{part}: not a Parquet table of images ({reason}); write it with: prepare.py export parquet"
-            ) from None
+            raise UserError(f"{part}: not a Parquet table of images ({reason}); {_WRITE}") from None
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

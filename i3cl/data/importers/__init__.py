@@ -1,1 +1,1 @@
-"""Importers of the public data sets' own label formats; docs/datasets.md says where each set comes from and how it is laid out."""
+"""Importers of the public data sets' own label formats; docs/datasets.md describes the sets."""

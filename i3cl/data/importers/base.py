@@ -8,8 +8,8 @@ A new importer is a file with two functions and an ``Importer`` of them, and one
     def read(folder: Folder, item: Item) -> LabelledImage:        # one image's label
         return line_by_line(folder, item, read_line)
 
-`paired` fits a label file per image, `whole_set` one label file for all. Points are handed over as the file has them: import_set.py
-repairs and counts.
+`paired` fits a label file per image, `whole_set` one label file for all. Points are handed over as the file has them:
+import_set.py repairs and counts.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ _POOL_FROM = 500
 
 
 def split_of(file_name: str, fractions: Mapping[str, float], seed: int) -> str:
-    """Name of the part that an image belongs to: a function of its file name and the seed alone, so that it stays there when
-    images are added or left out. `fractions` add up to 1.
+    """Name of the part that an image belongs to. `fractions` add up to 1.
+
+    It depends on the file name and the seed alone, so an image stays in its part when others are added or left out.
     """
     digest = hashlib.blake2b(file_name.encode(), digest_size=8, key=str(seed).encode()).digest()
     place = int.from_bytes(digest, "big") / 2**64

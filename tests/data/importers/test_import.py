@@ -145,6 +145,23 @@ def test_a_name_that_no_reader_takes_is_left_out(name, tmp_path):
     assert record.file_name == "a b.JPG"
 
 
+def test_what_a_walk_leaves_out_is_counted_and_named(tmp_path):
+    for name in ("a.jpg", "b.jfif", "c.jpe", "d.gif", "e.avif"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20)).save(path, format={".gif": "GIF", ".avif": "AVIF"}.get(path.suffix, "JPEG"))
+    (tmp_path / "in/._a.jpg").write_bytes(b"\0\5\26\7")
+    (tmp_path / "in/__MACOSX").mkdir()
+    (tmp_path / "in/__MACOSX/a.jpg").write_bytes(b"x")
+    text(tmp_path / "in/f.CR3", "raw")
+    text(tmp_path / "in/g.txt", "read me")
+    summary = import_dataset("folder", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert summary.images == 5 and summary.passed_over == ["f.CR3", "g.txt"]
+    assert "passed over  2 files: 1 .cr3 (f.CR3), 1 .txt (g.txt)" in summary.lines()
+    listed = [json.loads(line) for line in Path(summary.problems).read_text().splitlines()]
+    assert [(p["kind"], p["where"]) for p in listed] == [("passed over", "f.CR3"), ("passed over", "g.txt")]
+
+
 def test_nothing_usable_is_an_error_and_not_an_empty_set(tmp_path):
     text(tmp_path / "in/gt_img_0.txt", "1,2,3\n")
     with pytest.raises(UserError, match="no image of it can be used"):

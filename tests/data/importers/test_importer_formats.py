@@ -400,7 +400,7 @@ def test_an_empty_or_missing_source_is_named(name, tmp_path):
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(UserError, match="coco17: no such data set; known: art"):
+    with pytest.raises(UserError, match="coco17: not a data set that can be imported; known: art"):
         list(read_labels("coco17", "."))
 
 
