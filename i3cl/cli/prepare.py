@@ -170,7 +170,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
 
 def scene_text(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
-    from i3cl.data.synthetic.write import write_scene_text
+    from i3cl.data.synthetic.street_set import write_scene_text
 
     out = storage.absolute(options.out)
     done = write_scene_text(settings.scene_text, out, options.images, options.seed, table=options.parquet)
