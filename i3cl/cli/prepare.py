@@ -37,7 +37,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl.data.exports.formats import export_labels
+    from i3cl.data.exports.common import ExportOptions
+    from i3cl.data.exports.export import export_labels
 
     printed = export_labels(
         options.format,
@@ -45,16 +46,15 @@ def export(settings: Settings, options: argparse.Namespace) -> None:
         options.out,
         score=options.score,
         member=options.member,
-        prefix=options.image_url_prefix,
-        confidence=not options.no_confidence,
-        names=(options.from_name, options.to_name),
         skip_bad=settings.data.skip_bad,
+        join=options.join_same_files,
+        options=ExportOptions(options.image_url_prefix, not options.no_confidence, options.from_name, options.to_name),
     )
     print(f"{printed}: {options.out}")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    from i3cl.data.exports.formats import FORMATS
+    from i3cl.data.exports.registry import FORMATS
 
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--source", required=True, metavar="PATH", help="COCO json, Parquet table or folder of predictions")
@@ -62,6 +62,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", type=float, metavar="T", help="leave out scores up to T (default 0.45 for art, else none)")
     parser.add_argument("--member", metavar="NAME", help="whose predictions, where the folder holds several")
     parser.add_argument("--image-url-prefix", default="", metavar="PREFIX", help="stands before the file names in review formats")
+    join = "join image entries that are the same file: their labels together, each once"
+    parser.add_argument("--join-same-files", action="store_true", help=join)
     parser.add_argument("--no-confidence", action="store_true", help="icdar: lines without the score")
     parser.add_argument("--from-name", default="label", help="label-studio: name of the labels in its interface")
     parser.add_argument("--to-name", default="image", help="label-studio: name of the image in its interface")
@@ -80,7 +82,7 @@ def import_corrections(settings: Settings, options: argparse.Namespace) -> None:
         skip_bad=settings.data.skip_bad,
     )
     for problem in done.problems:
-        print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}")
+        print(problem)
     print(
         f"{done.corrected} corrected images with {done.instances} instances and {done.ignored} ignore regions instead of "
         f"{done.removed} labels; {done.images} images: {options.out}"
@@ -88,9 +90,9 @@ def import_corrections(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _import_corrections(parser: argparse.ArgumentParser) -> None:
-    from i3cl.data.exports.corrections import READERS
+    from i3cl.data.exports.registry import REVIEW_FORMATS
 
-    parser.add_argument("format", choices=READERS, metavar="FORMAT", help=", ".join(READERS))
+    parser.add_argument("format", choices=REVIEW_FORMATS, metavar="FORMAT", help=", ".join(REVIEW_FORMATS))
     parser.add_argument("--source", required=True, metavar="PATH", help="what the other tool has exported")
     parser.add_argument("--base", required=True, metavar="PATH", help="COCO json or Parquet table that was reviewed")
     parser.add_argument("--out", required=True, metavar="PATH", help="COCO json (.json) or folder of Parquet shards")
@@ -143,7 +145,7 @@ def _duplicates(parser: argparse.ArgumentParser) -> None:
 
 
 def import_public(settings: Settings, options: argparse.Namespace) -> None:
-    from i3cl.data.importers.run import import_dataset
+    from i3cl.data.importers.import_set import import_dataset
 
     summary = import_dataset(
         options.name,
@@ -157,7 +159,7 @@ def import_public(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
-    from i3cl.data.importers import IMPORTERS
+    from i3cl.data.importers.registry import IMPORTERS
 
     parser.add_argument("name", choices=IMPORTERS, metavar="NAME", help=", ".join(IMPORTERS))
     parser.add_argument("--source", required=True, help="folder of the download (local or s3://), or its .zip, .tar, .tar.gz")
@@ -168,7 +170,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
 
 def scene_text(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
-    from i3cl.data.synthetic.write import write_scene_text
+    from i3cl.data.synthetic.street_set import write_scene_text
 
     out = storage.absolute(options.out)
     done = write_scene_text(settings.scene_text, out, options.images, options.seed, table=options.parquet)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from i3cl import observe, storage
 from i3cl.config import ViewSettings
-from i3cl.data.formats.predictions import to_table
+from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
 from i3cl.inference.recipe import Given
@@ -255,7 +255,7 @@ class Labeller:
 
     def _write(self, shard: Shard) -> None:
         assert shard.left == 0 and len(shard.rows) == len(shard.entries) * len(self.predictors) * len(self.plan.views)
-        self.ledger.write(shard.part, to_table(shard.rows), shard.failures)
+        self.ledger.write(shard.part, prediction_table(shard.rows), shard.failures)
 
 
 def _row(entry: Entry, member: str, view: str, found: Detections | None, error: str | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from i3cl.data.formats.records import (
     ImageRecord,
     Instance,
     from_table,
-    to_table,
+    record_table,
 )
 from i3cl.data.formats.table import write_parquet
 from i3cl.labelling.calibration import Calibration, read_calibration
@@ -256,7 +256,7 @@ def _labelled_table(
     parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None
 ) -> tuple[pa.Table, dict[str, float]]:
     records, summary = label_parts(parts, settings, calibration)
-    return to_table(records, ""), summary.summary()
+    return record_table(records, ""), summary.summary()
 
 
 def _shards(

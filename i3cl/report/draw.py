@@ -1,4 +1,4 @@
-"""Outlines on pictures. Pictures are (H, W, 3) uint8 RGB; every function returns a new array."""
+"""Drawing outlines on pictures. Pictures are (H, W, 3) uint8 RGB; every function returns a new array."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Picture = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 
 IGNORED: Colour = (150, 150, 150)
-"""Regions that teach nothing."""
+"""Colour of ignore regions."""
 
-# Low to high, mixed in CIELAB, where equal steps look equal. Red and blue part for colour-blind eyes.
+# From low to high, mixed in CIELAB, where equal steps look equal. Colour-blind people can tell red from blue.
 _SCALE = np.array([(205, 35, 40), (240, 130, 40), (235, 205, 70), (80, 185, 150), (30, 120, 200)], np.float32)
 
 
@@ -98,7 +98,7 @@ def _one_each(colours: Colour | Sequence[Colour], count: int) -> list[Colour]:
 
 
 def _write(image: Picture, ring: NDArray[np.float32], label: str, colour: Colour) -> None:
-    """The label in place, on a ground of the outline's colour and inside the picture as far as it fits."""
+    """Write the label at the ring's top left corner, on the outline's colour, and inside the picture if it fits."""
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.4
     (width, height), below = cv2.getTextSize(label, font, scale, 1)
     corner = ring[ring.sum(axis=1).argmin()]

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures of a data set in rows, with their outlines."""
+"""A contact sheet: images of a data set in rows, with their outlines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WORD = (60, 230, 60)
 
 
 def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> Picture:
-    """`count` images evenly over the data set, each fitted into a tile of `tile` pixels width and three quarters of it height.
+    """(H, W, 3) uint8 RGB: `count` images, spread evenly over the data set, in tiles of `tile` x 3/4 `tile` pixels.
 
-    Words are green, ignore regions grey. UserError for an empty data set, an unreadable image or counts below 1.
+    Words are green, ignore regions grey. UserError for an empty data set, an unreadable image, or counts below 1.
     """
     if not dataset.records:
         raise UserError(f"{dataset.name}: has no images")
@@ -40,7 +40,7 @@ def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int
 
 
 def write_contact_sheet(path: str, dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> None:
-    """Write ``contact_sheet`` as an image file; the name's ending is the format. UserError for an unknown one."""
+    """Write ``contact_sheet`` as an image file in the format of the name's ending. UserError for an unknown ending."""
     ending = "." + path.rsplit(".", 1)[-1].lower()
     if ending not in (".jpg", ".jpeg", ".png", ".webp"):
         raise UserError(f"{path}: the sheet's name must end with .jpg, .png or .webp")

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import shapely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_codec
@@ -15,6 +16,7 @@ from i3cl import geometry
 from i3cl.data.formats import checks
 from i3cl.data.formats import records as records_module
 from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.join import join_same_files
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
@@ -274,7 +276,7 @@ def test_partly_outside_is_clipped_and_counted(read):
     polygon = data.records[0].instances[0].polygon
     np.testing.assert_array_equal(geometry.polygon_box(polygon), [90, 20, 100, 40])
     assert [(p.kind, p.left_out) for p in data.problems] == [("clipped", False)]
-    assert "mended: 1 clipped" in data.summary()
+    assert "repaired: 1 clipped" in data.summary()
 
 
 def test_the_largest_part_is_kept(read):
@@ -299,10 +301,88 @@ def test_flat_and_closed_polygons(read):
     np.testing.assert_array_equal(read(content).records[0].instances[0].polygon, np.reshape(SQUARE, (4, 2)))
 
 
-def test_a_bow_tie_has_area(read):
+CROSSED = [10, 10, 50, 10, 10, 30, 50, 30]
+"""Corners row by row, as some tools write them."""
+
+
+def test_a_crossed_quadrilateral_becomes_its_hull_and_is_counted(read):
     content = small()
-    content["annotations"][0]["segmentation"] = [[0, 0, 4, 4, 4, 0, 0, 4]]
-    assert len(read(content).records[0].instances) == 2
+    content["annotations"][0]["segmentation"] = [CROSSED]
+    data = read(content)
+    assert geometry.polygon_area(data.records[0].instances[0].polygon) == 800
+    assert [(p.kind, p.left_out) for p in data.problems] == [("crossing", False)]
+
+
+def test_a_crossed_word_beside_a_speck_is_the_largest_part(read):
+    content = small()
+    content["annotations"][0]["segmentation"] = [CROSSED, [80, 40, 82, 40, 82, 42]]
+    data = read(content)
+    assert geometry.polygon_area(data.records[0].instances[0].polygon) == 800
+    assert [p.kind for p in data.problems] == ["parts", "crossing"]
+
+
+def test_a_longer_crossing_ring_becomes_its_largest_part(read):
+    content = small()
+    content["annotations"][0]["segmentation"] = [[10, 10, 50, 10, 50, 30, 45, 35, 45, 25, 50, 26, 50, 30, 10, 30]]
+    (polygon, _) = (i.polygon for i in read(content).records[0].instances)
+    assert shapely.Polygon(polygon).is_valid and 780 < geometry.polygon_area(polygon) < 820
+
+
+def test_numbers_written_as_text_are_named(read):
+    for key, value in (("bbox", ["10", "20", "30", "40"]), ("segmentation", [["10", 1, 20, 1, 20, 20]])):
+        content = small()
+        content["annotations"][2] |= {"segmentation": None, key: value}
+        with pytest.raises(UserError, match=rf"annotation 3: {key} holds '10'; write"):
+            read(content)
+
+
+@pytest.mark.parametrize("other_first", [False, True])
+def test_one_file_under_two_ids(read, tmp_path, other_first):
+    content = small()
+    entry = {"id": 5, "file_name": "./a.jpg", "height": 60, "width": 100}
+    content["images"] = [entry, *content["images"]] if other_first else [*content["images"], entry]
+    double = {"id": 9, "image_id": 5, "category_id": 7, "segmentation": [[11, 20, 30, 20, 30, 40, 11, 40]]}
+    new = {"id": 10, "image_id": 5, "category_id": 7, "segmentation": [[60, 20, 80, 20, 80, 40, 60, 40]]}
+    content["annotations"] += [double, new]
+    with pytest.raises(UserError, match=r"image (1|5): is the file 'a\.jpg', as image (1|5) is; .*--join-same-files"):
+        read(content)
+    left = read(content, skip_bad=True)
+    assert [r.id for r in left.records] == [2], "each entry lacks words of the other one"
+    assert sorted(p.kind for p in left.problems if p.kind != "image left out") == ["same file", "same file"]
+    both = read(content, same_files=True)
+    assert len(both) == 3
+    joined = {r.file_name: r for r in join_same_files(both.records)}
+    assert len(joined) == 2 and joined["a.jpg"].id == (5 if other_first else 1)
+    words = [i for i in joined["a.jpg"].instances if not i.ignore]
+    assert sorted(int(i.polygon[:, 0].max()) for i in words) == [30, 80], "the word that both have is kept once"
+    # The same of a Parquet table.
+    write_parquet(str(tmp_path / "t.parquet"), both.records, "")
+    with pytest.raises(UserError, match=r"image (1|5): is the file 'a\.jpg', as image (1|5) is"):
+        read_coco(str(tmp_path / "t.parquet"), "", check_files=False)
+    table = read_coco(str(tmp_path / "t.parquet"), "", check_files=False, skip_bad=True)
+    assert [r.id for r in table.records] == [2] and [p.kind for p in table.problems] == ["same file", "same file"]
+    assert len(read_coco(str(tmp_path / "t.parquet"), "", check_files=False, same_files=True)) == 3
+
+
+def test_entries_of_a_file_that_disagree_on_its_size_are_not_joined(read):
+    content = small()
+    content["images"].append({"id": 5, "file_name": "a.jpg", "height": 100, "width": 60})
+    with pytest.raises(UserError, match=r"a\.jpg: image 1 says 100 x 60 and image 5 says 60 x 100"):
+        list(join_same_files(read(content, same_files=True).records))
+
+
+def test_an_image_of_unreadable_labels_is_not_one_without_text(read):
+    content = small()
+    content["annotations"][2]["segmentation"] = {"size": [60, 100], "counts": "?"}
+    data = read(content, skip_bad=True)
+    assert [r.id for r in data.records] == [1]
+    assert [p.kind for p in data.problems] == ["rle", "no label readable"]
+    assert "image 2: none of its 1 annotations can be read" in str(data.problems[1])
+    # What is read as something else than text hides none.
+    content = small()
+    content["categories"].append({"id": 8, "name": "logo"})
+    content["annotations"][2]["category_id"] = 8
+    assert [len(r.instances) for r in read(content, skip_bad=True).records] == [2, 0]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -398,15 +478,15 @@ def test_two_records_with_one_id_are_not_written(tmp_path):
 
 
 def test_table_round_trip():
-    table = records_module.to_table(records(), "s3://bucket/root")
+    table = records_module.record_table(records(), "s3://bucket/root")
     assert table.schema == records_module.IMAGE_SCHEMA
     assert table["path"].to_pylist()[1] == "s3://bucket/root/sub/ü.jpg"
     assert all(map(same, records_module.from_table(table), records()))
-    assert records_module.to_table([], "root").num_rows == 0
+    assert records_module.record_table([], "root").num_rows == 0
 
 
 def test_record_from_rows_as_ray_data_hands_them():
-    rows = records_module.to_table(records(), "root").to_pylist()
+    rows = records_module.record_table(records(), "root").to_pylist()
     for row, record in zip(rows, records(), strict=True):
         assert same(records_module.record_from_row(row), record)
         # Numpy format: arrays of objects, and NaN for what is absent.
@@ -453,7 +533,7 @@ def test_other_parquet_is_refused(tmp_path, kind):
     elif kind == "other columns":
         pq.write_table(pa.table({"a": [1]}), path)
     elif kind == "other types":
-        table = records_module.to_table(records(), "root")
+        table = records_module.record_table(records(), "root")
         pq.write_table(table.set_column(5, "instances", [[["x"]] * 3]), path)
     else:
         path.write_bytes(path.read_bytes()[:-20])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import zipfile
 from dataclasses import replace
@@ -10,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from defusedxml.ElementTree import fromstring
 from pycocotools.coco import COCO
 
-from i3cl.data.exports.corrections import READERS, import_corrections
-from i3cl.data.exports.formats import FORMATS, export_labels
+from i3cl import geometry
+from i3cl.data.exports.common import ExportOptions
+from i3cl.data.exports.corrections import import_corrections
+from i3cl.data.exports.export import export_labels
+from i3cl.data.exports.registry import FORMATS
+from i3cl.data.exports.registry import REVIEW_FORMATS as READERS
 from i3cl.data.exports.sources import read_labels
 from i3cl.data.formats import predictions
 from i3cl.data.formats.coco import read_coco, write_coco
@@ -46,7 +52,8 @@ def pseudo(tmp_path) -> str:
 def export(format: str, source: str, tmp_path: Path, **options) -> str:
     suffix = {"icdar": ".zip", "labelme": "", "parquet": "", "cvat": ".xml", "paddle": ".txt"}.get(format, ".json")
     out = str(tmp_path / f"{format}{suffix}")
-    export_labels(format, source, out, **options)
+    chosen = {key: options.pop(key) for key in ("prefix", "confidence") if key in options}
+    export_labels(format, source, out, options=ExportOptions(**chosen), **options)
     return out
 
 
@@ -61,7 +68,7 @@ def predicted(folder: Path) -> str:
             rows.append(row | {"member": member, "view": "default", "polygons": polygons, "scores": scores})
     gone = {"image_id": 12, "file_name": "gt_12.jpg", "height": 0, "width": 0, "error": "gt_12.jpg: empty"}
     rows += [gone | {"member": m, "view": "default", "polygons": [], "scores": []} for m in "ab"]
-    pq.write_table(predictions.to_table(rows[::-1]), folder / "0.parquet")
+    pq.write_table(predictions.prediction_table(rows[::-1]), folder / "0.parquet")
     return str(folder)
 
 
@@ -184,6 +191,143 @@ def test_label_studio_regions(pseudo, tmp_path):
     np.testing.assert_allclose(second.polygon, [[60, 40], [60, 52], [52, 52], [52, 40]], atol=1e-4)
 
 
+def ocr(kind: str, value: dict, identity: str, text: str | None, label: str | None, by: str = "labels") -> list[dict]:
+    """A region as Label Studio's OCR template has it: shape, label and transcription are results of one id."""
+    found = [region(kind, value, id=identity)]
+    if label is not None:
+        found.append(region(by, {**value, by: [label]}, id=identity))
+    if text is not None:
+        found.append(region("textarea", {**value, "text": [text]}, id=identity))
+    return found
+
+
+@pytest.mark.parametrize("by", ["labels", "choices"])
+@pytest.mark.parametrize("key", ["image", "ocr", "my photo"])
+def test_label_studio_templates_with_shape_and_label_apart(by, key, pseudo, tmp_path):
+    box = {"x": 10, "y": 10, "width": 20, "height": 10, "rotation": 0}
+    ring = {"points": [[50, 50], [70, 50], [70, 60], [50, 60]], "closed": True}
+    result = [
+        *ocr("rectangle", box, "a", "HELLO", "Text", by),
+        *ocr("polygon", ring, "b", "WORLD", None),
+        *ocr("polygon", ring, "c", "x", "ignore", by),
+        {"type": "relation", "from_id": "a", "to_id": "b", "direction": "right"},
+        {"type": "choices", "value": {"choices": ["good picture"]}, "from_name": "q", "to_name": "image"},
+    ]
+    data = {key: "https://host/photos/gt_3.jpg?x=1", "caption": "a street"}
+    done = import_corrections("label-studio", tasks(tmp_path, {"result": result}, data=data), pseudo, str(tmp_path / "c.json"))
+    assert (done.instances, done.ignored, done.problems) == (2, 1, ())
+    found = read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances
+    assert [(i.text, i.ignore) for i in found] == [("HELLO", False), ("WORLD", False), (None, True)]
+    np.testing.assert_allclose(found[0].polygon, [[12, 8], [36, 8], [36, 16], [12, 16]], atol=1e-4)
+
+
+def test_a_task_with_two_images_and_another_label(pseudo, tmp_path):
+    with pytest.raises(UserError, match="task 7: data has several images \\('a', 'b'\\)"):
+        source = tasks(tmp_path, {"result": []}, data={"a": "x/1.jpg", "b": "x/2.jpg"})
+        import_corrections("label-studio", source, pseudo, str(tmp_path / "c.json"))
+    box = {"x": 10, "y": 10, "width": 20, "height": 10}
+    source = tasks(tmp_path, {"result": ocr("rectangle", box, "a", "HELLO", "Handwriting")})
+    done = import_corrections("label-studio", source, pseudo, str(tmp_path / "c.json"))
+    assert done.ignored == 1 and "label 'Handwriting' is not 'text'" in str(done.problems[0]), (
+        "said, because it may be a surprise"
+    )
+
+
+@pytest.mark.parametrize("format", READERS)
+def test_a_crossed_quadrilateral_comes_back_as_its_hull(format, tmp_path):
+    base = str(tmp_path / "base.json")
+    write_coco(base, [ImageRecord(1, "gt_1.jpg", 80, 120, (Instance(BOX),))])
+    out = Path(export(format, base, tmp_path))
+    if format == "label-studio":
+        as_annotated(str(out))
+    path = out / "gt_1.json" if out.is_dir() else out
+    content = path.read_text()
+    # The last two corners change places.
+    if format == "cvat":
+        content = content.replace("30.0,60.0;5.0,60.0", "5.0,60.0;30.0,60.0")
+    else:
+        value = json.loads(content.partition("\t")[2] or content) if format == "paddle" else json.loads(content)
+        holder = {"paddle": lambda: value[0], "labelme": lambda: value["shapes"][0]}.get(
+            format, lambda: value[0]["annotations"][0]["result"][0]["value"]
+        )()
+        first, second, third, fourth = holder["points"]
+        holder["points"] = [first, second, fourth, third]
+        content = ("gt_1.jpg\t" if format == "paddle" else "") + json.dumps(value)
+    path.write_text(content)
+    done = import_corrections(format, str(out), base, str(tmp_path / "c.json"))
+    assert [p.kind for p in done.problems] == ["crossing"] and done.instances == 1
+    (record,) = read_coco(str(tmp_path / "c.json"), "", check_files=False).records
+    assert geometry.polygon_area(record.instances[0].polygon) == pytest.approx(250, abs=0.1)
+
+
+def test_labelme_groups_are_one_instance_and_companions_are_passed_over(pseudo, tmp_path):
+    out = tmp_path / "labelme"
+    export("labelme", pseudo, tmp_path)
+    (out / "._gt_3.json").write_bytes(b"\0\5\26\7")
+    content = json.loads((out / "gt_3.json").read_text())
+
+    def shape(x: float, width: float, group: object, label: str = "text") -> dict:
+        points = [[x, 10], [x + width, 10], [x + width, 20], [x, 20]]
+        return {"label": label, "points": points, "group_id": group, "shape_type": "polygon"}
+
+    shapes = [
+        shape(10, 10, 1),
+        shape(40, 30, 1),
+        shape(80, 5, 1, "ignore"),
+        shape(90, 5, 2),
+        shape(100, 5, None),
+        shape(110, 5, None),
+    ]
+    (out / "gt_3.json").write_text(json.dumps(content | {"shapes": shapes}))
+    done = import_corrections("labelme", str(out), pseudo, str(tmp_path / "c.json"))
+    assert [p.kind for p in done.problems] == ["parts"]
+    found = read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances
+    assert [(int(i.polygon[:, 0].min()), i.ignore) for i in found] == [
+        (40, False),
+        (80, True),
+        (90, False),
+        (100, False),
+        (110, False),
+    ]
+
+
+def test_cvat_carries_scores_votes_and_texts(pseudo, tmp_path):
+    root = fromstring(Path(export("cvat", pseudo, tmp_path)).read_text())
+    polygons = root.findall("image/polygon")
+    attributes = [{a.get("name"): a.text for a in polygon} for polygon in polygons]
+    assert attributes[0] == {"score": "0.900", "votes": "2"}
+    assert attributes[2] == {"score": "0.600", "votes": "1", "text": '永安, "药" & <b>店'}
+
+
+def test_what_a_reviewer_trips_over_is_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "i3cl")
+    inner, line = BOX * 0.2 + [10, 44], np.array([[5, 5], [60, 5], [60, 6], [5, 6]])
+    instances = tuple(Instance(np.asarray(p, np.float32)) for p in (BOX, inner, line))
+    write_coco(str(tmp_path / "s.json"), [ImageRecord(1, "a.jpg", 80, 120, instances)])
+    for format in READERS:
+        caplog.clear()
+        export(format, str(tmp_path / "s.json"), tmp_path)
+        assert "1 polygons lie inside another one, 1 are less than 2 px wide" in caplog.text
+        assert "a.jpg: polygon 3 is less than 2 px wide" in caplog.text
+        assert "a.jpg: polygon 2 lies inside polygon 1" in caplog.text
+    caplog.clear()
+    export("coco", str(tmp_path / "s.json"), tmp_path)
+    assert "reviewer" not in caplog.text
+
+
+def test_entries_of_one_file_are_joined_on_request(pseudo, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "i3cl")
+    content = json.loads(Path(pseudo).read_text())
+    content["images"].append({"id": 20, "file_name": "gt_4.jpg", "height": 80, "width": 120})
+    content["annotations"].append({"id": 99, "image_id": 20, "category_id": 1, "segmentation": [BOX.ravel().tolist()]})
+    Path(pseudo).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"image 20: is the file 'gt_4\.jpg', as image 4 is"):
+        export("coco", pseudo, tmp_path)
+    records = read_coco(export("coco", pseudo, tmp_path, join=True), "", check_files=False).records
+    assert [r.id for r in records] == [3, 9, 4] and len(records[2].instances) == 1
+    assert "joined 2 entries of 1 files" in caplog.text
+
+
 def test_only_skipped_tasks_are_nothing_to_bring_back(pseudo, tmp_path):
     source = tasks(tmp_path, {"was_cancelled": True, "result": []})
     with pytest.raises(UserError, match="no annotated image"):
@@ -206,7 +350,7 @@ def test_only_skipped_tasks_are_nothing_to_bring_back(pseudo, tmp_path):
         ([region("rectanglelabels", {"x": 10**400, "y": 1, "width": 1, "height": 1})], None, "without usable x"),
         ([region("rectanglelabels", {"x": 1, "y": 1, "width": 1, "height": 1, "rotation": 10**400})], None, "without usable x"),
         (5, None, "result is not a list"),
-        ([], {"x": 1}, "neither file_name nor image"),
+        ([], {"x": 1}, "neither file_name nor the address of an image, but 'x'"),
     ],
 )
 def test_broken_label_studio_exports(result, data, message, pseudo, tmp_path):
@@ -218,7 +362,9 @@ def test_broken_label_studio_exports(result, data, message, pseudo, tmp_path):
 def test_skip_bad_lists_regions_that_cannot_be_used(pseudo, tmp_path):
     source = tasks(tmp_path, {"result": [region("brushlabels", {"rle": [1]})]})
     done = import_corrections("label-studio", source, pseudo, str(tmp_path / "c.json"), skip_bad=True)
-    assert [p.kind for p in done.problems] == ["region"] and done.instances == 0
+    assert [p.kind for p in done.problems] == ["region", "no region usable"]
+    assert (done.images, done.corrected, done.instances, done.removed) == (3, 0, 0, 0)
+    assert len(read_coco(str(tmp_path / "c.json"), "", check_files=False).records[0].instances) == 2, "not one without text"
 
 
 def cvat(tmp_path, shapes: str, name="gt_3.jpg", head="") -> str:
@@ -247,8 +393,8 @@ def test_cvat_shapes_and_its_zip(pseudo, tmp_path):
     ("shapes", "options", "message"),
     [
         ('<polygon label="text" points="1,1;2"/>', {}, "region 1: a polygon has 3 numbers"),
-        ('<polygon label="text" points="1,1;x,2;3,3"/>', {}, "no number"),
-        ('<polygon label="text" points="1,1;nan,2;3,3"/>', {}, "no number"),
+        ('<polygon label="text" points="1,1;x,2;3,3"/>', {}, "not a number"),
+        ('<polygon label="text" points="1,1;nan,2;3,3"/>', {}, "not a number"),
         ('<polygon points="1,1;9,2;3,3"/>', {}, "label is missing"),
         ('<mask label="text" rle="1" />', {}, "is a mask; draw polygons"),
         ("<polygon", {}, "not usable xml"),
@@ -309,7 +455,7 @@ def test_images_of_one_name_in_two_folders(tmp_path):
     (tmp_path / "Label.txt").write_text("x.jpg\t[]\n")
     with pytest.raises(UserError, match=r"'x.jpg' may be a/x.jpg or b/x.jpg|may be b/x.jpg or a/x.jpg"):
         import_corrections("paddle", str(tmp_path / "Label.txt"), base, str(tmp_path / "c.json"))
-    with pytest.raises(UserError, match="a second image would be"):
+    with pytest.raises(UserError, match=r"a/x.jpg: both would be res_x\.txt"):
         export_labels("icdar", base, str(tmp_path / "c.zip"))
     assert not (tmp_path / "c.zip").exists()
 
@@ -358,7 +504,7 @@ def test_art_submission(tmp_path):
 
 
 def test_names_that_art_cannot_have(tmp_path):
-    for names, message in ((["x.jpg"], "no number"), (["gt_1.jpg", "a/gt_1.jpg"], "a second image would be res_1")):
+    for names, message in ((["x.jpg"], "no number"), (["gt_1.jpg", "a/gt_1.jpg"], "both would be res_1")):
         write_coco(str(tmp_path / "s.json"), [ImageRecord(i, name, 8, 8) for i, name in enumerate(names)])
         with pytest.raises(UserError, match=message):
             export("art", str(tmp_path / "s.json"), tmp_path)
@@ -416,12 +562,13 @@ def test_choices_that_fit_no_labels(options, pseudo, tmp_path):
         export_labels("cvat", pseudo, str(tmp_path / "a.xml"), **options)
 
 
-def test_what_skip_bad_leaves_out_is_listed(pseudo, tmp_path, capsys):
+def test_what_skip_bad_leaves_out_is_listed(pseudo, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "i3cl")
     content = json.loads(Path(pseudo).read_text())
     content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
     Path(pseudo).write_text(json.dumps(content))
     export_labels("cvat", pseudo, str(tmp_path / "a.xml"), skip_bad=True)
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "left out: " in printed and "annotation 1: " in printed and "left out: 1 polygon" in printed
 
 

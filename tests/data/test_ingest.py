@@ -129,7 +129,8 @@ def test_ray_data_gives_the_same_batches_as_threads(tiny_settings, ray_cluster):
                 assert np.allclose(a.polygon, b.polygon) and (a.ignore, a.lossweight) == (b.ignore, b.lossweight)
 
 
-def test_skip_bad_lists_and_counts(tiny_set, tmp_path, capsys):
+def test_skip_bad_lists_and_counts(tiny_set, tmp_path, caplog):
+    caplog.set_level("INFO", "i3cl")
     import json
 
     from i3cl.data.loading.ingest import read_source
@@ -141,7 +142,7 @@ def test_skip_bad_lists_and_counts(tiny_set, tmp_path, capsys):
     with pytest.raises(UserError, match=r"bad\.json.*3 points"):
         read_source(source, ".")
     dataset = read_source(source, ".", skip_bad=True)
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert len(dataset.problems) == 1 and printed.count("left out") == 2 and "12 images" in printed
 
 

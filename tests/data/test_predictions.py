@@ -6,9 +6,9 @@ import pytest
 from i3cl.data.formats import predictions
 from i3cl.data.formats.predictions import (
     PREDICTION_SCHEMA,
+    prediction_table,
     read_batches,
     read_predictions,
-    to_table,
 )
 from i3cl.errors import UserError
 
@@ -34,7 +34,7 @@ def row(image_id: int, member: str = "a", n: int = 2, **changes) -> dict:
 def write(folder, *parts) -> str:
     folder.mkdir(exist_ok=True)
     for i, rows in enumerate(parts):
-        pq.write_table(to_table(rows), folder / f"{i:03d}.parquet")
+        pq.write_table(prediction_table(rows), folder / f"{i:03d}.parquet")
     return str(folder)
 
 
@@ -115,22 +115,22 @@ def test_wider_types_of_other_writers_are_cast(tmp_path):
     kinds = [pa.int32(), pa.large_string(), pa.int64(), pa.int64(), pa.string(), pa.string(), points]
     wide = pa.schema([PREDICTION_SCHEMA.field(i).with_type(kind) for i, kind in enumerate(kinds)])
     wide = wide.append(pa.field("scores", pa.list_(pa.float64()))).append(PREDICTION_SCHEMA.field("error"))
-    pq.write_table(to_table([row(1)]).cast(wide), tmp_path / "0.parquet")
+    pq.write_table(prediction_table([row(1)]).cast(wide), tmp_path / "0.parquet")
     ((read,),) = read_predictions(str(tmp_path))
     np.testing.assert_array_equal(read["polygons"][0], TRIANGLE)
 
 
 def test_as_many_scores_as_polygons():
     with pytest.raises(ValueError, match="image 4: 2 polygons, 1 scores"):
-        to_table([row(4, scores=[0.5])])
+        prediction_table([row(4, scores=[0.5])])
 
 
 def test_no_rows():
-    assert to_table([]).schema == PREDICTION_SCHEMA
+    assert prediction_table([]).schema == PREDICTION_SCHEMA
 
 
 def broken(kind, path):
-    table = to_table([row(1)])
+    table = prediction_table([row(1)])
     if kind == "text":
         path.write_text("no table")
     elif kind == "cut off":

@@ -9,10 +9,10 @@ import shapely
 
 from i3cl.config import SceneTextSettings
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.synthetic import compose, fonts, words
+from i3cl.data.synthetic import bend, fonts, street, words
 from i3cl.data.synthetic.backgrounds import background
-from i3cl.data.synthetic.compose import make_scene
-from i3cl.data.synthetic.write import write_scene_text
+from i3cl.data.synthetic.street import make_scene
+from i3cl.data.synthetic.street_set import write_scene_text
 from i3cl.errors import UserError
 from i3cl.geometry import clip_polygon, short_side, to_shapely
 from i3cl.report.sheet import contact_sheet, write_contact_sheet
@@ -37,19 +37,19 @@ def test_polygons_are_tight_around_the_ink(kind, monkeypatch):
     faces = fonts.find_faces()
     for seed in range(25):
         rng = np.random.default_rng(seed)
-        line = compose._draw_line(rng, ["Sign", "made", "BY"], compose._face(rng, faces, "latin"), "latin", 40, 900)
+        line = street._draw_line(rng, ["Sign", "made", "BY"], street._face(rng, faces, "latin"), "latin", 40, 900)
         if kind != "straight":
-            # The first draw of _bend chooses between arc and sine.
+            # The first draw of bend_line chooses between arc and sine.
             seeds = range(1000 * seed, 1000 * seed + 99)
             fitting = next(s for s in seeds if (np.random.default_rng(s).random() < 0.65) == (kind == "arc"))
-            line = compose._bend(np.random.default_rng(fitting), line, 12)
-        group = compose._stack(rng, [line], 0, 40)
-        placed = compose._place(rng, (480, 640), group.mask.shape, np.zeros((121, 161)), np.zeros((120, 160), np.uint8))
+            line = bend.bend_line(np.random.default_rng(fitting), line, 12)
+        group = street._stack(rng, [line], 0, 40)
+        placed = street._place(rng, (480, 640), group.mask.shape, np.zeros((121, 161)), np.zeros((120, 160), np.uint8))
         assert placed is not None
         matrix, _ = placed
         shift = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         mask = cv2.warpPerspective(group.mask, np.linalg.inv(shift) @ matrix @ shift, (640, 480))
-        inside = [i.polygon for i in compose._instances(group, matrix, settings) if not i.ignore]
+        inside = [i.polygon for i in street._instances(group, matrix, settings) if not i.ignore]
         for polygon, ink in zip(inside, ink_outlines(mask, inside), strict=True):
             if clip_polygon(polygon, 638, 478) is None or short_side(polygon) < 12:
                 continue
@@ -61,9 +61,9 @@ def test_polygons_are_tight_around_the_ink(kind, monkeypatch):
             distances = [shapely.distance(shapely.points(ink), shapely.LineString(side)).min() for side in sides]
             assert max(distances) < 1.8, "the ink reaches all four sides"
             if kind == "straight":
-                flat = compose._map(ink, np.linalg.inv(matrix))
+                flat = street._map(ink, np.linalg.inv(matrix))
                 (x0, y0), (x1, y1) = flat.min(axis=0) - 0.5, flat.max(axis=0) + 0.5
-                hull = to_shapely([compose._map(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), matrix)])[0]
+                hull = to_shapely([street._map(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), matrix)])[0]
                 assert hull.intersection(ring).area / hull.union(ring).area > 0.9, "hull of the ink along the line"
             checked += 1
     assert checked > 20
@@ -71,7 +71,7 @@ def test_polygons_are_tight_around_the_ink(kind, monkeypatch):
 
 @pytest.mark.parametrize("radius", [150.0, -90.0])
 def test_arc_maps_are_inverse(radius):
-    forward, inverse = compose._arc(radius, 200.0, 40.0)
+    forward, inverse = bend._arc(radius, 200.0, 40.0)
     points = np.random.default_rng(0).uniform(0, 1, (50, 2)) * [200, 40]
     bent = forward(points).astype(np.float32)
     assert np.allclose(np.stack(inverse(bent[:, 0], bent[:, 1]), 1), points, atol=0.01)

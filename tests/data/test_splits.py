@@ -91,7 +91,8 @@ def test_no_hashes():
     assert near_pairs(none, none, 3).shape == (0, 3) and near_pairs(np.zeros(1, np.uint64), none, 3).shape == (0, 3)
 
 
-def test_a_smaller_copy_is_found(tmp_path, tiny_set, capsys):
+def test_a_smaller_copy_is_found(tmp_path, tiny_set, caplog):
+    caplog.set_level("INFO", "i3cl")
     (tmp_path / "images").mkdir()
     with Image.open(tiny_set / "images" / "4.jpg") as image:
         image.resize((70, 70)).save(tmp_path / "images" / "copy.png")
@@ -100,7 +101,7 @@ def test_a_smaller_copy_is_found(tmp_path, tiny_set, capsys):
     write_coco(str(tmp_path / "copies.json"), heads)
     ours = (str(tiny_set / "set.json"), str(tiny_set / "images"))
     assert report_duplicates(ours, (str(tmp_path / "copies.json"), str(tmp_path / "images")), 6) == 1
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "\t4.jpg\tcopy.png\n" in printed and "left out" in printed and "bad.jpg" in printed
     assert report_duplicates(ours, ours, 0, str(tmp_path / "pairs.tsv")) == 0 and os.path.getsize(tmp_path / "pairs.tsv") == 0
     with pytest.raises(UserError, match=f"{tmp_path}: none of the .* images can be read"):

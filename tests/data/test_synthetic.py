@@ -7,7 +7,9 @@ import pytest
 import shapely
 
 from i3cl.data.synthetic import plain as synthetic
-from i3cl.data.synthetic.plain import contact_sheet, make_image, make_split
+from i3cl.data.synthetic.bend import bend_word
+from i3cl.data.synthetic.ink import LUMA, exact_ink
+from i3cl.data.synthetic.plain import make_image, make_split
 from i3cl.geometry import clockwise, mask_crop, overlaps, short_side
 
 SIDE = 256
@@ -65,7 +67,7 @@ def test_straight_and_curved_words_are_present(images: list[synthetic.SyntheticI
 def test_outlines_hug_the_letters() -> None:
     rng = np.random.default_rng(0)
     for word in (word for _ in range(10) for word in synthetic._lay_out(rng, SIDE, 0.5)):
-        window, layers = synthetic._bend(word, SIDE)
+        window, layers = bend_word(word, SIDE)
         crop, (x, y) = mask_crop(word.outline, SIDE, SIDE)
         inside = np.zeros((SIDE, SIDE), bool)
         inside[y : y + crop.shape[0], x : x + crop.shape[1]] = crop > 0
@@ -91,9 +93,9 @@ def test_inks_keep_their_contrast() -> None:
     rng = np.random.default_rng(1)
     for ground in np.linspace(0, 255, 52):
         for contrast in (26, 60, 120):
-            ink = synthetic._ink(rng, float(ground), contrast)
+            ink = exact_ink(rng, float(ground), contrast)
             assert ink.min() >= -0.01 and ink.max() <= 255.01
-            assert abs(float(ink @ synthetic._LUMA) - ground) >= contrast - 0.1
+            assert abs(float(ink @ LUMA) - ground) >= contrast - 0.1
 
 
 @pytest.mark.parametrize("side", [64, 200, 512])
@@ -118,13 +120,3 @@ def test_wrong_arguments_are_named() -> None:
         make_image(0, 0, side=32)
     with pytest.raises(ValueError, match="difficulty"):
         make_image(0, 0, difficulty=2)
-    with pytest.raises(ValueError, match="contact sheet"):
-        contact_sheet([])
-
-
-def test_contact_sheet(images: list[synthetic.SyntheticImage]) -> None:
-    before = images[0].image.copy()
-    sheet = contact_sheet(images[:5], columns=3)
-    assert sheet.shape == (2 * SIDE, 3 * SIDE, 3) and sheet.dtype == np.uint8
-    assert (sheet[SIDE:, 2 * SIDE :] == 255).all()
-    assert np.array_equal(images[0].image, before)

@@ -16,7 +16,7 @@ from i3cl.data.formats.records import (
     ImageRecord,
     Instance,
     from_table,
-    to_table,
+    record_table,
 )
 from i3cl.evaluation import outcome, scoring
 from i3cl.evaluation.metrics.metric import COLUMNS, DetectionMetric, summarise
@@ -148,9 +148,9 @@ def write_corpus(folder, images=60):
         rows.append(head | {"polygons": found, "scores": [0.9] * 4})
     (folder / "truth").mkdir()
     (folder / "found").mkdir()
-    predictions.pq.write_table(to_table(records, "images"), folder / "truth" / "0.parquet", row_group_size=16)
+    predictions.pq.write_table(record_table(records, "images"), folder / "truth" / "0.parquet", row_group_size=16)
     for part, chosen in enumerate((rows[:30], rows[30:-1])):
-        predictions.pq.write_table(predictions.to_table(chosen), folder / "found" / f"{part}.parquet", row_group_size=8)
+        predictions.pq.write_table(predictions.prediction_table(chosen), folder / "found" / f"{part}.parquet", row_group_size=8)
     return str(folder / "truth"), str(folder / "found")
 
 

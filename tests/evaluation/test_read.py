@@ -231,7 +231,7 @@ def test_coco_results(tmp_path):
 def test_predictions_table(tmp_path):
     row = {"image_id": 1, "file_name": "a.jpg", "height": 50, "width": 120, "polygons": [RING], "scores": [0.5]}
     rows = [row | {"member": "m1"}, row | {"member": "m2", "scores": [0.75]}]
-    predictions.pq.write_table(predictions.to_table(rows), tmp_path / "part.parquet")
+    predictions.pq.write_table(predictions.prediction_table(rows), tmp_path / "part.parquet")
     assert read_results(str(tmp_path), member="m2").images[0].scores.tolist() == [0.75]
     with pytest.raises(UserError, match="--member"):
         read_results(str(tmp_path))

@@ -17,7 +17,7 @@ import yaml
 
 from i3cl.config import load_settings, to_yaml, with_overrides
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.predictions import to_table
+from i3cl.data.formats.predictions import prediction_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def predictions(tiny_set, tmp_path_factory) -> Path:
             rows.append({**head, "view": "default", "polygons": polygons, "scores": scores})
     folder = tmp_path_factory.mktemp("search") / "predictions"
     folder.mkdir()
-    pq.write_table(to_table(rows), folder / "part-000.parquet")
+    pq.write_table(prediction_table(rows), folder / "part-000.parquet")
     return folder
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from i3cl.config import LabelSettings, SelectSettings
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.predictions import to_table
+from i3cl.data.formats.predictions import prediction_table
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, write_calibration
 from i3cl.labelling.fusion import FusedInstances
@@ -163,9 +163,9 @@ def predictions(folder, parts, members=("a", "b"), repeat=False):
                     }
                 )
             image += 1
-        pq.write_table(to_table(rows), folder / f"part-{part:05d}.parquet")
+        pq.write_table(prediction_table(rows), folder / f"part-{part:05d}.parquet")
         if repeat and part == 0:
-            pq.write_table(to_table(rows), folder / "part-again.parquet")
+            pq.write_table(prediction_table(rows), folder / "part-again.parquet")
     return str(folder)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from i3cl.config import EvaluateSettings, FusionSettings, LabelSettings
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.predictions import to_table
+from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
 from i3cl.labelling.trust import dispute, measure_trust, write_disputed
@@ -38,7 +38,7 @@ def stored(folder, found):
         for image, members in found.items()
         for member, pairs in members.items()
     ]
-    pq.write_table(to_table(rows), folder / "part-00000.parquet")
+    pq.write_table(prediction_table(rows), folder / "part-00000.parquet")
     return str(folder)
 
 

@@ -1,10 +1,14 @@
-"""What the formats share: labels, names of images, exact decimals, and what a reader of corrections hands over."""
+"""What the formats share: what a format is, labels, names of images, exact decimals, and what a reader of corrections gives.
+
+A new format is a file with a `write` function (and a `read` function when people can correct labels in it), a ``Format`` of
+them, and one line in registry.py.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.data.formats.checks import shown
+from i3cl.data.formats.checks import is_companion, shown
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
 
@@ -26,8 +30,34 @@ UNREADABLE = "###"
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """What the user can choose about an export; each format uses what applies to it."""
+
+    prefix: str = ""
+    """Stands before the file names in review formats."""
+    confidence: bool = True
+    """Whether text results have a score in each line."""
+    from_name: str = "label"
+    """Label Studio: name of the labels in the project's labelling interface."""
+    to_name: str = "image"
+    """Label Studio: name of the image there."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that labels can be exported to, and perhaps corrected in."""
+
+    write: Callable[[str, Iterable[ImageRecord], ExportOptions], str]
+    """Writes the records to a path, atomically, and returns what was written in a few words, e.g. '12 images'."""
+    read: Callable[[str], Iterator[Reviewed]] | None = None
+    """Reads the images that a person has corrected; None: labels do not come back from this format."""
+    score: float | None = None
+    """Instances with a score up to this are left out unless the user gives another threshold."""
+
+
+@dataclass(frozen=True)
 class Region:
-    """One region that a person drew or left standing."""
+    """One region that a person drew, or saw and left as it was."""
 
     points: Any
     """List of x0, y0, x1, y1, ... in pixels, not yet checked."""
@@ -35,11 +65,13 @@ class Region:
     text: str | None = None
     fault: str | None = None
     """Why it cannot be used, e.g. a brush stroke."""
+    more_parts: tuple[Any, ...] = ()
+    """Further parts of the same instance, each like `points`."""
 
 
 @dataclass(frozen=True)
 class Reviewed:
-    """One image that a person has looked at, as it stands in the other tool."""
+    """One image that a person has looked at, as the other tool exported it."""
 
     name: str
     """As the file names it; ``ImageNames.find`` knows which image it is."""
@@ -47,13 +79,14 @@ class Reviewed:
     """File and item, for messages."""
     regions: Sequence[Region] = ()
     width: int | None = None
-    """Pixels, where the format tells them."""
+    """Pixels, where the format says so."""
     height: int | None = None
     percent: bool = field(default=False)
     """Points are percent of width and height, not pixels."""
 
 
 def label_of(instance: Instance) -> str:
+    """``TEXT`` or ``IGNORE``."""
     return IGNORE if instance.ignore else TEXT
 
 
@@ -64,19 +97,19 @@ def points_of(instance: Instance) -> list[list[float]]:
 
 
 def flat_points(points: Any) -> Any:
-    """[[x, y], ...] as one flat list; what is no such list comes back as it is, for the check to refuse."""
+    """[[x, y], ...] as one flat list; anything else is returned as it is, and refused by the check later."""
     if isinstance(points, list) and all(isinstance(p, list) and len(p) == 2 for p in points):
         return [value for point in points for value in point]
     return [points] if not isinstance(points, list) else points
 
 
 def are_numbers(values: Iterable[Any]) -> bool:
-    """Whether all are numbers that can be reckoned with: json holds NaN and whole numbers of any length."""
+    """Whether all are numbers of a usable size: json may hold NaN and whole numbers of any length."""
     return all(isinstance(v, int | float) and not isinstance(v, bool) and -1e9 < v < 1e9 for v in values)
 
 
 def box_points(x0: float, y0: float, x1: float, y1: float, degrees: float = 0.0, about: Sequence[float] = ()) -> list[float]:
-    """A box as a flat polygon, turned clockwise on screen about a point."""
+    """A box as a flat polygon x0, y0, ..., turned clockwise on screen by `degrees` about the point `about`."""
     corners: NDArray[np.float64] = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64)
     if degrees:
         turn = np.deg2rad(degrees)
@@ -86,12 +119,12 @@ def box_points(x0: float, y0: float, x1: float, y1: float, degrees: float = 0.0,
 
 
 def with_size(records: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
-    """Without the images that could not be read when they were predicted, of which nobody knows the size."""
+    """The records without images of unknown size: those that could not be read when they were predicted."""
     return (record for record in records if record.height and record.width)
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON text; UserError that says where it is not."""
+    """The value of a JSON text. UserError that names `where` when it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -100,11 +133,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def dumps(value: Any) -> str:
+    """JSON in one line, in UTF-8 without escapes. ValueError for NaN."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 class ImageNames:
-    """Finds the image that another tool means: tools put a prefix before a file name, or an upload code."""
+    """Finds the image that another tool means: tools put a prefix or an upload code before a file name."""
 
     def __init__(self, names: Iterable[str], base: str, prefix: str = "") -> None:
         self.base, self.prefix = base, prefix
@@ -135,8 +169,8 @@ class ImageNames:
 
 
 def files_under(source: str, suffix: str) -> list[str]:
-    """Sorted relative names of the files with this suffix in a folder. UserError when there is none."""
-    names = sorted(n for n in storage.list_files(source) if n.lower().endswith(suffix))
+    """Sorted relative names of the files with this suffix in a folder, without hidden ones. UserError when there is none."""
+    names = sorted(n for n in storage.list_files(source) if n.lower().endswith(suffix) and not is_companion(n))
     if not names:
         raise UserError(f"{source}: holds no {suffix} file; check the path")
     return names

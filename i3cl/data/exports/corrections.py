@@ -1,14 +1,15 @@
-"""Labels that people have corrected, put in the place of the pseudo labels they come from."""
+"""Labels that people have corrected in another tool: they replace the pseudo labels that were exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from i3cl.data.exports import cvat, label_studio, labelme, paddle
-from i3cl.data.exports.common import TEXT, UNREADABLE, ImageNames, Region, Reviewed
+from i3cl.data.exports.common import IGNORE, TEXT, UNREADABLE, ImageNames, Region, Reviewed, are_numbers
+from i3cl.data.exports.registry import REVIEW_FORMATS
 from i3cl.data.formats.checks import (
     CATEGORY,
     BadItem,
@@ -18,31 +19,25 @@ from i3cl.data.formats.checks import (
 )
 from i3cl.data.formats.coco import read_for_command, write_coco
 from i3cl.data.formats.records import ImageRecord, Instance, Problem
+from i3cl.data.formats.rings import Notes
 from i3cl.data.formats.table import write_shards
 from i3cl.errors import UserError
-
-READERS: dict[str, Callable[[str], Iterator[Reviewed]]] = {
-    "label-studio": label_studio.read,
-    "cvat": cvat.read,
-    "labelme": labelme.read,
-    "paddle": paddle.read,
-}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What ``import_corrections`` did."""
+    """The result of ``import_corrections``."""
 
     images: int
-    """Images written."""
+    """Number of images written."""
     corrected: int
-    """Of them those that a person has annotated."""
+    """How many of them a person has annotated."""
     instances: int
-    """Text instances of the corrected images."""
+    """Number of text instances in the corrected images."""
     ignored: int
-    """Their ignore regions."""
+    """Number of ignore regions in them."""
     removed: int
-    """Pseudo labels and ignore regions that stood there before."""
+    """Number of pseudo labels and ignore regions that were replaced."""
     problems: tuple[Problem, ...]
 
 
@@ -59,32 +54,37 @@ def import_corrections(
     """Write `base` with the instances of every reviewed image replaced by those of `source`.
 
     A corrected instance has lossweight 1 and neither score nor votes; a label other than 'text' makes an ignore region. An
-    image without any region in `source` has none. Other images keep theirs, or with `only_corrected` are left out. `out` is
-    COCO json when it ends in .json, else a folder of Parquet shards. UserError for a broken file, an image that `base` does
-    not have, an image that occurs twice, another image size, and, unless `skip_bad`, a region that cannot be used.
+    image without any region in `source` becomes one without text. An image none of whose regions can be used keeps the labels
+    of `base`: it must not pass for one without text. Other images keep their labels, or with `only_corrected` are left out.
+    `out` is COCO json when it ends in .json, else a folder of Parquet shards. UserError for a broken file, an image that `base`
+    does not have, an image that occurs twice, another image size, and, unless `skip_bad`, a region that cannot be used.
     """
+    read = REVIEW_FORMATS[format].read
+    assert read is not None, "that is what makes it a review format"
     records = read_for_command(base, skip_bad=skip_bad).records
     names = ImageNames((record.file_name for record in records), base, prefix)
     reviewed: dict[str, Reviewed] = {}
-    for item in READERS[format](source):
+    for item in read(source):
         name = names.find(item.name, item.where)
         if name in reviewed:
             raise UserError(f"{item.where}: image {shown(name)} occurs twice; also at {reviewed[name].where}")
         reviewed[name] = item
     if not reviewed:
-        raise UserError(f"{source}: holds no annotated image; nothing to bring back")
+        raise UserError(f"{source}: holds no annotated image, so there is nothing to bring back")
     faults = Faults(skip_bad)
-    counts = {"images": 0, "instances": 0, "ignored": 0, "removed": 0}
+    counts = {"images": 0, "corrected": 0, "instances": 0, "ignored": 0, "removed": 0}
 
     def merged() -> Iterator[ImageRecord]:
         for record in records:
             item = reviewed.get(record.file_name)
-            if item is None and only_corrected:
+            instances = None if item is None else _instances(item, record, faults)
+            if instances is None and only_corrected:
                 continue
             counts["images"] += 1
-            if item is not None:
+            if instances is not None:
+                counts["corrected"] += 1
                 counts["removed"] += len(record.instances)
-                record = replace(record, instances=_instances(item, record, faults))
+                record = replace(record, instances=instances)
                 ignored = sum(i.ignore for i in record.instances)
                 counts["ignored"] += ignored
                 counts["instances"] += len(record.instances) - ignored
@@ -94,10 +94,11 @@ def import_corrections(
         write_coco(out, merged(), info={"description": "corrected labels"})
     else:
         write_shards(out, merged())
-    return Merged(corrected=len(reviewed), problems=tuple(faults.problems), **counts)
+    return Merged(problems=tuple(faults.problems), **counts)
 
 
-def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Instance, ...]:
+def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Instance, ...] | None:
+    """The corrected instances of an image; None when it has regions and none of them can be used."""
     for side, given, known in (("width", item.width, record.width), ("height", item.height, record.height)):
         if given is not None and given != known:
             raise UserError(
@@ -108,17 +109,21 @@ def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Ins
     for number, region in enumerate(item.regions, 1):
         where = f"{item.where}: region {number}"
         try:
-            instance, mended = _instance(region, item.percent, record)
+            instance, notes = _instance(region, item.percent, record)
         except BadItem as error:
             faults.bad(where, error)
             continue
-        faults.mended(where, mended)
+        faults.repaired(where, notes)
         instances.append(_with_words(instance, record))
+    if item.regions and not instances:
+        message = f"none of its {len(item.regions)} regions can be used; it keeps the labels of the base"
+        faults.bad(item.where, BadItem("no region usable", message))
+        return None
     return tuple(instances)
 
 
 def _with_words(instance: Instance, record: ImageRecord) -> Instance:
-    """With transcription and language of the base where the instance was left as it is: not every tool carries them."""
+    """The instance with transcription and language from the base when it was not changed: not every tool keeps them."""
     for old in record.instances:
         same = old.ignore == instance.ignore and len(old.polygon) == len(instance.polygon)
         if same and np.abs(old.polygon - instance.polygon).max() < 0.05:
@@ -126,24 +131,39 @@ def _with_words(instance: Instance, record: ImageRecord) -> Instance:
     return instance
 
 
-def _instance(region: Region, percent: bool, record: ImageRecord) -> tuple[Instance, list[tuple[str, str]]]:
+def _instance(region: Region, percent: bool, record: ImageRecord) -> tuple[Instance, Notes]:
+    """The instance of a region, and what was repaired. BadItem for one that cannot be used."""
     if region.fault is not None:
         raise BadItem("region", region.fault)
     if not isinstance(region.label, str) or not region.label.strip():
         raise BadItem("label", f"its label is {shown(region.label)}; give it '{TEXT}' or 'ignore'")
-    points = region.points
-    numbers = isinstance(points, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in points)
-    if percent and numbers and all(-1e6 < v < 1e6 for v in points):
-        points = [v * (record.height if i % 2 else record.width) / 100 for i, v in enumerate(points)]
-        limits = np.array([record.width, record.height])
-        # Percent of a border may land a hair beyond it.
-        points = [float(limits[i % 2]) if abs(v - limits[i % 2]) < 1e-3 else v for i, v in enumerate(points)]
-    ignore = region.label.strip().lower() != TEXT
+    parts = [region.points, *region.more_parts]
+    if percent:
+        parts = [_from_percent(points, record) for points in parts]
+    label = region.label.strip().lower()
+    ignore = label != TEXT
     entry = {
-        "segmentation": [points],
+        "segmentation": parts,
         "category_id": CATEGORY["id"],
         "ignore": int(ignore),
         # An ignore region that became text keeps its mark in some tools.
         "text": region.text if not ignore and region.text != UNREADABLE else None,
     }
-    return checked_instance(entry, {CATEGORY["id"]: True}, record.height, record.width)
+    instance, notes = checked_instance(entry, {CATEGORY["id"]: True}, record.height, record.width)
+    if label not in (TEXT, *_KNOWN_IGNORE):
+        notes.append(("other label", f"its label {shown(region.label)} is not '{TEXT}', so it is an ignore region"))
+    return instance, notes
+
+
+_KNOWN_IGNORE = (IGNORE, UNREADABLE, "occluded")
+"""Labels that plainly mean an ignore region; any other one is listed."""
+
+
+def _from_percent(points: Any, record: ImageRecord) -> Any:
+    """Percent of width and height as pixels; what is not a list of usable numbers is returned for the check to refuse."""
+    if not isinstance(points, list) or not are_numbers(points):
+        return points
+    sides = (record.width, record.height)
+    pixels = [v * sides[i % 2] / 100 for i, v in enumerate(points)]
+    # 100 percent may come out slightly beyond the border.
+    return [float(sides[i % 2]) if abs(v - sides[i % 2]) < 1e-3 else v for i, v in enumerate(pixels)]

@@ -10,34 +10,35 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 from xml.etree.ElementTree import ParseError
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from i3cl import storage
-from i3cl.data.exports.common import Region, Reviewed, box_points, label_of, points_of, with_size
+from i3cl.data.exports.common import ExportOptions, Format, Region, Reviewed, box_points, label_of, points_of, with_size
 from i3cl.data.formats.checks import shown
-from i3cl.data.formats.records import ImageRecord
+from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
 
 _MAX_XML = 4 << 30
-"""Bytes; a zip that unpacks to more is refused."""
+"""Bytes; a zip whose xml unpacks to more is refused."""
 _NOT_REGIONS = {"tag", "attribute"}
 
 
-def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
-    """Write `out`, to be uploaded to a task that has the same images; return their number.
+def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write `out`, to be uploaded to a task that has the same images.
 
-    prefix: what stands before the file name in the task, e.g. a folder with its '/'.
+    The prefix stands before the file name in the task, e.g. a folder with its '/'. Scores, votes and transcriptions are
+    attributes of the polygons.
     """
     count = 0
     with storage.atomic_file(out) as file:
         file.write(b'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
         for count, record in enumerate(with_size(records), 1):
-            file.write(_image(record, count - 1, prefix).encode())
+            file.write(_image(record, count - 1, options.prefix).encode())
         file.write(b"</annotations>\n")
-    return count
+    return f"{count} images"
 
 
 def _image(record: ImageRecord, number: int, prefix: str) -> str:
@@ -46,15 +47,26 @@ def _image(record: ImageRecord, number: int, prefix: str) -> str:
     ]
     for instance in record.instances:
         points = ";".join(f"{x!r},{y!r}" for x, y in points_of(instance))
-        lines.append(f'<polygon label="{label_of(instance)}" source="auto" occluded="0" points="{points}" z_order="0"/>\n')
+        lines.append(f'<polygon label="{label_of(instance)}" source="auto" occluded="0" points="{points}" z_order="0"')
+        attributes = _attributes(instance)
+        lines.append(f">{attributes}</polygon>\n" if attributes else "/>\n")
     return "".join([*lines, "</image>\n"])
 
 
-def read(source: str) -> Iterator[Reviewed]:
-    """Images of an export 'CVAT for images 1.1': its xml or the zip around it.
+def _attributes(instance: Instance) -> str:
+    """Score, votes and text of an instance as CVAT's attribute elements; CVAT shows those that the task's labels declare."""
+    score = None if instance.score is None else f"{instance.score:.3f}"
+    values = {"score": score, "votes": instance.votes, "text": instance.text}
+    # Control characters cannot stand in XML, not even escaped.
+    clean = {key: "".join(c for c in str(value) if c >= " " or c in "\t\n") for key, value in values.items() if value is not None}
+    return "".join(f'<attribute name="{key}">{escape(value)}</attribute>' for key, value in clean.items())
 
-    Polygons and boxes (turned ones too); a shape marked occluded becomes an ignore region. UserError for any other xml, and
-    for xml that declares a document type.
+
+def read(source: str) -> Iterator[Reviewed]:
+    """Images of an export 'CVAT for images 1.1': its xml, or the zip that holds it.
+
+    Reads polygons and boxes, turned ones too; a shape marked occluded becomes an ignore region. UserError for any other xml,
+    and for xml that declares a document type.
     """
     where = source
     with _opened(source) as file:
@@ -64,7 +76,7 @@ def read(source: str) -> Iterator[Reviewed]:
                 if root is None:
                     root = element
                     if element.tag != "annotations":
-                        raise UserError(f"{source}: its root is {shown(element.tag)}, not annotations; is it of CVAT?")
+                        raise UserError(f"{source}: its root is {shown(element.tag)}, not annotations; is it an export of CVAT?")
                 if event == "end" and element.tag == "track":
                     raise UserError(f"{source}: holds tracks of a video; export as 'CVAT for images 1.1'")
                 if event == "end" and element.tag == "image":
@@ -92,7 +104,7 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         except KeyError:
             raise UserError(f"{source}: has no annotations.xml; export as 'CVAT for images 1.1'") from None
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, io.UnsupportedOperation) as error:
-            # RuntimeError: it is encrypted, or compressed in a way that is not known.
+            # RuntimeError: it is encrypted, or compressed by an unknown method.
             raise UserError(f"{source}: not a usable zip ({' '.join(str(error).split())}); export it again") from None
 
 
@@ -103,7 +115,7 @@ def _reviewed(image: Any, where: str) -> Reviewed:
     try:
         width, height = int(image.get("width", "")), int(image.get("height", ""))
     except ValueError:
-        raise UserError(f"{where}: width or height is no whole number; export it again") from None
+        raise UserError(f"{where}: width or height is not a whole number; export it again") from None
     regions = [_region(shape) for shape in image if shape.tag not in _NOT_REGIONS]
     return Reviewed(name, where, regions, width, height)
 
@@ -121,7 +133,7 @@ def _region(shape: Any) -> Region:
             (turn,) = _numbers([shape.get("rotation", "0")])
             return Region(box_points(x0, y0, x1, y1, turn, ((x0 + x1) / 2, (y0 + y1) / 2)), label, text)
     except ValueError:
-        return Region(None, label, fault="has a coordinate that is no number")
+        return Region(None, label, fault="has a coordinate that is not a number")
     return Region(None, label, fault=f"is a {shape.tag}; draw polygons or boxes")
 
 
@@ -130,3 +142,6 @@ def _numbers(words: list[str]) -> list[float]:
     if not all(map(math.isfinite, numbers)):
         raise ValueError("not finite")
     return numbers
+
+
+CVAT = Format(write, read)

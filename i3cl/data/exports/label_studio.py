@@ -13,6 +13,8 @@ from i3cl import geometry, storage
 from i3cl.data.exports.common import (
     IGNORE,
     TEXT,
+    ExportOptions,
+    Format,
     Region,
     Reviewed,
     are_numbers,
@@ -25,16 +27,19 @@ from i3cl.data.exports.common import (
 )
 from i3cl.data.formats.checks import kind_of, shown
 from i3cl.data.formats.records import ImageRecord
+from i3cl.data.loading.endings import IMAGE_ENDINGS
 from i3cl.errors import UserError
 
 MANY_POINTS = 64
-"""A polygon of more points is simplified: the page stalls when it must draw thousands."""
+"""A polygon with more points is simplified: the page stalls when it must draw thousands of points."""
 _OF_BUCKETS = ("s3://", "gs://", "azure-blob://")
-"""URLs that Label Studio takes apart itself, without undoing percent signs: the key stands in them as it is."""
+"""URLs that Label Studio splits itself, without decoding percent signs: the object's key stands in them unescaped."""
+_NOT_REGIONS = ("textarea", "choices", "relation", "rating", "labels", "taxonomy", "number", "datetime", "pairwise")
+"""Types of results that describe a region or the image, or link two regions."""
 
 
 def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
-    """The labelling interface that a project needs for the tasks of ``write`` to show."""
+    """The labelling interface (XML) that a project needs to show the exported tasks."""
     return (
         f'<View><Image name={quoteattr(to_name)} value="$image"/>'
         f"<PolygonLabels name={quoteattr(from_name)} toName={quoteattr(to_name)}>"
@@ -42,19 +47,20 @@ def labelling_config(from_name: str = "label", to_name: str = "image") -> str:
     )
 
 
-def write(out: str, records: Iterable[ImageRecord], prefix: str = "", from_name: str = "label", to_name: str = "image") -> int:
-    """Tasks with predictions as one json; return their number.
+def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write tasks with predictions as one json.
 
-    prefix: what stands before the file name in the image's URL. from_name, to_name: as in the project's labelling interface;
-    with other names nothing is drawn.
+    The prefix stands before the file name in the image's URL. from_name and to_name must be those of the project's labelling
+    interface: with other names nothing is drawn.
     """
+    names = options.from_name, options.to_name
     count = 0
     with storage.atomic_file(out) as file:
         for record in with_size(records):
-            file.write((("," if count else "[") + "\n" + dumps(_task(record, prefix, from_name, to_name))).encode())
+            file.write((("," if count else "[") + "\n" + dumps(_task(record, options.prefix, *names))).encode())
             count += 1
         file.write(b"\n]\n" if count else b"[]\n")
-    return count
+    return f"labelling interface of the project: {labelling_config(*names)}\n{count} tasks"
 
 
 def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dic
     scores = [float(i.score) for i in record.instances if i.score is not None]
     prediction: dict[str, Any] = {"model_version": "i3cl", "result": result}
     if scores:
-        # The weakest label: sorted by score, the images that need a look come first.
+        # The weakest label, so that images that need a look come first when tasks are sorted by score.
         prediction["score"] = min(scores)
     name = record.file_name if prefix.startswith(_OF_BUCKETS) else quote(record.file_name)
     data = {"image": prefix + name, "file_name": record.file_name, "image_id": record.id}
@@ -91,9 +97,9 @@ def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dic
 
 
 def read(source: str) -> Iterator[Reviewed]:
-    """Images of an export 'JSON' that somebody has annotated: of several annotations the one updated last.
+    """Images of an export 'JSON' that somebody has annotated; when a task has several annotations, the one updated last.
 
-    Cancelled (skipped) annotations and tasks with predictions only are passed over. UserError for what is no such export.
+    Cancelled (skipped) annotations and tasks that have only predictions are passed over. UserError for anything else.
     """
     content = parse_json(storage.read_text(source), source)
     if not isinstance(content, list):
@@ -114,10 +120,7 @@ def read(source: str) -> Iterator[Reviewed]:
 def _reviewed(data: dict[str, Any], annotation: dict[str, Any], where: str) -> Reviewed:
     name = data.get("file_name")
     if not isinstance(name, str):
-        url = data.get("image")
-        if not isinstance(url, str):
-            raise UserError(f"{where}: data has neither file_name nor image; export the project again as 'JSON'")
-        name = _name_in(url)
+        name = _name_in(_url_in(data, where))
     result = annotation.get("result", [])
     if not isinstance(result, list) or not all(isinstance(r, dict) for r in result):
         raise UserError(f"{where}: result is not a list of objects; export the project again as 'JSON'")
@@ -130,24 +133,65 @@ def _reviewed(data: dict[str, Any], annotation: dict[str, Any], where: str) -> R
             raise UserError(f"{where}: original_width and original_height are not one size; export the project again")
     if any(r.get("image_rotation") for r in result):
         raise UserError(f"{where}: image {shown(name)} is rotated in Label Studio; rotate it back and export again")
-    areas = [r for r in result if r.get("type") == "textarea" and isinstance(r.get("value"), dict)]
-    texts = {str(r.get("id")): r["value"].get("text") for r in areas}
-    regions = [region for r in result if (region := _region(r, width or 1, height or 1, texts)) is not None]
+    words = {kind: _by_region(result, kind, key) for kind, key in _DESCRIBING.items()}
+    regions = [region for r in result if (region := _region(r, width or 1, height or 1, words)) is not None]
     return Reviewed(name, where, regions, width, height, percent=True)
 
 
-def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, Any]) -> Region | None:
-    kind, value = result.get("type"), result.get("value")
+def _url_in(data: dict[str, Any], where: str) -> str:
+    """The URL of the task's image: `image`, or the only value that looks like an image, whatever its key. UserError for none."""
+    if isinstance(data.get("image"), str):
+        return str(data["image"])
+    texts = {key: value for key, value in data.items() if isinstance(value, str) and value.strip()}
+    images = {key: value for key, value in texts.items() if _name_in(value).lower().endswith(IMAGE_ENDINGS)}
+    # An image's address need not have an ending; a caption has blanks.
+    images = images or {key: value for key, value in texts.items() if "/" in value and " " not in value}
+    if len(images) > 1:
+        raise UserError(f"{where}: data has several images ({', '.join(map(shown, images))}); keep the annotated one, as 'image'")
+    if not images:
+        keys = ", ".join(map(shown, data)) or "nothing"
+        raise UserError(
+            f"{where}: data has neither file_name nor the address of an image, but {keys}; add the address as 'image'"
+        )
+    return next(iter(images.values()))
+
+
+_DESCRIBING = {"labels": "labels", "choices": "choices", "textarea": "text"}
+"""Type of a result that describes the region with the same id -> the key of its words."""
+
+
+def _by_region(result: list[dict[str, Any]], kind: str, key: str) -> dict[Any, str]:
+    """The first word of every result of this type, by the id of its region."""
+    found: dict[Any, str] = {}
+    for entry in result:
+        value, identity = entry.get("value"), entry.get("id")
+        word = value.get(key) if isinstance(value, dict) and entry.get("type") == kind else None
+        word = word[0] if isinstance(word, list) and word else word
+        if isinstance(word, str) and isinstance(identity, str | int):
+            found.setdefault(identity, word)
+    return found
+
+
+def _region(result: dict[str, Any], width: int, height: int, words: dict[str, dict[Any, str]]) -> Region | None:
+    """The region of one result, with label and text from other results of its id; None for results that are not regions.
+
+    words: for each type in ``_DESCRIBING``, the word by region id. A shape without any label but with a transcription is text.
+    """
+    kind, value, identity = result.get("type"), result.get("value"), result.get("id")
+    if isinstance(kind, str) and kind in _NOT_REGIONS:
+        return None
     if not isinstance(kind, str) or not isinstance(value, dict):
         return Region(None, fault="has no type or value")
-    if kind in ("textarea", "choices", "relation", "rating", "labels", "taxonomy", "number", "datetime"):
-        return None
-    labels = value.get(kind)
-    label = labels[0] if isinstance(labels, list) and labels else None
+    identity = identity if isinstance(identity, str | int) else None
     meta = result.get("meta")
-    text = texts.get(str(result.get("id"))) or (meta.get("text") if isinstance(meta, dict) else None)
+    text = words["textarea"].get(identity) or (meta.get("text") if isinstance(meta, dict) else None)
     text = text[0] if isinstance(text, list) and text else text
     text = text if isinstance(text, str) else None
+    labels = value.get(kind)
+    label = labels[0] if isinstance(labels, list) and labels else None
+    label = label or words["labels"].get(identity) or words["choices"].get(identity)
+    if label is None and text:
+        label = TEXT
     if kind in ("polygonlabels", "polygon"):
         return Region(flat_points(value.get("points")), label, text)
     if kind in ("rectanglelabels", "rectangle"):
@@ -156,14 +200,14 @@ def _region(result: dict[str, Any], width: int, height: int, texts: dict[str, An
         if not are_numbers((*sides, turn)):
             return Region(None, label, fault="is a rectangle without usable x, y, width and height")
         x, y, w, h = sides
-        # Turned in pixels: percent of width and of height are not the same length.
+        # Turned in pixels: a percent of the width and one of the height differ in length.
         pixels = box_points(x * width, y * height, (x + w) * width, (y + h) * height, turn, (x * width, y * height))
         return Region([v / (height if i % 2 else width) for i, v in enumerate(pixels)], label, text)
     return Region(None, label, fault=f"is of type {shown(kind)}; draw polygons or rectangles")
 
 
 def _name_in(url: str) -> str:
-    """Path of the image in a task's URL; of local storage the part after ``?d=``."""
+    """Path of the image in a task's URL; for local storage the part after ``?d=``."""
     if url.startswith(_OF_BUCKETS):
         return url
     try:
@@ -172,3 +216,6 @@ def _name_in(url: str) -> str:
     except ValueError:
         return url
     return inside[0] if inside else unquote(parts.path)
+
+
+LABEL_STUDIO = Format(write, read)

@@ -1,4 +1,4 @@
-"""PaddleOCR and PPOCRLabel: Label.txt, a line an image, out and back."""
+"""PaddleOCR and PPOCRLabel: Label.txt, one line per image, out and back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from i3cl import storage
-from i3cl.data.exports.common import IGNORE, TEXT, UNREADABLE, Region, Reviewed, dumps, flat_points, parse_json, points_of
+from i3cl.data.exports.common import (
+    IGNORE,
+    TEXT,
+    UNREADABLE,
+    ExportOptions,
+    Format,
+    Region,
+    Reviewed,
+    dumps,
+    flat_points,
+    parse_json,
+    points_of,
+)
 from i3cl.data.formats.checks import kind_of, shown
 from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import UserError
 
 
-def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
-    """Write `out`; return the number of images. Ignore regions are '###'; a text that nobody knows is empty.
+def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write `out`. The transcription of an ignore region is '###', an unknown one is empty.
 
-    prefix: what stands before the file name; PPOCRLabel wants the name of the images' folder and '/'.
+    The prefix stands before the file name; PPOCRLabel expects the name of the images' folder and '/'.
     """
     count = 0
     with storage.atomic_file(out) as file:
@@ -29,13 +41,13 @@ def write(out: str, records: Iterable[ImageRecord], prefix: str = "") -> int:
                 }
                 for instance in record.instances
             ]
-            file.write(f"{prefix}{record.file_name}\t{dumps(items)}\n".encode())
-    return count
+            file.write(f"{options.prefix}{record.file_name}\t{dumps(items)}\n".encode())
+    return f"{count} images"
 
 
 def read(source: str) -> Iterator[Reviewed]:
-    """Images of a Label.txt. '###', '*' and difficult make an ignore region. UserError for a line that is no such line."""
-    # Not splitlines: a transcription may hold other line separators of Unicode.
+    """Images of a Label.txt. '###', '*' and difficult make an ignore region. UserError for any other line."""
+    # Not splitlines: a transcription may hold Unicode's other line separators.
     for number, line in enumerate(storage.read_text(source).split("\n"), 1):
         if not line.strip():
             continue
@@ -57,3 +69,6 @@ def _region(item: Any) -> Region:
         return Region(None, fault=f"has the transcription {shown(text)}; write text")
     ignore = text in (UNREADABLE, "*") or item.get("difficult") is True
     return Region(flat_points(item.get("points")), IGNORE if ignore else TEXT, None if ignore else text or None)
+
+
+PADDLE = Format(write, read)

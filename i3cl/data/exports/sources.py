@@ -1,4 +1,4 @@
-"""What can be exported: a data set (COCO json or Parquet table) or a folder of predictions, image by image."""
+"""Reading what is to be exported, image by image: a data set (COCO json or Parquet table) or a folder of predictions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.data.formats.coco import read_for_command
+from i3cl.data.formats.join import join_same_files
 from i3cl.data.formats.predictions import read_batches, read_predictions
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.data.formats.table import is_table
@@ -17,14 +18,19 @@ from i3cl.errors import UserError
 
 
 def read_labels(
-    source: str, *, member: str | None = None, score: float | None = None, skip_bad: bool = False
+    source: str,
+    *,
+    member: str | None = None,
+    score: float | None = None,
+    skip_bad: bool = False,
+    join: bool = False,
 ) -> Iterator[ImageRecord]:
     """The images of a COCO json, a Parquet table or a predictions folder, one at a time.
 
-    score: instances with a score up to it are left out; those without a score are a person's and stay.
-    member: whose predictions (of its first view); needed when there are several. An image that could not be read when it was
-    predicted comes with height and width 0 and no instances. UserError as the readers, for a score that is not in 0-1, and for a
-    member that is not there.
+    score: instances with a score up to it are left out; those without a score were made by people and stay. member: whose
+    predictions (of its first view); needed when there are several. join: join entries of one file, which otherwise are an
+    error. An image that could not be read when it was predicted has height and width 0 and no instances. UserError from the
+    readers, for a score outside 0-1, and for an unknown member.
     """
     if not storage.exists(source):
         raise UserError(f"{source}: no such file or folder; check the path")
@@ -33,7 +39,8 @@ def read_labels(
     if source.endswith(".json") or is_table(source):
         if member is not None:
             raise UserError(f"{source}: holds labels, not predictions; leave out --member")
-        records = iter(read_for_command(source, skip_bad=skip_bad).records)
+        found = read_for_command(source, skip_bad=skip_bad, same_files=join).records
+        records = join_same_files(found) if join else iter(found)
     else:
         records = _predicted(source, member)
     return records if score is None else (_above(record, score) for record in records)
@@ -50,7 +57,7 @@ def _predicted(source: str, member: str | None) -> Iterator[ImageRecord]:
         raise UserError(f"{source}: holds predictions of {', '.join(members)}; choose one with --member NAME")
     if member is not None and member not in members:
         raise UserError(f"{source}: holds no predictions of {member}; it has {', '.join(members)}")
-    # Not itself a generator, so that the faults above are told at the call.
+    # Not a generator itself, so that the errors above are raised at the call.
     return _of_member(source, member if member is not None else (members or [""])[0])
 
 
@@ -68,7 +75,7 @@ def _of_member(source: str, member: str) -> Iterator[ImageRecord]:
 
 
 def detections_of(record: ImageRecord) -> Detections:
-    """A record's text instances (no ignore regions) as detections; one without a score counts as certain."""
+    """A record's text instances (no ignore regions) as detections; without a score it is 1."""
     kept = [i for i in record.instances if not i.ignore]
     scores = np.array([1.0 if i.score is None else i.score for i in kept], np.float32)
     size = max(1, record.height), max(1, record.width)

@@ -1,4 +1,4 @@
-"""What evaluation servers and tools take: the ArT submission, RRC text files, COCO results."""
+"""Results for evaluation servers and tools: the ArT submission, RRC text files, COCO results."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from pathlib import PurePosixPath
 from pycocotools import mask as mask_codec
 
 from i3cl import storage
-from i3cl.data.exports.common import dumps
+from i3cl.data.exports.common import ExportOptions, Format, dumps
 from i3cl.data.exports.sources import detections_of
 from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import UserError
 
+ART_SCORE = 0.45
+"""Threshold of the I3CL authors' own submissions; it is not known whether the server tries thresholds itself."""
 
-def write_art(out: str, records: Iterable[ImageRecord]) -> int:
-    """ICDAR2019-ArT Task 1: one json object, ``res_<n>`` for every image, clockwise rings in whole pixels; return the images.
 
-    <n> is the digits after the last '_' of the image's name. UserError when a name has none or two have the same.
+def write_art(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write the ICDAR2019-ArT Task 1 json: one key ``res_<n>`` per image, clockwise rings in whole pixels.
+
+    <n> is the digits after the last '_' of the image's name. UserError when a name has none, or two names have the same.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     with storage.atomic_file(out) as file:
         for record in records:
             found = re.search(r"(?:^|_)(\d+)$", PurePosixPath(record.file_name).stem)
@@ -29,29 +32,29 @@ def write_art(out: str, records: Iterable[ImageRecord]) -> int:
                 raise UserError(f"{record.file_name}: has no number after its last '_'; ArT names images gt_<number>.jpg")
             key = f"res_{found[1]}"
             _only_once(key, record, seen)
-            # Everything that read_labels let through: its threshold is the threshold.
+            # No threshold here: read_labels has applied it.
             file.write(f"{',' if len(seen) > 1 else '{'}\n{dumps(key)}: {dumps(detections_of(record).to_art(-1.0))}".encode())
         file.write(b"\n}\n" if seen else b"{}\n")
-    return len(seen)
+    return f"{len(seen)} images"
 
 
-def write_icdar(out: str, records: Iterable[ImageRecord], confidence: bool = True) -> int:
-    """RRC text results: a flat zip of ``res_<image>.txt`` with a line x1,y1,...,xn,yn[,confidence] a text; return the images.
+def write_icdar(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write RRC text results: a flat zip of ``res_<image>.txt`` with one line x1,y1,...,xn,yn[,confidence] per text.
 
     UserError when two images in different folders have the same name: the zip has no folders.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     with storage.atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for record in records:
             name = f"res_{PurePosixPath(record.file_name).stem}.txt"
             _only_once(name, record, seen)
             # A fixed date: the same labels give the same file.
-            archive.writestr(zipfile.ZipInfo(name), detections_of(record).to_icdar_text(confidence), zipfile.ZIP_DEFLATED)
-    return len(seen)
+            archive.writestr(zipfile.ZipInfo(name), detections_of(record).to_icdar_text(options.confidence), zipfile.ZIP_DEFLATED)
+    return f"{len(seen)} images"
 
 
-def write_coco_results(out: str, records: Iterable[ImageRecord]) -> int:
-    """COCO results with run-length masks: image_id, category_id, bbox, segmentation, score; return the images."""
+def write_coco_results(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
+    """Write COCO results with run-length masks: image_id, category_id, bbox, segmentation, score."""
     images = results = 0
     with storage.atomic_file(out) as file:
         for record in records:
@@ -62,10 +65,15 @@ def write_coco_results(out: str, records: Iterable[ImageRecord]) -> int:
                 file.write((("[" if not results else ",") + "\n" + dumps(result)).encode())
                 results += 1
         file.write(b"\n]\n" if results else b"[]\n")
-    return images
+    return f"{images} images"
 
 
-def _only_once(key: str, record: ImageRecord, seen: set[str]) -> None:
+def _only_once(key: str, record: ImageRecord, seen: dict[str, str]) -> None:
     if key in seen:
-        raise UserError(f"{record.file_name}: a second image would be {key}; export the folders one by one")
-    seen.add(key)
+        raise UserError(f"{record.file_name} and {seen[key]}: both would be {key}; rename one, or export the folders one by one")
+    seen[key] = record.file_name
+
+
+ART = Format(write_art, score=ART_SCORE)
+ICDAR = Format(write_icdar)
+COCO_RESULTS = Format(write_coco_results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from i3cl import geometry, storage
 from i3cl.data.formats.records import Instance, Problem
+from i3cl.data.formats.rings import Notes, degenerate, repair, untangle
 from i3cl.errors import UserError
 
 MAX_SIDE = 1_000_000
@@ -22,6 +24,11 @@ MAX_PIXELS = 178_956_970
 """Pixels; RLE masks of larger images are refused before memory is taken for them."""
 LARGEST = float(np.finfo(np.float32).max)
 CATEGORY: dict[str, Any] = {"id": 1, "name": "text"}
+OTHER_CATEGORY = "other category"
+DUPLICATE_ANNOTATION = "duplicate annotation id"
+_SAYS_NOTHING_OF_TEXT = {OTHER_CATEGORY, DUPLICATE_ANNOTATION}
+"""Kinds of left-out annotations that hide no text: the annotation is of something else, or is read under its first id."""
+JOIN_REMEDY = "give the file one id, or join the labels with: prepare.py export coco --join-same-files"
 
 
 class BadItem(Exception):
@@ -33,35 +40,60 @@ class BadItem(Exception):
 
 
 class Faults:
-    """What becomes of a bad item: UserError, or with `skip_bad` a line in `problems`."""
+    """What becomes of a bad item: a UserError, or with `skip_bad` a line in `problems`."""
 
     def __init__(self, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
         self.problems: list[Problem] = []
 
     def bad(self, where: str, error: BadItem) -> None:
-        """The item at `where` cannot be used."""
+        """Stop at the item at `where`, which cannot be used, or note it. UserError unless `skip_bad`."""
         if not self.skip_bad:
             raise UserError(f"{where}: {error.message}, or leave such items out with --skip-bad (data.skip_bad)") from None
         self.problems.append(Problem(error.kind, where, error.message))
 
-    def mended(self, where: str, mended: list[tuple[str, str]]) -> None:
-        """The item at `where` is kept, changed: (kind, message) pairs of ``checked_instance``."""
-        self.problems += [Problem(kind, where, message, left_out=False) for kind, message in mended]
+    def repaired(self, where: str, notes: Notes) -> None:
+        """Note that the item at `where` is kept, changed as `notes` say."""
+        self.problems += [Problem(kind, where, message, left_out=False) for kind, message in notes]
+
+
+def may_hide_text(kinds: Iterable[str], kept: int) -> bool:
+    """Whether an image must be left out because none of its annotations could be read: it would pass for one without text.
+
+    kinds: of the image's annotations that were left out; kept: number of those that were read.
+    """
+    return not kept and any(kind not in _SAYS_NOTHING_OF_TEXT for kind in kinds)
+
+
+def nothing_read(count: int) -> BadItem:
+    """The fault of an image for which ``may_hide_text`` holds; count: its annotations."""
+    return BadItem("no label readable", f"none of its {count} annotations can be read, and it must not pass for one without text")
+
+
+def same_file(identity: int, name: str) -> BadItem:
+    """The fault of an image whose file also stands under the id `identity`."""
+    return BadItem("same file", f"is the file {shown(name)}, as image {identity} is; {JOIN_REMEDY}")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a relative name is of a file that macOS or a tool keeps for itself: `._x.jpg`, `__MACOSX/...`, `.cache/...`."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 class PresentFiles:
-    """Whether an image is there: a look each locally, one listing of the root on S3, where looks are slow."""
+    """Whether an image is there: asks for each file locally, lists the root once on S3, where asking is slow."""
 
     def __init__(self, root: str) -> None:
-        self._root = root
+        self.root = root
         self._listed = storage.list_files(root) if storage.is_remote(root) else None
 
     def has(self, name: str) -> bool:
-        return storage.is_file(storage.join(self._root, name)) if self._listed is None else name in self._listed
+        """Whether the file is there; `name` is relative to the root."""
+        return storage.is_file(storage.join(self.root, name)) if self._listed is None else name in self._listed
 
 
-def identity_of(entry: Any, position: int) -> int:
+def identity_of(entry: Any) -> int:
+    """The id of an image or annotation. BadItem when it is not an object or has no whole number as id."""
     if not isinstance(entry, dict):
         raise BadItem("type", f"is {kind_of(entry)}; write an object")
     identity = whole_number(entry.get("id"))
@@ -71,6 +103,7 @@ def identity_of(entry: Any, position: int) -> int:
 
 
 def image_head(image: dict[str, Any]) -> tuple[str, int, int, str | None]:
+    """File name, height and width in pixels, and source of a COCO image. BadItem for a wrong one."""
     name = checked_file_name(image.get("file_name"))
     sides = []
     for key in ("height", "width"):
@@ -85,7 +118,7 @@ _DRIVE_OR_URL = re.compile(r"^[A-Za-z]:|://")
 
 
 def checked_file_name(name: Any) -> str:
-    """A file name that cannot leave the images root, normalised."""
+    """The file name, normalised. BadItem when it leaves the images root or cannot be a path."""
     if not isinstance(name, str) or not name.strip():
         raise BadItem("type", f"file_name is {shown(name)}; write a path relative to the images root")
     parts = name.split("/")
@@ -102,16 +135,17 @@ def checked_file_name(name: Any) -> str:
     return normal
 
 
-def checked_instance(
-    entry: dict[str, Any], categories: dict[int, bool], height: int, width: int
-) -> tuple[Instance, list[tuple[str, str]]]:
-    """The instance of a COCO annotation and what was mended on the way: (kind, message) pairs."""
+def checked_instance(entry: dict[str, Any], categories: dict[int, bool], height: int, width: int) -> tuple[Instance, Notes]:
+    """The instance of a COCO annotation, and what was repaired. BadItem for one that cannot be used.
+
+    categories: category id -> whether it is the text category; height, width: pixels of the image.
+    """
     category = whole_number(entry.get("category_id"))
     if category is None or category not in categories:
         given = shown(entry.get("category_id"))
         raise BadItem("unknown category", f"category_id {given} is not in categories; use the id of 'text'")
     if not categories[category]:
-        raise BadItem("other category", f"category_id {category} is not 'text'; only text is read, remove this")
+        raise BadItem(OTHER_CATEGORY, f"category_id {category} is not 'text'; only text is read, remove this")
     ignore = _flag(entry, "iscrowd") | _flag(entry, "ignore")
     lossweight = _number(entry, "lossweight", 0.0, math.inf, "a finite number from 0")
     outlineweight = _number(entry, "outlineweight", 0.0, math.inf, "a finite number from 0")
@@ -124,33 +158,31 @@ def checked_instance(
 
     text, language = _text(entry, "text"), _text(entry, "language")
 
-    mended: list[tuple[str, str]] = []
+    notes: Notes = []
     segmentation = entry.get("segmentation")
     if isinstance(segmentation, dict):
-        polygon = rle_outline(segmentation, height, width, mended)
+        polygon = rle_outline(segmentation, height, width, notes)
     elif segmentation is None or segmentation == []:
         polygon = box_polygon(entry.get("bbox"))
     else:
-        polygon = _largest_part(segmentation, mended)
+        polygon = _largest_part(segmentation, notes)
 
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     if high[0] <= 0 or high[1] <= 0 or low[0] >= width or low[1] >= height:
         box = ", ".join(f"{v:g}" for v in (*low, *high))
         raise BadItem("outside", f"box ({box}) is outside the image of {width} x {height}; correct the coordinates")
-    if geometry.polygon_area(polygon) <= 1e-6 and geometry.to_shapely([polygon])[0].area <= 1e-6:
+    if degenerate(polygon):
         raise BadItem("zero area", "the polygon has no area; remove it")
-    if low[0] < 0 or low[1] < 0 or high[0] > width or high[1] > height:
-        inside = geometry.clip_polygon(polygon, width, height)
-        if inside is None:
-            raise BadItem("outside", f"nothing of it is inside the image of {width} x {height}; correct the coordinates")
-        polygon = inside
-        mended.append(("clipped", f"partly outside the image of {width} x {height}; clipped to it"))
+    inside, repaired = repair(polygon, height, width)
+    if inside is None:
+        raise BadItem("outside", f"nothing of it is inside the image of {width} x {height}; correct the coordinates")
     weight = 1.0 if lossweight is None else lossweight
     outline = 1.0 if outlineweight is None else outlineweight
-    return Instance(polygon, ignore, weight, score, votes, text, language, outline), mended
+    return Instance(inside, ignore, weight, score, votes, text, language, outline), notes + repaired
 
 
-def _largest_part(segmentation: Any, mended: list[tuple[str, str]]) -> NDArray[np.float32]:
+def _largest_part(segmentation: Any, notes: Notes) -> NDArray[np.float32]:
+    """The part with the largest area, measured after a crossing ring is untangled."""
     if not isinstance(segmentation, list):
         raise BadItem("type", f"segmentation is {kind_of(segmentation)}; write a list of polygons or an RLE object")
     # Some writers leave out the outer list of a single polygon.
@@ -158,13 +190,20 @@ def _largest_part(segmentation: Any, mended: list[tuple[str, str]]) -> NDArray[n
     polygons = [polygon_of(part) for part in parts]
     if len(polygons) == 1:
         return polygons[0]
-    mended.append(("parts", f"the largest of {len(polygons)} parts is kept"))
-    return max(polygons, key=geometry.polygon_area)
+    notes.append(("parts", f"the largest of {len(polygons)} parts is kept"))
+    return max(polygons, key=lambda polygon: 0.0 if degenerate(polygon) else geometry.polygon_area(untangle(polygon)[0]))
+
+
+def _not_a_number(values: list[Any]) -> str | None:
+    """The first value that is not a number, for a message; None when all are."""
+    return next((shown(value) for value in values if type(value) not in (int, float)), None)
 
 
 def polygon_of(numbers: Any) -> NDArray[np.float32]:
-    if not isinstance(numbers, list) or not set(map(type, numbers)) <= {int, float}:
-        raise BadItem("type", f"segmentation holds {shown(numbers)}; write a list of numbers x0, y0, x1, y1, ...")
+    """(N, 2) float32 of a flat list x0, y0, x1, y1, ...; a closing point that repeats the first is dropped."""
+    wrong = _not_a_number(numbers) if isinstance(numbers, list) else shown(numbers)
+    if wrong is not None:
+        raise BadItem("type", f"segmentation holds {wrong}; write a list of numbers x0, y0, x1, y1, ...")
     if len(numbers) % 2 or len(numbers) < 6:
         raise BadItem("polygon", f"a polygon has {len(numbers)} numbers; it needs x, y pairs of at least 3 points")
     # False for NaN too, and before any conversion that a huge number could break.
@@ -177,10 +216,14 @@ def polygon_of(numbers: Any) -> NDArray[np.float32]:
 
 
 def box_polygon(box: Any) -> NDArray[np.float32]:
+    """(4, 2) float32 corners of a COCO bbox [x, y, width, height], clockwise from the top left."""
     if box is None:
         raise BadItem("polygon", "has neither segmentation nor bbox; add one")
-    if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
+    if not isinstance(box, list) or len(box) != 4:
         raise BadItem("type", f"bbox is {shown(box)}; write [x, y, width, height]")
+    wrong = _not_a_number(box)
+    if wrong is not None:
+        raise BadItem("type", f"bbox holds {wrong}; write [x, y, width, height] as numbers")
     if not all(-MAX_SIDE <= v <= MAX_SIDE for v in box):
         raise BadItem("coordinates", "a number of bbox is not finite or beyond any image; correct it")
     x, y, width, height = box
@@ -189,8 +232,11 @@ def box_polygon(box: Any) -> NDArray[np.float32]:
     return np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], np.float32)
 
 
-def rle_outline(rle: dict[str, Any], height: int, width: int, mended: list[tuple[str, str]]) -> NDArray[np.float32]:
-    """Outline of the largest region of a run-length mask, along the edges of its pixels to half a pixel."""
+def rle_outline(rle: dict[str, Any], height: int, width: int, notes: Notes) -> NDArray[np.float32]:
+    """(N, 2) float32 outline of the largest region of a run-length mask, along the edges of its pixels to half a pixel.
+
+    height, width: pixels of the image. Says in `notes` when the mask has other regions. BadItem for a broken mask.
+    """
     size, runs = rle.get("size"), rle.get("counts")
     if size != [height, width]:
         raise BadItem(
@@ -205,7 +251,7 @@ def rle_outline(rle: dict[str, Any], height: int, width: int, mended: list[tuple
         raise BadItem("type", f"RLE counts is {shown(runs)}; write a string or a list of whole numbers")
     # Decoded here and not by a C library, which trusts the numbers that it is given.
     if min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise BadItem("rle", f"RLE counts do not add up to the {height * width} pixels of the image; write it anew")
+        raise BadItem("rle", f"RLE counts do not add up to the {height * width} pixels of the image; write it again")
     mask = np.repeat(np.arange(len(runs)) & 1, runs).astype(np.uint8).reshape(width, height).T
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -217,7 +263,7 @@ def rle_outline(rle: dict[str, Any], height: int, width: int, mended: list[tuple
     contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     largest = max(contours, key=cv2.contourArea).reshape(-1, 2)
     if len(contours) > 1:
-        mended.append(("parts", f"the largest of {len(contours)} parts is kept"))
+        notes.append(("parts", f"the largest of {len(contours)} parts is kept"))
     outline = shapely.Polygon((largest + 0.5) / 4 + [x, y]).buffer(0.125, join_style="mitre").simplify(0.5)
     ring = geometry.largest_ring(outline)
     assert ring is not None, "a region of at least one pixel has an outline"
@@ -235,7 +281,7 @@ def _unpack_runs(text: str) -> list[int]:
     for character in text:
         code = ord(character) - 48
         if not 0 <= code < 64 or shift > 40:
-            raise BadItem("rle", "RLE counts is not a COCO RLE string; write it anew")
+            raise BadItem("rle", "RLE counts is not a COCO RLE string; write it again")
         value |= (code & 0x1F) << shift
         shift += 5
         if not code & 0x20:
@@ -244,7 +290,7 @@ def _unpack_runs(text: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     if shift:
-        raise BadItem("rle", "RLE counts ends in the middle of a number; write it anew")
+        raise BadItem("rle", "RLE counts ends in the middle of a number; write it again")
     return runs
 
 
@@ -283,6 +329,7 @@ def _text(entry: dict[str, Any], key: str) -> str | None:
 
 
 def kind_of(value: Any) -> str:
+    """What sort of JSON value this is, for a message: 'a list', 'a number', ..."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -293,12 +340,14 @@ def shown(value: Any) -> str:
         return "missing"
     if isinstance(value, list | dict):
         return f"{kind_of(value)} of {len(value)}"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-    text = text.encode("ascii", "backslashreplace").decode() if isinstance(value, str) else text
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a huge number"
+    text = ascii(value[:100] if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def named(what: str, entry: Any, position: int) -> str:
+    """'image 7' by the entry's id, or its place in the list (from 0) when it has none."""
     identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
     return f"{what} {identity}" if identity is not None else f"{what} number {position + 1} of the list"
 

@@ -1,12 +1,17 @@
-"""COCO json with our `lossweight`, `outlineweight`, `score` and `votes`, and its Parquet twin: checked reading, whole writing.
+"""COCO json with our `lossweight`, `outlineweight`, `score` and `votes`, and the same content as Parquet.
 
-Reading gives either a right data set or one line that names the file, the id and the remedy; with `skip_bad`
-bad items are listed and left out instead. Choices where COCO leaves room:
+Reading is checked and writing is atomic.
+
+Reading gives either a correct data set or one line that names the file, the id and the remedy; with `skip_bad` bad items are
+listed and left out instead. Where COCO leaves room, these are the choices:
 - one class: category "text"; further categories may be listed but an annotation may not use them;
 - `iscrowd` or `ignore` makes an ignore region;
-- of a segmentation in several parts, polygons or RLE, the largest part is the instance (listed as "parts");
-- a polygon that is partly outside the image is clipped to it (listed as "clipped");
-- without a segmentation the bbox is the polygon.
+- when a segmentation has several parts, polygons or RLE, the largest part is the instance (listed as "parts");
+- repeated points are dropped, a ring that crosses itself is untangled and a polygon that is partly outside the image is clipped
+  to it (listed as "repeated", "crossing", "clipped"; see rings.py);
+- without a segmentation the bbox is the polygon;
+- a file may stand under one id only: each of two entries would teach the words of the other one as background;
+- with `skip_bad`, an image none of whose annotations can be read is left out: it must not pass for one without text.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import numpy as np
 from i3cl import geometry, storage
 from i3cl.data.formats.checks import (
     CATEGORY,
+    DUPLICATE_ANNOTATION,
     BadItem,
     Faults,
     PresentFiles,
@@ -30,7 +36,10 @@ from i3cl.data.formats.checks import (
     identity_of,
     image_head,
     kind_of,
+    may_hide_text,
     named,
+    nothing_read,
+    same_file,
     set_name,
     shown,
     whole_number,
@@ -49,16 +58,24 @@ def read_coco(
     skip_bad: bool = False,
     check_files: bool = True,
     lossweight: float | None = None,
+    same_files: bool = False,
 ) -> Dataset:
-    """Read a COCO json, or a Parquet file or folder as ``write_shards`` writes, and check every item of it.
+    """Read a COCO json, or a Parquet file or folder in our columns, and check every item of it.
 
-    `annotations` and `images_root` are local paths or s3:// URLs. `check_files` asks whether every image is
-    there (it is not opened). `lossweight` replaces that of every instance. A json is held in memory as a
-    whole, a Parquet table never is. UserError at the first bad item, or with `skip_bad` only when the file as
-    a whole cannot be used.
+    annotations, images_root: local paths or s3:// URLs. check_files: ask whether every image is there (it is not opened).
+    lossweight: replaces that of every instance. same_files: let a file stand under several ids, for ``join_same_files``. A json
+    is held in memory as a whole, a Parquet table never is. UserError at the first bad item, or with `skip_bad` only when the
+    file as a whole cannot be used.
     """
     if annotations.rstrip("/").endswith(".parquet") or storage.is_dir(annotations):
-        return read_table(annotations, images_root, skip_bad=skip_bad, check_files=check_files, lossweight=lossweight)
+        return read_table(
+            annotations,
+            images_root,
+            skip_bad=skip_bad,
+            check_files=check_files,
+            lossweight=lossweight,
+            same_files=same_files,
+        )
     content = _parse_json(annotations)
     if not isinstance(content, dict):
         raise UserError(f"{annotations}: is {kind_of(content)}, not a COCO object with images and annotations")
@@ -68,32 +85,18 @@ def read_coco(
 
     faults = Faults(skip_bad)
     present = PresentFiles(images_root) if check_files else None
-    heads: dict[int, tuple[str, int, int, str | None]] = {}
-    instances: dict[int, list[Instance]] = {}
-    bad_images: set[int] = set()
-    for position, image in enumerate(images):
-        try:
-            identity = identity_of(image, position)
-            if identity in heads or identity in bad_images:
-                raise BadItem("duplicate image id", "occurs twice; give every image its own id")
-            bad_images.add(identity)
-            head = image_head(image)
-            if present is not None and not present.has(head[0]):
-                path = storage.join(images_root, head[0])
-                raise BadItem("missing image", f"{path} is not there; correct the images root or the file name")
-            bad_images.discard(identity)
-            heads[identity], instances[identity] = head, []
-        except BadItem as error:
-            faults.bad(f"{annotations}: {named('image', image, position)}", error)
-
+    heads, bad_images = _read_heads(images, annotations, faults, present, same_files)
+    instances: dict[int, list[Instance]] = {identity: [] for identity in heads}
+    left_out: dict[int, list[str]] = {}
     seen: set[int] = set()
     for position, entry in enumerate(entries):
+        image_id = None
         try:
-            identity = identity_of(entry, position)
-            if identity in seen:
-                raise BadItem("duplicate annotation id", "occurs twice; give every annotation its own id")
-            seen.add(identity)
+            identity = identity_of(entry)
             image_id = whole_number(entry.get("image_id"))
+            if identity in seen:
+                raise BadItem(DUPLICATE_ANNOTATION, "occurs twice; give every annotation its own id")
+            seen.add(identity)
             if image_id is None:
                 raise BadItem("type", f"image_id is {shown(entry.get('image_id'))}; write the image's whole number")
             if image_id not in heads:
@@ -101,16 +104,58 @@ def read_coco(
                     raise BadItem("image left out", f"its image {image_id} is left out; correct that first")
                 raise BadItem("unknown image", f"image_id {image_id} is not in images; add the image or remove this")
             _, height, width, _ = heads[image_id]
-            instance, mended = checked_instance(entry, categories, height, width)
+            instance, notes = checked_instance(entry, categories, height, width)
             if lossweight is not None:
                 instance = replace(instance, lossweight=lossweight)
             instances[image_id].append(instance)
-            faults.mended(f"{annotations}: annotation {identity}", mended)
+            faults.repaired(f"{annotations}: annotation {identity}", notes)
         except BadItem as error:
             faults.bad(f"{annotations}: {named('annotation', entry, position)}", error)
+            if image_id in heads:
+                left_out.setdefault(image_id, []).append(error.kind)
 
+    for image_id, kinds in left_out.items():
+        if may_hide_text(kinds, len(instances[image_id])):
+            faults.bad(f"{annotations}: image {image_id}", nothing_read(len(kinds)))
+            del heads[image_id]
     records = tuple(ImageRecord(i, *head[:3], tuple(instances[i]), head[3]) for i, head in heads.items())
     return Dataset(set_name(annotations), images_root, records, tuple(faults.problems))
+
+
+_Head = tuple[str, int, int, str | None]
+
+
+def _read_heads(
+    images: list[Any], annotations: str, faults: Faults, present: PresentFiles | None, same_files: bool
+) -> tuple[dict[int, _Head], set[int]]:
+    """File name, height, width and source by image id, and the ids of images that are left out."""
+    heads: dict[int, _Head] = {}
+    bad: set[int] = set()
+    owner: dict[str, int] = {}
+    doubled: dict[int, int] = {}
+    for position, image in enumerate(images):
+        try:
+            identity = identity_of(image)
+            if identity in heads or identity in bad:
+                raise BadItem("duplicate image id", "occurs twice; give every image its own id")
+            bad.add(identity)
+            head = image_head(image)
+            if present is not None and not present.has(head[0]):
+                path = storage.join(present.root, head[0])
+                raise BadItem("missing image", f"{path} is not there; correct the images root or the file name")
+            first = owner.setdefault(head[0], identity)
+            if first != identity and not same_files:
+                doubled.setdefault(first, identity)
+                raise same_file(first, head[0])
+            bad.discard(identity)
+            heads[identity] = head
+        except BadItem as error:
+            faults.bad(f"{annotations}: {named('image', image, position)}", error)
+    # Each entry may lack words that the other one has, so neither is used.
+    for first, other in doubled.items():
+        faults.bad(f"{annotations}: image {first}", same_file(other, heads.pop(first)[0]))
+        bad.add(first)
+    return heads, bad
 
 
 def _parse_json(path: str) -> Any:
@@ -153,11 +198,12 @@ def _categories(entries: list[Any], path: str) -> dict[int, bool]:
     return result
 
 
-def read_for_command(annotations: str, images_root: str = "", *, skip_bad: bool, check_files: bool = False) -> Dataset:
-    """As ``read_coco``; what `skip_bad` left out or mended is printed."""
-    dataset = read_coco(annotations, images_root, skip_bad=skip_bad, check_files=check_files)
-    if skip_bad:
-        dataset.list_problems()
+def read_for_command(
+    annotations: str, images_root: str = "", *, skip_bad: bool, check_files: bool = False, same_files: bool = False
+) -> Dataset:
+    """As ``read_coco``; logs what was repaired and, with `skip_bad`, left out."""
+    dataset = read_coco(annotations, images_root, skip_bad=skip_bad, check_files=check_files, same_files=same_files)
+    dataset.list_problems()
     return dataset
 
 
@@ -165,14 +211,14 @@ def read_for_command(annotations: str, images_root: str = "", *, skip_bad: bool,
 
 
 def write_coco(path: str, records: Iterable[ImageRecord], info: Mapping[str, Any] | None = None) -> None:
-    """Write records as COCO json, whole or not at all, holding one of them at a time.
+    """Write records as COCO json, atomically, with one record in memory at a time.
 
-    Coordinates survive exactly; annotation ids are numbered from 1. ValueError when two records share an id:
-    such a file could not be read back.
+    Coordinates survive exactly; annotation ids count from 1. info: further keys of the file's `info`. ValueError when two
+    records share an id: such a file could not be read back.
     """
     seen: set[int] = set()
     number = 0
-    # In the file the images stand before the annotations, which meanwhile wait in a file of their own.
+    # The annotations come after the images in the file, so they wait in a temporary file.
     with storage.atomic_file(path) as out, tempfile.TemporaryFile("w+b") as annotations:
         out.write(f'{{"info": {_dumps({"description": "text polygons", **(info or {})})}, "images": ['.encode())
         for record in records:

@@ -1,4 +1,4 @@
-"""The table of predictions: a row an image, ensemble member and view, written once and read often."""
+"""The table of predictions: one row per image, ensemble member and view, written once and read often."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ PREDICTION_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Polygons are flat x0, y0, x1, y1, ... in original pixels, a score (0-1) each; `error` is null when fine."""
+"""Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each; `error` is null unless the image could not
+be read."""
 _ROWS = 1024
 """Rows in memory at a time: a row may hold hundreds of polygons."""
 
 
-def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+def prediction_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view` and `error` may be absent.
 
-    Polygons may be (N, 2) or flat. ValueError for a row with another number of scores than polygons.
+    Polygons may be (N, 2) or flat. ValueError for a row whose numbers of scores and polygons differ.
     """
     columns: dict[str, list[Any]] = {name: [] for name in PREDICTION_SCHEMA.names}
     for row in rows:
@@ -49,10 +50,10 @@ def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def read_batches(url: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Record batches of a Parquet file or a folder of *.parquet parts, holding one at a time.
+    """Record batches of a Parquet file or a folder of *.parquet parts; one at a time is in memory.
 
-    `url` is local or s3://; `columns` are names out of ``PREDICTION_SCHEMA``, all by default. UserError when
-    there is no part or one is not of predictions.
+    url: local or s3://; columns: names of ``PREDICTION_SCHEMA``, all by default. UserError when there is no part, or when one
+    does not hold predictions.
     """
     schema = _schema(columns)
     if storage.is_file(url):
@@ -74,8 +75,8 @@ def read_predictions(url: str) -> Iterator[list[dict[str, Any]]]:
     """All rows of one image after another, however they are spread over the parts.
 
     A row is a dict of the columns, its polygons (N, 2) float32 arrays and its scores an (N,) float32 array.
-    An image comes out as soon as its last row is read, so memory holds the unfinished ones only. A row that a
-    repeated task has written twice counts once. Errors as ``read_batches``.
+    An image is yielded as soon as its last row is read, so memory holds only the images that are not complete yet. A row that a
+    repeated task has written twice counts once. Raises what ``read_batches`` raises.
     """
     left: Counter[int] = Counter()
     for batch in read_batches(url, ["image_id"]):
@@ -91,7 +92,7 @@ def read_predictions(url: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def member_predictions(url: str, member: str) -> dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]]:
-    """One member's polygons and scores by image id, of its first view; without images that cannot be read."""
+    """One member's polygons and scores by image id, from its first view; images that could not be read are left out."""
     found: dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]] = {}
     for rows in read_predictions(url):
         for row in rows:
@@ -120,7 +121,7 @@ def _read_part(path: str, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(batch: pa.RecordBatch, url: str) -> Iterator[dict[str, Any]]:
-    """The batch's rows with polygons cut out of its arrays: no number becomes a Python object."""
+    """The batch's rows, with polygons as slices of its arrays: no number becomes a Python object."""
     heads = batch.drop_columns(["polygons", "scores"]).to_pylist()
     lists, numbers = batch["polygons"], batch["scores"]
     outer, inner = lists.offsets.to_numpy(), lists.values.offsets.to_numpy()

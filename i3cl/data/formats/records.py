@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 
 from i3cl import storage
 
+logger = logging.getLogger(__name__)
+
 _SHOWN = 20
-"""Problems of a data set that are listed one by one."""
+"""Number of problems of a data set that are listed one by one."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,7 +60,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something in the annotation file that was left out or mended."""
+    """Something in an annotation file that was left out or repaired."""
 
     kind: str
     """Short name to count by, e.g. 'polygon', 'clipped'."""
@@ -65,7 +68,10 @@ class Problem:
     """File and id."""
     message: str
     left_out: bool = True
-    """False: the item was mended and kept."""
+    """False: the item was repaired and kept."""
+
+    def __str__(self) -> str:
+        return f"{'left out' if self.left_out else 'repaired'}: {self.where}: {self.message}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,7 +81,7 @@ class Dataset:
     name: str
     images_root: str
     records: Sequence[ImageRecord]
-    """A tuple, or of a Parquet table ``TableRecords``: made one by one as they are asked for."""
+    """A tuple; for a Parquet table ``TableRecords``, which makes each record when it is asked for."""
     problems: Sequence[Problem] = ()
 
     def __len__(self) -> int:
@@ -95,21 +101,21 @@ class Dataset:
         line = f"{self.name}: {len(self.records)} images, {instances - ignored} instances"
         line += f", {ignored} ignore regions"
         left_out = Counter(p.kind for p in self.problems if p.left_out)
-        mended = Counter(p.kind for p in self.problems if not p.left_out)
-        for title, counts in (("left out", left_out), ("mended", mended)):
+        repaired = Counter(p.kind for p in self.problems if not p.left_out)
+        for title, counts in (("left out", left_out), ("repaired", repaired)):
             if counts:
                 line += f"; {title}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
         return line
 
     def list_problems(self) -> None:
-        """Print the first problems one by one, and ``summary``; nothing when there are none."""
+        """Log the first problems one by one, and ``summary``; nothing when there are none."""
         if not self.problems:
             return
         for problem in self.problems[:_SHOWN]:
-            print(f"{'left out' if problem.left_out else 'mended'}: {problem.where}: {problem.message}", flush=True)
+            logger.info("%s", problem)
         if len(self.problems) > _SHOWN:
-            print(f"... and {len(self.problems) - _SHOWN} more", flush=True)
-        print(self.summary(), flush=True)
+            logger.info("... and %d more", len(self.problems) - _SHOWN)
+        logger.info("%s", self.summary())
 
 
 # ------------------------------------------------------------------------------------------------------ Arrow tables
@@ -137,11 +143,11 @@ IMAGE_SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""One row an image; `polygon` is flat x0, y0, x1, y1, ...; `path` is images root and `file_name` joined."""
+"""One row per image; `polygon` is flat x0, y0, x1, y1, ...; `path` is images root and `file_name` joined."""
 
 
-def to_table(records: Sequence[ImageRecord], images_root: str) -> pa.Table:
-    """Records as a table of ``IMAGE_SCHEMA``."""
+def record_table(records: Sequence[ImageRecord], images_root: str) -> pa.Table:
+    """Records as a table of ``IMAGE_SCHEMA``; `images_root` is what the column `path` begins with."""
     columns: dict[str, list[Any]] = {
         "image_id": [r.id for r in records],
         "file_name": [r.file_name for r in records],
@@ -170,12 +176,12 @@ def to_table(records: Sequence[ImageRecord], images_root: str) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[ImageRecord]:
-    """Records of a table of ``IMAGE_SCHEMA``; the inverse of ``to_table``."""
+    """Records of a table of ``IMAGE_SCHEMA``; the inverse of ``record_table``."""
     return [record_from_row(row) for batch in table.to_batches() for row in batch.to_pylist()]
 
 
 def record_from_row(row: Mapping[str, Any]) -> ImageRecord:
-    """The record of a row of ``IMAGE_SCHEMA`` as Python or Ray Data hands it (lists, arrays; None, NaN)."""
+    """The record of one row of ``IMAGE_SCHEMA``; takes lists or arrays, None or NaN, as Python and Ray Data give them."""
     instances = row["instances"] if row["instances"] is not None else ()
     return ImageRecord(
         int(row["image_id"]),
@@ -204,14 +210,14 @@ def _absent(value: Any) -> bool:
 
 
 _AT_ONCE = 256
-"""Records that iteration makes at a time."""
+"""Number of records that iteration makes at a time."""
 
 
 class TableRecords(Sequence[ImageRecord]):
-    """The rows of an Arrow table of ``IMAGE_SCHEMA`` as records that are made when asked for.
+    """The rows of an Arrow table of ``IMAGE_SCHEMA`` as a sequence of records, each made when it is asked for.
 
     A table in a memory-mapped file costs memory only where it is being read. A slice is another such sequence. Do not send
-    one to another process: the whole table would travel.
+    one to another process: the whole table would be sent.
     """
 
     def __init__(self, table: pa.Table, rows: range | None = None) -> None:
@@ -255,7 +261,7 @@ class TableRecords(Sequence[ImageRecord]):
         return pa.Table.from_batches(parts, self.table.schema).take(pa.array(np.argsort(order)))
 
     def counts(self) -> tuple[int, int]:
-        """Instances, and how many of them are ignore regions, from those columns alone."""
+        """Number of instances, and how many of them are ignore regions; reads no other column."""
         if len(self) != self.table.num_rows:
             return sum(len(r.instances) for r in self), sum(i.ignore for r in self for i in r.instances)
         chunks = [chunk.flatten() for chunk in self.table["instances"].chunks]

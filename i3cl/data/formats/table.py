@@ -1,13 +1,14 @@
-"""Data sets as Parquet, for corpora where one json is too large: written and checked in a stream, read from a memory map.
+"""Data sets as Parquet, for sets too large for one json: written and checked in a stream, read from a memory map.
 
-Reading copies the table once, batch by batch, checked, mended and uncompressed, into a temporary file that is mapped into
-memory: any row is then at hand at the price of its own pages, and what is read needs no further check. The file has no name
-from the start, so nothing is left behind. It takes about as much of TMPDIR as a json would take of memory.
+Opening a table copies it once, batch by batch, checked, repaired and uncompressed, into a temporary file that is mapped into
+memory. Reading a row then costs only the pages of that row, and nothing has to be checked again. The file has no name from the
+start, so nothing is left behind. It takes about as much space in TMPDIR as a json would take in memory.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import shapely
 from numpy.typing import NDArray
 
 from i3cl import storage
@@ -30,7 +32,11 @@ from i3cl.data.formats.checks import (
     checked_instance,
     identity_of,
     image_head,
+    is_companion,
+    may_hide_text,
     named,
+    nothing_read,
+    same_file,
     set_name,
 )
 from i3cl.data.formats.records import (
@@ -40,26 +46,27 @@ from i3cl.data.formats.records import (
     ImageRecord,
     Instance,
     TableRecords,
-    to_table,
+    record_table,
 )
 from i3cl.errors import UserError
 
+_WRITE = "write it with: prepare.py export parquet"
 _ROWS = 1024
-"""Rows in memory at a time."""
+"""Number of rows in memory at a time."""
 _FILE_SCHEMA = pa.schema([field for field in IMAGE_SCHEMA if field.name != "path"])
-"""What a Parquet file needs: where the images are is told when it is read."""
+"""Columns of a Parquet file; the images root is given when it is read, so `path` is not among them."""
 _REQUIRED = ("image_id", "file_name", "height", "width")
 _ODD_NAME = r"^[/~]|\\|//|(^|/)\.\.?(/|$)|^[A-Za-z]:|[\x00-\x1f]|/$|^\s*$"
-"""File names that ``checks.image_head`` must look at; all others are as they should be."""
+"""File names that ``checks.image_head`` must look at; all others are certainly fine."""
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_shards(out: str, records: Iterable[ImageRecord], rows_per_shard: int = 8192) -> int:
-    """Write records as a folder of Parquet files, whole or not at all; return their number.
+    """Write records as a folder of Parquet files, atomically; return the number of records.
 
-    Holds at most 1024 records at a time. ValueError when two records share an id; UserError when `out` exists.
+    At most 1024 records are in memory at a time. ValueError when two records share an id; UserError when `out` exists.
     """
     seen: set[int] = set()
     stream = iter(records)
@@ -73,7 +80,7 @@ def write_shards(out: str, records: Iterable[ImageRecord], rows_per_shard: int =
                         if record.id in seen:
                             raise ValueError(f"two records have the id {record.id}")
                         seen.add(record.id)
-                    writer.write_table(to_table(group, "").drop_columns(["path"]))
+                    writer.write_table(record_table(group, "").drop_columns(["path"]))
                     group = list(islice(stream, size))
                     if not group:
                         break
@@ -85,25 +92,34 @@ def write_shards(out: str, records: Iterable[ImageRecord], rows_per_shard: int =
 def write_parquet(path: str, records: Sequence[ImageRecord], images_root: str) -> None:
     """Write records as one Parquet file of ``IMAGE_SCHEMA``, atomically; ``read_coco`` reads it."""
     with storage.atomic_file(path) as out:
-        pq.write_table(to_table(records, images_root), out)
+        pq.write_table(record_table(records, images_root), out)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_table(path: str, images_root: str, *, skip_bad: bool, check_files: bool, lossweight: float | None) -> Dataset:
-    """A Parquet file or folder as a data set whose ``records`` are ``TableRecords``. As ``read_coco``, which calls this."""
+def read_table(
+    path: str,
+    images_root: str,
+    *,
+    skip_bad: bool,
+    check_files: bool,
+    lossweight: float | None,
+    same_files: bool = False,
+) -> Dataset:
+    """A Parquet file or folder as a data set whose ``records`` are ``TableRecords``; arguments and errors as ``read_coco``."""
     parts = _parts(path)
-    ids = [batch.column(0) for batch in _batches(parts, ("image_id",))]
-    numbers = pa.chunked_array(ids, pa.int64()).combine_chunks() if ids else pa.array([], pa.int64())
-    first = np.zeros(len(numbers), bool)
-    first[np.unique(numbers.fill_null(0).to_numpy(zero_copy_only=False), return_index=True)[1]] = True
+    ids, names = _keys(parts)
     reader = _Reader(path, images_root, Faults(skip_bad), PresentFiles(images_root) if check_files else None)
+    reader.repeated_id = _others(ids) != np.arange(len(ids))
+    if not same_files:
+        # Each entry of a file may lack words that the other one has, so with skip_bad none of them is used.
+        reader.same_file = {row: int(ids[other]) for row, other in _doubles(names, ~reader.repeated_id)}
 
     def checked() -> Iterator[pa.RecordBatch]:
         row = 0
         for batch in _batches(parts, None):
-            table = reader.check(batch, first[row : row + batch.num_rows], row)
+            table = reader.check(batch, row)
             row += batch.num_rows
             yield from (table if lossweight is None else _with_lossweight(table, lossweight)).to_batches()
 
@@ -111,8 +127,36 @@ def read_table(path: str, images_root: str, *, skip_bad: bool, check_files: bool
     return Dataset(set_name(path), images_root, TableRecords(table), tuple(reader.faults.problems))
 
 
+def _keys(parts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows,) image ids, 0 where null, and (rows,) 64-bit hashes of the normalised file names: names would fill memory."""
+    ids: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    names: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    for batch in _batches(parts, ("image_id", "file_name")):
+        ids.append(batch.column(0).fill_null(0).to_numpy(zero_copy_only=False))
+        hashes = (hash(posixpath.normpath(name or "")) for name in batch.column(1).to_pylist())
+        names.append(np.fromiter(hashes, np.int64, batch.num_rows))
+    return np.concatenate(ids), np.concatenate(names)
+
+
+def _others(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(rows,) for each row the first row with the same key."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _doubles(names: NDArray[np.int64], usable: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """(row, another usable row with the same name) for every usable row whose name occurs again."""
+    rows = np.flatnonzero(usable)
+    first = _others(names[rows])
+    again = np.flatnonzero(first != np.arange(len(rows)))
+    for later in again.tolist():
+        yield int(rows[later]), int(rows[first[later]])
+    for earlier, at in zip(*np.unique(first[again], return_index=True), strict=True):
+        yield int(rows[earlier]), int(rows[again[at]])
+
+
 def is_table(path: str) -> bool:
-    """Whether a Parquet file or folder is of images and their labels, by the columns of its first part. UserError when none."""
+    """Whether a Parquet file or folder holds images with labels, by the columns of its first part. UserError without any part."""
     part = _parts(path)[0]
     try:
         with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
@@ -128,9 +172,10 @@ def _parts(path: str) -> list[str]:
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
         raise UserError(f"{path}: its upload was stopped half-way; write it again")
-    names = [n for n in sorted(storage.list_files(path)) if n.endswith(".parquet") and n.rsplit("/", 1)[-1][0] not in "._"]
+    found = sorted(n for n in storage.list_files(path) if n.endswith(".parquet") and not is_companion(n))
+    names = [name for name in found if not posixpath.basename(name).startswith("_")]
     if not names:
-        raise UserError(f"{path}: holds no Parquet file; give a COCO json or a folder that write_shards wrote")
+        raise UserError(f"{path}: holds no Parquet file; give a COCO json, or a folder written by: prepare.py export parquet")
     return [storage.join(path, name) for name in names]
 
 
@@ -142,7 +187,7 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                 there = file.schema_arrow.names
                 for name in _REQUIRED:
                     if name not in there:
-                        raise UserError(f"{part}: not a Parquet table of images (no column {name}); use write_shards")
+                        raise UserError(f"{part}: not a Parquet table of images (no column {name}); {_WRITE}")
                 wanted = [name for name in columns or _FILE_SCHEMA.names if name in there]
                 for batch in file.iter_batches(_ROWS, columns=wanted):
                     batch.validate(full=True)
@@ -150,7 +195,7 @@ def _batches(parts: Sequence[str], columns: Sequence[str] | None) -> Iterator[pa
                     yield pa.RecordBatch.from_pydict(made, schema=pa.schema([_FILE_SCHEMA.field(n) for n in made]))
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{part}: not a Parquet table of images ({reason}); use write_shards") from None
+            raise UserError(f"{part}: not a Parquet table of images ({reason}); {_WRITE}") from None
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
@@ -173,20 +218,24 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 class _Reader:
-    """Checks batches: all rows by their columns, and one by one only those that are not plainly right."""
+    """Checks batches: all rows at once by their columns, and one by one only those that are not certainly right."""
+
+    repeated_id: NDArray[np.bool_]
+    """(all rows,) whether an earlier row has the same id."""
 
     def __init__(self, path: str, images_root: str, faults: Faults, present: PresentFiles | None) -> None:
         self.path, self.images_root, self.faults, self.present = path, images_root, faults, present
         self.prefix = storage.join(images_root, "x")[:-1]
+        self.same_file: dict[int, int] = {}
+        """Row -> id of another row with the same file."""
 
-    def check(self, batch: pa.RecordBatch, first: NDArray[np.bool_], start: int) -> pa.Table:
-        """The batch's right and mended rows as a table of ``IMAGE_SCHEMA``.
-
-        first: (rows,) whether a row is the first of its id; start: number of the batch's first row.
-        """
+    def check(self, batch: pa.RecordBatch, start: int) -> pa.Table:
+        """The batch's right and repaired rows as a table of ``IMAGE_SCHEMA``; start: number of the batch's first row."""
         right = _plain_heads(batch)
         right &= _plain_instances(batch, right)
-        right &= first
+        right &= ~self.repeated_id[start : start + batch.num_rows]
+        doubled = [row - start for row in self.same_file if start <= row < start + batch.num_rows]
+        right[doubled] = False
         if self.present is not None:
             for row in np.flatnonzero(right):
                 right[row] = self.present.has(batch.column("file_name")[row].as_py())
@@ -196,27 +245,30 @@ class _Reader:
         if right.all():
             return plain
         odd = np.flatnonzero(~right)
-        records = [self._record(batch.slice(row, 1).to_pylist()[0], bool(first[row]), start + row) for row in odd.tolist()]
+        records = [self._record(batch.slice(row, 1).to_pylist()[0], start + row) for row in odd.tolist()]
         kept = [record for record in records if record is not None]
         rows = np.concatenate([np.flatnonzero(right), odd[[record is not None for record in records]]])
-        together = pa.concat_tables([plain, to_table(kept, self.images_root)])
+        together = pa.concat_tables([plain, record_table(kept, self.images_root)])
         return together.take(pa.array(np.argsort(rows)))
 
-    def _record(self, row: dict[str, Any], first: bool, number: int) -> ImageRecord | None:
+    def _record(self, row: dict[str, Any], number: int) -> ImageRecord | None:
         image = {"id": row["image_id"], **row}
         where = f"{self.path}: {named('image', image, number)}"
         try:
-            identity = identity_of(image, number)
-            if not first:
+            identity = identity_of(image)
+            if self.repeated_id[number]:
                 raise BadItem("duplicate image id", "occurs twice; give every image its own id")
             name, height, width, source = image_head(image)
             if self.present is not None and not self.present.has(name):
                 path = storage.join(self.images_root, name)
                 raise BadItem("missing image", f"{path} is not there; correct the images root or the file name")
+            if number in self.same_file:
+                raise same_file(self.same_file[number], name)
         except BadItem as error:
             self.faults.bad(where, error)
             return None
         instances: list[Instance] = []
+        left_out: list[str] = []
         for position, entry in enumerate(row["instances"] or (), 1):
             here = f"{where}, instance {position}"
             try:
@@ -225,11 +277,15 @@ class _Reader:
                 if entry["polygon"] is None:
                     raise BadItem("polygon", "has no polygon; write x0, y0, x1, y1, ...")
                 entry = {**entry, "segmentation": [entry["polygon"]], "category_id": CATEGORY["id"]}
-                instance, mended = checked_instance(entry, {CATEGORY["id"]: True}, height, width)
+                instance, notes = checked_instance(entry, {CATEGORY["id"]: True}, height, width)
                 instances.append(instance)
-                self.faults.mended(here, mended)
+                self.faults.repaired(here, notes)
             except BadItem as error:
                 self.faults.bad(here, error)
+                left_out.append(error.kind)
+        if may_hide_text(left_out, len(instances)):
+            self.faults.bad(where, nothing_read(len(left_out)))
+            return None
         return ImageRecord(identity, name, height, width, tuple(instances), source)
 
 
@@ -280,13 +336,18 @@ def _plain_instances(batch: pa.RecordBatch, usable: NDArray[np.bool_]) -> NDArra
         # False for NaN too.
         inside = ((points >= 0) & (points <= limit)).all(1)
         fine = np.logical_and.reduceat(inside, starts)
-        fine &= (points[starts] != points[ends - 1]).any(1)
         following = np.arange(1, len(points) + 1)
         following[ends - 1] = starts
+        fine &= np.logical_and.reduceat((points != points[following]).any(1), starts)
         x, y = (points - np.repeat(points[starts], corners, axis=0)).T
         with np.errstate(invalid="ignore", over="ignore"):
             doubled = np.add.reduceat(x * y[following] - x[following] * y, starts)
         fine &= np.abs(doubled) > 2e-6
+        # Only rings that passed so far: the check for crossings takes no infinite numbers.
+        passed = np.flatnonzero(fine)
+        kept = np.repeat(fine, corners)
+        rings = shapely.linearrings(points[kept], indices=np.repeat(np.arange(len(passed)), corners[passed]))
+        fine[passed] = shapely.is_valid(shapely.polygons(rings))
         good[chosen] &= fine
     right[row_of[~good]] = False
     return right
@@ -307,7 +368,7 @@ def _with_lossweight(table: pa.Table, lossweight: float) -> pa.Table:
 
 
 def _mapped(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """The batches as a table of ``IMAGE_SCHEMA`` that lies in an unnamed file of TMPDIR."""
+    """The batches as a table of ``IMAGE_SCHEMA`` in an unnamed file of TMPDIR."""
     handle, path = tempfile.mkstemp(prefix="i3cl-table-", suffix=".arrow")
     os.close(handle)
     try:

@@ -1,4 +1,16 @@
-"""What the importers share: the record that each of them gives, the folder they read from, and how labels find images."""
+"""What the importers share: what an importer is, the folder that it reads, and how labels find their images.
+
+A new importer is a file with two functions and an ``Importer`` of them, and one line in registry.py:
+
+    def items(folder: Folder, split: str) -> list[Item]:          # which images there are, and where each one's label is
+        return paired(folder, split, (".txt",), stem, "image_<n>.jpg and image_<n>.txt")
+
+    def read(folder: Folder, item: Item) -> LabelledImage:        # one image's label
+        return line_by_line(folder, item, read_line)
+
+`paired` fits a label file per image, `whole_set` one label file for all. Points are handed over as the file has them:
+import_set.py repairs and counts.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +25,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl import geometry, storage
+from i3cl import storage
+from i3cl.data.formats.checks import is_companion
+from i3cl.data.formats.rings import degenerate
 from i3cl.data.importers import parse
+from i3cl.data.loading.endings import IMAGE_ENDINGS
 from i3cl.errors import UserError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-"""Compared in lower case: Total-Text has .JPG, MLT .gif and .png."""
+LABEL_ENDINGS = (".txt", ".json", ".xml", ".mat", ".csv")
+"""Files with these endings are labels or read-me files, so an import does not list them as left out."""
 MAX_LABEL_BYTES = 16 << 20
-"""Of a label file that belongs to one image."""
+"""Largest label file of one image, in bytes."""
 MAX_SET_BYTES = 2 << 30
-"""Of a label file that holds a whole set; the largest published one (LSVT) is under 0.2 GB."""
+"""Largest label file of a whole set, in bytes; the largest published one (LSVT) is under 0.2 GB."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,12 +68,12 @@ class LabelledImage:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image still to be read: small, so that a list of a whole set fits in memory and travels to other machines."""
+    """An image still to be read: small, so that the list of a whole set fits in memory and can be sent to other machines."""
 
     file_name: str
     """As ``LabelledImage.file_name``."""
     label: str | None
-    """What the importer's `read` takes: the label file's name in the source, or this image's labels as json. None: no label."""
+    """What the importer's `read` needs: the label file's name in the source, or this image's labels as json. None: no label."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Importer:
     """How one public data set is read."""
 
     items: Callable[[Folder, str], Iterable[Item]]
-    """All images of a split ('train', 'test'), in a fixed order; opens what holds the labels of the whole set, nothing else."""
+    """All images of a split ('train', 'test'), in a fixed order; opens a file only when it holds the labels of the whole set."""
     read: Callable[[Folder, Item], LabelledImage]
     """One image's labels. UserError that names file, line or key, and reason."""
     labelled: bool = True
@@ -74,7 +89,7 @@ class Importer:
 
 
 class Folder:
-    """A source folder, local or s3://, listed once. Links inside a local folder are followed: they are its owner's."""
+    """A source folder, local or s3://, listed once. Links inside a local folder are followed: its owner made them."""
 
     def __init__(self, root: str) -> None:
         self.root = storage.absolute(root)
@@ -86,13 +101,18 @@ class Folder:
 
     @property
     def names(self) -> list[str]:
-        """Sorted names, relative to the folder, of all files at any depth; hidden ones left out. UserError when there is none."""
+        """Sorted names, relative to the folder, of all files at any depth, without hidden ones. UserError when there is none."""
         if self._names is None:
             found = storage.list_files(self.root) if storage.is_remote(self.root) else _walk(self.path(""))
-            self._names = sorted(n for n in found if not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
+            self._names = sorted(n for n in found if not is_companion(n))
         if not self._names:
             raise UserError(f"{self.root}: no such folder, or nothing in it; give the folder of the download")
         return self._names
+
+    @property
+    def listed(self) -> bool:
+        """Whether the folder has been listed: an importer that knows all names from its label file never does it."""
+        return self._names is not None
 
     def read(self, name: str, limit: int = MAX_LABEL_BYTES) -> bytes:
         """A file's bytes. UserError when it is missing or larger than `limit`."""
@@ -118,16 +138,16 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def files(folder: Folder, split: str, endings: Sequence[str]) -> list[str]:
-    """Sorted names of the split's files with one of the endings (lower case).
+    """Sorted names of the split's files with one of the endings (lower case; names are compared in lower case).
 
-    A folder whose name has a word that begins with 'train' or 'test' holds that split; a file below neither belongs to both.
+    A folder whose name has a word that begins with 'train' or 'test' holds that split; a file in neither belongs to both.
     """
     return [n for n in folder.names if n.lower().endswith(tuple(endings)) and _split_of(n) in (None, split)]
 
 
 def _split_of(name: str) -> str | None:
     words = re.findall(r"[a-z]+", posixpath.dirname(name).lower())
-    # The innermost folder says it: test sets lie in downloads called after training, and the other way round.
+    # The innermost folder decides: a download named after the train split may hold the test set, and the other way round.
     return next((s for word in reversed(words) for s in ("train", "test") if word.startswith(s)), None)
 
 
@@ -137,7 +157,7 @@ def stem(name: str) -> str:
 
 
 def by_key(names: Iterable[str], key: Callable[[str], str], folder: Folder) -> dict[str, str]:
-    """Key -> name. UserError when two names have the same key: nothing would tell which is meant."""
+    """Key -> name. UserError when two names have the same key, since it would not be clear which one is meant."""
     found: dict[str, str] = {}
     for name in names:
         other = found.setdefault(key(name), name)
@@ -151,8 +171,8 @@ def by_key(names: Iterable[str], key: Callable[[str], str], folder: Folder) -> d
 def paired(folder: Folder, split: str, label_endings: Sequence[str], key: Callable[[str], str], layout: str) -> list[Item]:
     """Images with their label files, matched by `key` of the names, ordered by file name.
 
-    Labels without an image, in a folder where others have one, and images without labels come too: the caller decides.
-    UserError when there is no label file.
+    Labels without an image (in a folder where others have one) and images without labels are in the list too: the caller
+    decides about them. UserError when there is no label file.
     """
     images = by_key(files(folder, split, IMAGE_ENDINGS), key, folder)
     labels = by_key(files(folder, split, label_endings), key, folder)
@@ -160,10 +180,10 @@ def paired(folder: Folder, split: str, label_endings: Sequence[str], key: Callab
 
 
 def join_pairs(folder: Folder, split: str, images: dict[str, str], labels: dict[str, str], layout: str) -> list[Item]:
-    """As ``paired``, of names that are matched to keys already; a key is the image's usual name without its ending."""
+    """As ``paired``, for names that already have keys; a key is the image's usual name without its ending."""
     if not labels:
         raise UserError(f"{folder.root}: no label files of the {split} split; expected {layout}")
-    # A read-me lies where no labels are; labels alone, without any image, are fine.
+    # A folder without any matched label holds read-me files. Labels without any image at all are fine.
     holding = {posixpath.dirname(name) for key, name in labels.items() if key in images}
     if holding:
         labels = {key: name for key, name in labels.items() if posixpath.dirname(name) in holding}
@@ -176,7 +196,8 @@ def join_pairs(folder: Folder, split: str, images: dict[str, str], labels: dict[
 def whole_set(folder: Folder, label_name: str, images: Sequence[str], entries: dict[str, object], layout: str) -> Iterator[Item]:
     """Items of a set whose labels are one object, image stem -> labels, ordered by file name.
 
-    Images that the object does not name come with label None; the others' is what ``own_entries`` reads.
+    label_name: the label file; entries: its object. Images that the object does not name get the label None; the label of the
+    others is what ``own_entries`` reads.
     """
     by_stem = by_key(images, stem, folder)
     for key in entries:
@@ -189,14 +210,14 @@ def whole_set(folder: Folder, label_name: str, images: Sequence[str], entries: d
 
 
 def own_entries(folder: Folder, label: str) -> tuple[list[Any], str]:
-    """An image's own list in the object of ``whole_set``, and its place: file and key."""
+    """An image's own list in the object of ``whole_set``, and its place (file and key) for messages."""
     name, key, entries = parse.parse_json(label, folder.root)
     where = f"{folder.path(name)}: key {key}"
     return parse.a_list(entries, where), where
 
 
 def one_file(folder: Folder, basename: str, layout: str) -> str:
-    """The name of the only file called so, at any depth. UserError when there is none, or several."""
+    """The name of the only file called `basename`, at any depth. UserError when there is none, or several."""
     found = [name for name in folder.names if posixpath.basename(name) == basename]
     if len(found) != 1:
         what = f"{len(found)} files called" if found else "no"
@@ -214,15 +235,8 @@ def instance(
     return LabelledInstance(polygon, ignore or degenerate(polygon), clean(text), clean(language))
 
 
-def degenerate(polygon: NDArray[np.float32]) -> bool:
-    """Fewer than 3 points, or no area even after a crossing ring is untangled."""
-    if len(polygon) < 3:
-        return True
-    return geometry.polygon_area(polygon) <= 1e-6 and geometry.to_shapely([polygon])[0].area <= 1e-6
-
-
 def dont_care(text: str | None) -> bool:
-    """Whether a transcription is the mark `###`, compared without blanks around it and one pair of quotes."""
+    """Whether a transcription is the mark `###`, ignoring blanks around it and one pair of double quotes."""
     if text is None:
         return False
     text = text.strip()
@@ -230,19 +244,24 @@ def dont_care(text: str | None) -> bool:
 
 
 def clean(text: str | None) -> str | None:
-    """Half a surrogate pair is valid json but no Unicode text, and no table can hold it."""
+    """The text without lone surrogates: they are valid json but not Unicode text, and no table can hold them."""
     return text.encode("utf-8", "replace").decode() if text else text
 
 
 def line_by_line(folder: Folder, item: Item, read: Callable[[str, str], LabelledInstance]) -> LabelledImage:
-    """An image whose label file has an instance a line; read(line, place) makes the instance."""
+    """An image whose label file has one instance per line; read(line, place) makes the instance."""
     name = required_label(folder, item)
     rows = parse.lines(folder.read(name), folder.path(name))
     return LabelledImage(item.file_name, tuple(read(line, where) for where, line in rows))
 
 
+def unlabelled(folder: Folder, item: Item) -> LabelledImage:
+    """An unlabelled image: the `read` of a set without labels."""
+    return LabelledImage(item.file_name, None)
+
+
 def required_label(folder: Folder, item: Item) -> str:
-    """The item's label. UserError when a labelled set has none for this image."""
+    """The item's label. UserError when there is none: in a labelled set every image needs one."""
     if item.label is None:
         raise UserError(f"{folder.path(item.file_name)}: no labels for this image; add them or remove the image")
     return item.label

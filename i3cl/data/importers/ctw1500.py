@@ -1,4 +1,4 @@
-"""SCUT-CTW1500, all its label forms, told apart by content:
+"""SCUT-CTW1500 in all its label forms, which are told apart by content.
 
 - XML (2020, train): `box` elements with `segs` (x, y pairs) and `label`;
 - text `x1,y1,...,xn,yn,####TEXT` (2020, test): split at the first `,####`, so don't-care lines end in `#######`;
@@ -55,7 +55,7 @@ def read(folder: Folder, item: Item) -> LabelledImage:
 def _read_xml(root: Element, where: str) -> list[LabelledInstance]:
     images = [root] if root.tag == "image" else root.findall("image")
     if len(images) != 1:
-        raise UserError(f"{where}: {len(images)} image elements; expected one file an image")
+        raise UserError(f"{where}: {len(images)} image elements; expected one file per image")
     found = []
     for number, box in enumerate(images[0].findall("box"), 1):
         place = f"{where}: box {number}"

@@ -1,5 +1,7 @@
-"""Checked reading of the texts that labels come in. Every fault is a UserError that names the place; nothing takes more than
-linear time."""
+"""Checked reading of label texts: lines, numbers, json, xml.
+
+Every fault is a UserError that names the place; nothing takes more than linear time.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
+from i3cl.data.formats.checks import shown
 from i3cl.errors import UserError
 
 MAX_COORDINATE = 1_000_000
-"""Pixels; beyond any image, so a mistake."""
+"""Pixels; a larger coordinate lies beyond any image, so it is a mistake."""
 MAX_POINTS = 128
-"""Of one polygon; the most in a public set is about 30, and untangling a ring takes the cube of them."""
+"""Most points of one polygon; public sets have about 30 at most, and the time to untangle a ring grows with their cube."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -33,7 +36,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
-    """(place, line) of every line that is not blank. Only LF and CRLF end a line: transcriptions hold other separators."""
+    """(place, line) of every line that is not blank. Only LF and CRLF end a line: transcriptions may hold other separators."""
     for number, line in enumerate(decode(data, where).split("\n"), 1):
         line = line.removesuffix("\r")
         if line.strip():
@@ -41,12 +44,12 @@ def lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
 
 
 def is_number(token: str) -> bool:
-    """Whether a token, blanks and tabs around it apart, is a plain decimal number."""
+    """Whether a token is a plain decimal number; blanks and tabs around it do not count."""
     return len(token) <= 64 and _NUMBER.fullmatch(token.strip(" \t")) is not None
 
 
 def points(numbers: Sequence[Any], where: str, minimum: int = 3) -> NDArray[np.float32]:
-    """(N, 2) float32 of flat x0, y0, x1, y1, ...: numbers or number tokens. UserError, too, when N < `minimum`."""
+    """(N, 2) float32 of flat x0, y0, x1, y1, ..., given as numbers or as texts of numbers. UserError when N < `minimum`."""
     if len(numbers) % 2 or len(numbers) < 2 * minimum:
         raise UserError(f"{where}: {len(numbers)} coordinates; a polygon needs x, y pairs of at least {minimum} points")
     if len(numbers) > 2 * MAX_POINTS:
@@ -67,7 +70,7 @@ def points(numbers: Sequence[Any], where: str, minimum: int = 3) -> NDArray[np.f
 
 
 def quadrilateral(line: str, where: str, *names: str) -> tuple[Any, ...]:
-    """(4, 2) float32 and a string for each of `names`, from `x1,y1,...,x4,y4` and as many fields; the last keeps its commas."""
+    """(4, 2) float32 and one string per name, from a line `x1,y1,...,x4,y4` and those fields; the last one keeps its commas."""
     fields = line.split(",", 7 + len(names))
     if len(fields) != 8 + len(names):
         raise UserError(f"{where}: {len(fields)} fields; expected x1,y1,x2,y2,x3,y3,x4,y4,{','.join(names)}")
@@ -75,13 +78,13 @@ def quadrilateral(line: str, where: str, *names: str) -> tuple[Any, ...]:
 
 
 def unquoted(text: str) -> str:
-    """Without blanks around and without one pair of double quotes."""
+    """The text without blanks around it and without one pair of double quotes."""
     text = text.strip()
     return text[1:-1] if len(text) >= 2 and text.startswith('"') and text.endswith('"') else text
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """A json value. UserError for broken text, a key that occurs twice, and nesting that no label file has."""
+    """A json value. UserError for broken text, a key that occurs twice, and nesting deeper than any label file has."""
     text = decode(data, where) if isinstance(data, bytes) else data
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,21 +107,21 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def a_list(value: Any, where: str) -> list[Any]:
-    """The value, which has to be a list."""
+    """The value, which must be a list. UserError when it is not."""
     if not isinstance(value, list):
         raise UserError(f"{where}: is {shown(value)}; expected a list")
     return value
 
 
 def an_object(value: Any, where: str) -> dict[str, Any]:
-    """The value, which has to be a json object."""
+    """The value, which must be a json object. UserError when it is not."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: is {shown(value)}; expected an object")
     return value
 
 
 def a_text(entry: dict[str, Any], key: str, where: str) -> str:
-    """entry[key], which has to be a string."""
+    """entry[key], which must be a string. UserError when it is not."""
     value = entry.get(key)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key} is {shown(value)}; expected text")
@@ -126,7 +129,7 @@ def a_text(entry: dict[str, Any], key: str, where: str) -> str:
 
 
 def a_flag(entry: dict[str, Any], key: str, where: str) -> bool:
-    """entry[key], which has to be true, false, 0 or 1."""
+    """entry[key] as a bool; it must be true, false, 0 or 1. UserError when it is not."""
     value = entry.get(key)
     if not isinstance(value, bool | int) or value not in (0, 1):
         raise UserError(f"{where}: {key} is {shown(value)}; expected true or false")
@@ -146,15 +149,3 @@ def parse_xml(data: bytes, where: str) -> Element:
         raise UserError(f"{where}: not usable XML ({' '.join(str(error).split())}); save it as UTF-8") from None
     assert isinstance(root, Element)
     return root
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, on one line, printable whatever it holds."""
-    if value is None:
-        return "missing"
-    if isinstance(value, list | dict):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    if isinstance(value, int) and abs(value) >= 10**30:
-        return "a huge number"
-    text = ascii(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from i3cl.data.importers.base import IMAGE_ENDINGS, Folder, Importer, Item, LabelledImage
+from i3cl.data.importers.base import IMAGE_ENDINGS, Folder, Importer, Item, unlabelled
 from i3cl.errors import UserError
 
 
@@ -14,9 +14,4 @@ def items(folder: Folder, split: str) -> list[Item]:
     return found
 
 
-def read(folder: Folder, item: Item) -> LabelledImage:
-    """An unlabelled image."""
-    return LabelledImage(item.file_name, None)
-
-
-FOLDER = Importer(items, read, labelled=False)
+FOLDER = Importer(items, unlabelled, labelled=False)

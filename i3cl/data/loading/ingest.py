@@ -26,7 +26,7 @@ from i3cl.data.formats.records import (
     ImageRecord,
     TableRecords,
     record_from_row,
-    to_table,
+    record_table,
 )
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.data.loading.transforms import TrainingImage, TrainTransform
@@ -158,7 +158,7 @@ def mix(
     for source in sources:
         dataset = read_source(source, data_root, skip_bad, check_files)
         records = dataset.records
-        tables.append(records.table if isinstance(records, TableRecords) else to_table(records, dataset.images_root))
+        tables.append(records.table if isinstance(records, TableRecords) else record_table(records, dataset.images_root))
         weights.append(np.full(len(dataset.records), source.weight))
         if source.per_step and not len(dataset.records):
             raise UserError(f"{source.annotations}: has no images, but its per_step is {source.per_step}; leave the set out")
@@ -233,7 +233,7 @@ class _Loader:
         # An error that left a task would reach the user as the task's traceback, without the message.
         cv2.setNumThreads(1)
         samples = [self.checked(row) for row in rows.to_pylist()]
-        table = to_table([sample.record for sample in samples], "")
+        table = record_table([sample.record for sample in samples], "")
         table = table.append_column("pixels", pa.array([sample.image.tobytes() for sample in samples], pa.large_binary()))
         table = table.append_column("data_set", pa.array([sample.source for sample in samples], pa.int32()))
         table = table.append_column("weight", pa.array([sample.weight for sample in samples], pa.float64()))

@@ -1,1 +1,1 @@
-"""Generated scene text: simple shapes for the quickstart, street scenes for pre-training."""
+"""Generated scene text: plain pictures for the quickstart (plain.py), street scenes for pre-training (street.py)."""

@@ -1,4 +1,4 @@
-"""What stands behind synthetic text: procedural streets and shops, photographs, and clutter that is no text."""
+"""Backgrounds of synthetic text: procedural streets and shops, photographs, and clutter that is not text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from i3cl import storage
+from i3cl.data.formats.checks import is_companion
+from i3cl.data.loading.endings import IMAGE_ENDINGS
 from i3cl.data.loading.images import decode_image
 from i3cl.errors import UserError
 
@@ -18,13 +20,13 @@ Picture = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 Colour = tuple[float, float, float]
 _TEXTURE = 768
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def background(rng: np.random.Generator, height: int, width: int, photographs: float, folder: str | None) -> Picture:
-    """A text-free picture. photographs: share (0-1) that are photographs, where there are any; else procedural scenes.
+    """A picture of height x width pixels without text.
 
-    folder: the user's text-free photographs, local or s3://; they then are the only photographs used.
+    photographs: share (0-1) of pictures that are photographs, if there are any; the others are procedural scenes. folder: the
+    user's photographs without text, local or s3://; with it, no other photographs are used.
     """
     if rng.random() < photographs:
         sources = photograph_files(folder) if folder is not None else _packaged_photographs()
@@ -47,7 +49,7 @@ def background(rng: np.random.Generator, height: int, width: int, photographs: f
 
 
 def wall_colour(rng: np.random.Generator) -> Colour:
-    """A colour of things in streets: mostly greys, browns and dull blues. RGB, 0-255."""
+    """A random colour as things in streets have it: mostly greys, browns and dull blues. RGB, 0-255."""
     kind, pick, level = rng.random(3)
     hue = 0.02 + 0.11 * pick if kind < 0.55 else 0.54 + 0.12 * pick if kind < 0.8 else pick
     saturation = 0.6 * pick * rng.random() if kind < 0.85 else 0.3 + 0.6 * rng.random()
@@ -60,7 +62,7 @@ def wall_colour(rng: np.random.Generator) -> Colour:
 
 @cache
 def textures() -> list[NDArray[np.uint8]]:
-    """Grey textures of _TEXTURE pixels square, made once a process and the same in every one."""
+    """Grey textures, _TEXTURE pixels square; made once per process, and the same in every process."""
     rng = np.random.default_rng(20)
     side = _TEXTURE
     made: list[MatLike] = []
@@ -90,7 +92,7 @@ def textures() -> list[NDArray[np.uint8]]:
 
 
 def textured(rng: np.random.Generator, height: int, width: int, colour: Colour, depth: float | None = None) -> Picture:
-    """A surface: `colour` with a random texture of `depth` (0-1; None: random)."""
+    """A surface of height x width pixels: `colour` with a random texture of strength `depth` (0-1; None: random)."""
     library = textures()
     texture = library[rng.integers(len(library))]
     zoom = float(np.exp(rng.uniform(-0.8, 0.5)))
@@ -123,7 +125,7 @@ def _fractal(rng: np.random.Generator, side: int, sharpness: float) -> NDArray[n
 
 
 def _scene(rng: np.random.Generator, height: int, width: int) -> Picture:
-    """A wall near by, a street or a shop: planes with textures, one behind the other."""
+    """A wall close by, a street or a shop: planes with textures, one behind the other."""
     kind = rng.random()
     canvas = textured(rng, height, width, wall_colour(rng))
     if kind < 0.35:
@@ -174,7 +176,7 @@ def _windows(rng: np.random.Generator, part: Picture) -> None:
 
 
 def _shelves(rng: np.random.Generator, part: Picture) -> None:
-    """Rows of goods: many small shapes of a word's size that are no words."""
+    """Rows of goods: many small shapes of the size of a word."""
     tall = int(rng.integers(10, 44))
     board = wall_colour(rng)
     for y in range(0, part.shape[0] - tall, tall + int(rng.integers(3, 8))):
@@ -192,7 +194,7 @@ def _shelves(rng: np.random.Generator, part: Picture) -> None:
 
 
 def clutter(rng: np.random.Generator, canvas: MatLike) -> None:
-    """One thing that a detector might take for text: bars, grids, rows of shapes, lights, leaves, arrows, empty signs."""
+    """Draw one thing that a detector might take for text: bars, grids, rows of shapes, lights, leaves, arrows, empty signs."""
     height, width = canvas.shape[:2]
     x, y = rng.uniform(0, width), rng.uniform(0, height)
     angle = rng.normal(0, 0.12) if rng.random() < 0.8 else rng.uniform(-1.6, 1.6)
@@ -256,7 +258,7 @@ def clutter(rng: np.random.Generator, canvas: MatLike) -> None:
 
 @cache
 def _packaged_photographs() -> list[Picture]:
-    """The text-free photographs that scikit-image, when installed, brings along."""
+    """The photographs without text that scikit-image brings along; none when it is not installed."""
     try:
         from skimage import data
     except ImportError:
@@ -276,10 +278,10 @@ def _packaged_textures() -> list[NDArray[np.uint8]]:
 
 @cache
 def photograph_files(folder: str) -> list[str]:
-    """Sorted paths of the photographs in a folder. UserError when there is none."""
-    names = sorted(n for n in storage.list_files(folder) if n.lower().endswith(_IMAGE_SUFFIXES))
+    """Sorted paths of the photographs in a folder, without hidden files. UserError when there is none."""
+    names = sorted(n for n in storage.list_files(folder) if n.lower().endswith(IMAGE_ENDINGS) and not is_companion(n))
     if not names:
-        raise UserError(f"{folder}: holds no photograph ({', '.join(_IMAGE_SUFFIXES)}); correct scene_text.backgrounds")
+        raise UserError(f"{folder}: holds no photograph ({', '.join(IMAGE_ENDINGS)}); correct scene_text.backgrounds")
     return [storage.join(folder, name) for name in names]
 
 
@@ -288,7 +290,7 @@ def _photograph(path: str) -> Picture:
 
 
 def _crop(rng: np.random.Generator, photograph: Picture, height: int, width: int) -> Picture:
-    """A random window of the photograph's shape of the image, mirrored and shifted in colour at random."""
+    """A random window of the photograph with the image's shape, at random mirrored and shifted in colour."""
     zoom = min(photograph.shape[0] / height, photograph.shape[1] / width) * rng.uniform(0.45, 1)
     tall, wide = max(int(height * zoom), 1), max(int(width * zoom), 1)
     y, x = rng.integers(photograph.shape[0] - tall + 1), rng.integers(photograph.shape[1] - wide + 1)
@@ -296,7 +298,7 @@ def _crop(rng: np.random.Generator, photograph: Picture, height: int, width: int
     if rng.random() < 0.5:
         part = part[:, ::-1]
     resized = cv2.resize(np.ascontiguousarray(part), (width, height), interpolation=cv2.INTER_LINEAR)
-    # One curve a channel: exposure and colour of the light.
+    # One curve per channel: exposure, and colour of the light.
     gamma, gains = np.exp(rng.normal(0, 0.3)), np.exp(rng.normal(0, 0.05, 3))
     table = (255 * (np.linspace(0, 1, 256)[:, None] ** gamma) * gains).clip(0, 255).astype(np.uint8)
     return cv2.LUT(resized, table[:, None]).astype(np.uint8, copy=False)

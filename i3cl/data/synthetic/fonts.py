@@ -1,4 +1,4 @@
-"""Typefaces for synthetic text: those of installed font packages, DejaVu, and the user's own folder."""
+"""Typefaces for synthetic text: from installed font packages, DejaVu, and the user's own folder."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Face:
 
     path: str
     index: int = 0
-    """In a collection."""
+    """Number of the typeface in a collection."""
     weight: int | None = None
-    """On the weight axis of a variable typeface; None: the typeface has no such axis."""
+    """Weight of a variable typeface; None: the typeface has only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faces:
-    """What there is to draw with: families of faces, so that a family with many cuts is not drawn more often."""
+    """The typefaces to draw with, grouped in families, so that a family with many cuts is not drawn more often."""
 
     latin: tuple[tuple[Face, ...], ...]
     cjk: tuple[tuple[Face, ...], ...]
@@ -82,9 +82,7 @@ def find_faces(folder: str | None = None) -> Faces:
         missing.append(CJK_PACKAGE)
     else:
         cjk.append(tuple(Face(str(file), _CJK_INDEX, weight) for file in files for weight in (300, 500, 700, 900)))
-    # The Display faces hold only a few symbols.
-    dejavu = [f for f in (Path(get_data_path()) / "fonts" / "ttf").glob("DejaVu*.ttf") if "Display" not in f.name]
-    latin.append(_family(dejavu))
+    latin.append(_family(dejavu_files()))
     if folder is not None:
         for file in _files(Path(folder)):
             characters = _characters(str(file))
@@ -95,6 +93,13 @@ def find_faces(folder: str | None = None) -> Faces:
         if not _files(Path(folder)):
             raise UserError(f"{folder}: holds no .ttf, .otf or .ttc file; correct scene_text.fonts")
     return Faces(tuple(latin), tuple(cjk), tuple(missing))
+
+
+@cache
+def dejavu_files() -> list[Path]:
+    """The DejaVu typefaces that matplotlib brings along, sorted."""
+    # The Display faces hold only a few symbols.
+    return sorted(f for f in (Path(get_data_path()) / "fonts" / "ttf").glob("DejaVu*.ttf") if "Display" not in f.name)
 
 
 @lru_cache(maxsize=2048)
@@ -129,9 +134,13 @@ def _package_files(package: str) -> list[Path] | None:
         return _files(folder)
 
 
+def _is_typeface(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith("._")
+
+
 def _files(folder: Path) -> list[Path]:
     """Typefaces in a folder, sorted; of a face that is there as .ttf and .otf, the first."""
-    found = {file.stem: file for file in sorted(folder.rglob("*"), reverse=True) if file.suffix.lower() in _SUFFIXES}
+    found = {file.stem: file for file in sorted(folder.rglob("*"), reverse=True) if _is_typeface(file)}
     return sorted(found.values())
 
 

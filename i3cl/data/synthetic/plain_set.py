@@ -1,7 +1,8 @@
-"""The quickstart's data set on disk: labelled, unlabelled (its truth apart) and validation parts, made by Ray tasks."""
+"""The quickstart's data set on disk, made by Ray tasks: labelled, unlabelled (its truth in a file apart) and validation parts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import cv2
@@ -13,15 +14,19 @@ from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.data.synthetic.plain import make_split
 from i3cl.runtime.cluster import connect
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 32
+"""Number of images in one Ray task."""
 _QUALITY = 90
+"""JPEG quality."""
 
 
 def write_synthetic_set(settings: SyntheticSettings, folder: str) -> None:
     """Write {labelled,unlabelled,validation}/*.jpg with COCO json files beside them, and unlabelled_truth.json.
 
-    Image ids are unique over the parts; the same settings make the same pixels on any number of workers. Returns at once when
-    the set is there: the last json is written when all else is done.
+    Image ids are unique over all parts; the same settings make the same pixels on any number of workers. Does nothing when the
+    set is there already: the last json is written when everything else is done.
     """
     parts = {"labelled": settings.labelled, "unlabelled": settings.unlabelled, "validation": settings.validation}
     if storage.exists(storage.join(folder, "validation.json")):
@@ -41,7 +46,7 @@ def write_synthetic_set(settings: SyntheticSettings, folder: str) -> None:
     for part, chunks in pending.items():
         records = [record for chunk in ray.get(chunks) for record in chunk]
         words = sum(len(record.instances) for record in records)
-        print(f"data: {part}: {len(records)} images, {words} words", flush=True)
+        logger.info("data: %s: %d images, %d words", part, len(records), words)
         if part == "unlabelled":
             write_coco(storage.join(folder, "unlabelled_truth.json"), records)
             records = [ImageRecord(r.id, r.file_name, r.height, r.width, ()) for r in records]

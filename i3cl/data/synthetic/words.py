@@ -1,4 +1,4 @@
-"""What synthetic signs say."""
+"""The words on synthetic signs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,63 @@ _CJK = (
     "东南西北街路道巷号楼层门窗开关上下左右前后内外高低新旧老字好吃便宜优惠打折免费特价批发零售专卖连锁总部分公司"
     "有限责任集团科技发展文化艺术中心广告印刷设计培训教育英语少儿幼园安全生产禁止吸烟小心注意请勿入内办证年月日时"
 )
+_PLAIN_SIGNS = [
+    "OPEN",
+    "CLOSED",
+    "EXIT",
+    "ENTRY",
+    "TAXI",
+    "HOTEL",
+    "CAFE",
+    "BAR",
+    "BANK",
+    "SALE",
+    "STOP",
+    "PARKING",
+    "STATION",
+    "MARKET",
+    "BAKERY",
+    "PHARMACY",
+    "FRESH",
+    "Coffee",
+    "Books",
+    "Pizza",
+    "Welcome",
+    "Restaurant",
+    "Garden",
+    "Museum",
+    "Library",
+    "Studio",
+    "Express",
+    "Center",
+    "Street",
+    "Avenue",
+    "24H",
+    "No1",
+    "1987",
+    "50OFF",
+    "Since1920",
+]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
+def plain_word(rng: np.random.Generator) -> str:
+    """3 to 10 letters or digits, for the plain generator."""
+    kind = rng.random()
+    if kind < 0.2:
+        return str(rng.choice(_PLAIN_SIGNS))
+    if kind < 0.3:
+        return "".join(rng.choice(list("0123456789"), rng.integers(3, 7)))
+    text = ""
+    for _ in range(rng.integers(1, 5)):
+        text += str(rng.choice(_ONSETS)) + str(rng.choice(_NUCLEI[:-1]))
+        text += str(rng.choice(_CODAS[:-1])) if rng.random() < 0.75 else ""
+    text = (text if len(text) >= 3 else text + "ns")[:10]
+    return (text.lower(), text.upper(), text.capitalize())[rng.integers(3)]
+
+
 def latin_word(rng: np.random.Generator) -> str:
-    """A word of a sign, now and then a made-up one or a few random letters; lower case."""
+    """A word of a sign, sometimes an invented one or a few random letters; in lower case except for random letters."""
     kind = rng.random()
     if kind < 0.7:
         return _SIGNS[rng.integers(len(_SIGNS))]

@@ -1,4 +1,4 @@
-"""Degraded copies of a labelled set: bad light, noise, flat contrast. Pixels change, polygons do not.
+"""Degraded copies of a labelled set: bad light, noise, changed contrast. Pixels change, polygons do not.
 
 The three kinds follow the extra training sets of the original recipes (light, noise, sig).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import posixpath
 import zlib
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.errors import UserError
 from i3cl.runtime.parts import IN_PROCESS, run_parts
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["light", "noise", "sig"]
 Picture = NDArray[np.uint8]
@@ -52,7 +55,7 @@ def _light(rng: np.random.Generator, image: Picture) -> Picture:
     gamma = float(np.exp(rng.choice([-1, 1]) * rng.uniform(0.1, 0.8)))
     curve = 255 * float(rng.uniform(0.75, 1.15)) * np.linspace(0, 1, 256) ** gamma
     exposed = cv2.LUT(image, curve.clip(0, 255).astype(np.uint8))
-    # Coarse, because light changes slowly: 64 cells across are enlarged smoothly.
+    # Light changes slowly, so a coarse grid of 64 cells across is enlarged smoothly.
     y, x = np.mgrid[-1:1:48j, -1:1:64j]
     angle = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0.1, 0.5) * (np.cos(angle) * x + np.sin(angle) * y)
@@ -96,7 +99,7 @@ def _sigmoid(rng: np.random.Generator, image: Picture) -> Picture:
     values = np.linspace(0, 1, 256)
     curve = 255 / (1 + np.exp(gain * (cutoff - values)))
     if rng.random() < 0.2:
-        # Now and then the other way: greys instead of hard black and white.
+        # Sometimes the other way: greys instead of hard black and white.
         curve = 255 * (0.5 + (values - 0.5) * rng.uniform(0.25, 0.5))
     return np.asarray(cv2.LUT(image, curve.round().astype(np.uint8)), np.uint8)
 
@@ -109,9 +112,9 @@ def write_degraded(
 ) -> str:
     """Write folder/images/ with a degraded copy of every image, names kept, and return folder/set.json with the polygons.
 
-    A copy depends on its file name, the kind and `seed` only. Images that are there are not made again after an interruption;
-    set.json comes last. UserError for an unreadable image or an ending that cannot be written (with `skip_bad` it is named and
-    left out), for a seed below 0, and for a folder that holds other copies.
+    A copy depends only on its file name, the kind and `seed`. After an interruption, images that are there are not made again;
+    set.json is written last. UserError for an unreadable image or an ending that cannot be written (with `skip_bad` it is named
+    and left out), for a seed below 0, and for a folder that holds other copies.
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: give a whole number from 0")
@@ -124,7 +127,7 @@ def write_degraded(
     content = {"kind": kind, "seed": seed, "images_root": dataset.images_root, "images": len(dataset.records)}
     if not storage.exists(note):
         if storage.exists(annotations):
-            raise UserError(f"{annotations}: exists already and is no degraded copy; choose another folder")
+            raise UserError(f"{annotations}: exists already and is not a degraded copy; choose another folder")
         storage.write_text_atomic(note, json.dumps(content) + "\n")
     elif storage.read_text(note) != json.dumps(content) + "\n":
         raise UserError(f"{note}: the folder holds other degraded copies; choose another folder or remove it")
@@ -136,9 +139,9 @@ def write_degraded(
     work = partial(_write_part, kind, dataset.images_root, folder, seed, chunks, skip_bad)
     problems = run_parts(f"degrade {kind}", list(range(len(chunks))), len(wanted), work, in_process)
     for problem in problems[:5]:
-        print(f"degrade {kind}: left out {problem}", flush=True)
+        logger.info("degrade %s: left out %s", kind, problem)
     if len(problems) > 5:
-        print(f"degrade {kind}: left out {len(problems)} images in all", flush=True)
+        logger.info("degrade %s: left out %d images in all", kind, len(problems))
     written = storage.list_files(storage.join(folder, "images"))
     kept = [record for record in dataset.records if record.file_name in written]
     if not kept:

@@ -1,8 +1,9 @@
-"""Divide a data set, leave images out by lists, and find images that look the same."""
+"""Dividing a data set, leaving images out by lists, and finding images that look the same."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -21,16 +22,19 @@ from i3cl.data.formats.table import write_shards
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _POOL_FROM = 500
-"""Images from which hashing runs in several processes."""
+"""Number of images from which hashing runs in several processes."""
 
 
 # ----------------------------------------------------------------------------------------------------- dividing
 
 
 def split_of(file_name: str, fractions: Mapping[str, float], seed: int) -> str:
-    """Name of the part that an image belongs to: a function of its file name and the seed alone, so that it stays there when
-    images are added or left out. `fractions` add up to 1.
+    """Name of the part that an image belongs to. `fractions` add up to 1.
+
+    It depends on the file name and the seed alone, so an image stays in its part when others are added or left out.
     """
     digest = hashlib.blake2b(file_name.encode(), digest_size=8, key=str(seed).encode()).digest()
     place = int.from_bytes(digest, "big") / 2**64
@@ -52,7 +56,7 @@ def parse_fractions(words: Sequence[str]) -> dict[str, float]:
         except ValueError:
             fraction = math.nan
         if not re.fullmatch(r"\w[\w.-]*", name) or not 0 < fraction <= 1 or name in fractions:
-            raise UserError(f"--fractions {word}: write NAME=SHARE with another name each and a share from 0 to 1")
+            raise UserError(f"--fractions {word}: write NAME=SHARE, each with its own name and a share from 0 to 1")
         fractions[name] = fraction
     if abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"--fractions add up to {sum(fractions.values()):g}; make them add up to 1")
@@ -60,13 +64,13 @@ def parse_fractions(words: Sequence[str]) -> dict[str, float]:
 
 
 def read_removals(listed: str) -> tuple[set[str], set[int]]:
-    """Image stems, and with a column numbers, out of a list with an id or several a line.
+    """Image stems and, with a column, numbers from a list with one or more ids per line.
 
-    listed: path, or path:COLUMN. Fields stand apart by blanks, tabs, commas, semicolons or '->'; folders and suffixes of
-    images are cut off; blank lines and lines that begin with '#' are passed over. Without a column every field counts as the
-    whole name of an image: in a list that pairs img12 with gt_34 only gt_34 names an image of a set of gt_<n>. With COLUMN
-    (from 1) only that field counts, and one of digits alone stands for the number at the end of a name. UserError for a list
-    without ids.
+    listed: path, or path:COLUMN. Fields are separated by blanks, tabs, commas, semicolons or '->'; folders and suffixes of
+    images are cut off; blank lines and lines that begin with '#' are ignored. Without a column every field counts as the whole
+    name of an image: in a list that pairs img12 with gt_34, only gt_34 names an image of a set of gt_<n>. With COLUMN (from 1)
+    only that field counts, and a field of digits alone stands for the number at the end of a name. UserError for a list without
+    ids.
     """
     path, _, column = listed.rpartition(":")
     if not (path and column.isdecimal() and not storage.exists(listed)):
@@ -98,8 +102,8 @@ def write_splits(
 ) -> dict[str, int]:
     """Write every part as ``<out>/<name>.json``, or ``<out>/<name>/`` of shards when the source is a Parquet table.
 
-    remove: lists of images to leave out. Returns the images of each part, and under 'removed' those left out. The folder
-    appears as a whole. UserError for bad fractions, and when a list names no image of the source.
+    remove: lists of images to leave out. Returns the number of images in each part, and under 'removed' of those left out. The
+    folder is written atomically. UserError for bad fractions, and when a list names no image of the source.
     """
     shares = parse_fractions(fractions)
     records = read_for_command(source, skip_bad=skip_bad).records
@@ -142,7 +146,7 @@ def image_hash(path: str) -> int:
 def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
     """(N,) uint64 hashes of the readable images and their N file names; in processes of this machine when there are many.
 
-    Unreadable images are printed and left out. UserError when all are.
+    Unreadable images are logged and left out. UserError when none can be read.
     """
     names = [record.file_name for record in dataset.records]
     paths = [storage.join(dataset.images_root, name) for name in names]
@@ -156,10 +160,10 @@ def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
             for name, result in zip(names, pool.map(_hash_or_reason, paths, chunksize=32), strict=True):
                 pairs.append((name, result))
                 if len(pairs) % 5000 == 0:
-                    print(f"{dataset.name}: {len(pairs)}/{len(paths)} images hashed", flush=True)
+                    logger.info("%s: %d/%d images hashed", dataset.name, len(pairs), len(paths))
     for _, result in pairs:
         if isinstance(result, str):
-            print(f"left out: {result}")
+            logger.info("left out: %s", result)
     kept = [(name, result) for name, result in pairs if isinstance(result, int)]
     if pairs and not kept:
         raise UserError(f"{dataset.images_root}: none of the {len(pairs)} images can be read; correct --images")
@@ -176,8 +180,8 @@ def _hash_or_reason(path: str) -> int | str:
 def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
     """(K, 3) int64: index into `first`, index into `second`, Hamming distance, of all pairs within `distance` (0-16) bits.
 
-    Exact: of distance + 1 bands of the 64 bits at least one is equal in such a pair, so only pairs with an equal band are
-    compared (Manku et al., Detecting near-duplicates for web crawling, 2007). Ascending.
+    Exact: when the 64 bits are cut into distance + 1 bands, such a pair has at least one equal band, so only pairs with an equal
+    band are compared (Manku et al., Detecting near-duplicates for web crawling, 2007). Ascending.
     """
     assert 0 <= distance <= 16
     edges = np.linspace(0, 64, distance + 2).astype(int)
@@ -188,7 +192,7 @@ def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: 
         order = np.argsort(keys_b, kind="stable")
         begin = np.searchsorted(keys_b[order], keys_a, "left")
         count = np.searchsorted(keys_b[order], keys_a, "right") - begin
-        # So many candidates at a time that memory stays small whatever the hashes.
+        # In chunks of candidates, so that memory stays small whatever the hashes are.
         for chosen in np.array_split(np.arange(len(first)), max(1, int(count.sum()) // 4_000_000 + 1)):
             a = np.repeat(chosen, count[chosen])
             offsets = np.arange(len(a)) - np.repeat(np.cumsum(count[chosen]) - count[chosen], count[chosen])
@@ -202,9 +206,10 @@ def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: 
 def report_duplicates(
     source: tuple[str, str], against: tuple[str, str], distance: int, out: str | None = None, *, skip_bad: bool = False
 ) -> int:
-    """Print, or write to `out`, lines 'distance, image, image' (tabs between) of the pairs that look the same; their number.
+    """Log, or write to `out`, a line 'distance, image, image' (tab-separated) per pair that looks the same; return their number.
 
-    source, against: annotations and images root; the same twice: pairs within the set, each once. UserError as ``read_coco``.
+    source, against: annotations and images root of two sets; the same set twice gives the pairs within it, each once. UserError
+    as ``read_coco``.
     """
     if not 0 <= distance <= 16:
         raise UserError(f"--distance {distance}: give 0 to 16 bits; unrelated images differ in about 32")
@@ -215,7 +220,8 @@ def report_duplicates(
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]
     lines = [f"{bits}\t{first[1][a]}\t{second[1][b]}\n" for a, b, bits in pairs.tolist()]
     if out is None:
-        print("".join(lines), end="")
+        for line in lines:
+            logger.info("%s", line.rstrip("\n"))
     else:
         storage.write_text_atomic(out, "".join(lines))
     return len(lines)

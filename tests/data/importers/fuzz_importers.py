@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from importer_samples import SAMPLES
 
-from i3cl.data.importers import LabelledImage, read_labels
+from i3cl.data.importers.base import LabelledImage
 from i3cl.data.importers.records import to_record
+from i3cl.data.importers.registry import read_labels
 from i3cl.errors import UserError
 
 LIMIT = 2.0

@@ -21,11 +21,10 @@ from PIL import Image
 
 from i3cl import geometry, storage
 from i3cl.data.formats.coco import read_coco
-from i3cl.data.formats.records import to_table
-from i3cl.data.importers import archives, run
-from i3cl.data.importers.base import degenerate
-from i3cl.data.importers.records import mend
-from i3cl.data.importers.run import import_dataset
+from i3cl.data.formats.records import record_table
+from i3cl.data.formats.rings import degenerate, repair
+from i3cl.data.importers import archives, import_set
+from i3cl.data.importers.import_set import import_dataset
 from i3cl.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -83,18 +82,18 @@ numbers = st.one_of(st.integers(-30, 130), st.floats(-1e6, 1e6, width=32))
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=16))
-def test_a_mended_ring_is_simple_and_inside(points):
+def test_a_repaired_ring_is_simple_and_inside(points):
     ring = np.array(points, np.float32)
     before = ring.copy()
-    mended, notes = mend(ring, 60, 100)
+    repaired, notes = repair(ring, 60, 100)
     np.testing.assert_array_equal(ring, before)
-    if mended is None:
+    if repaired is None:
         assert notes
         return
-    assert not degenerate(mended)
-    assert (mended.min(axis=0) >= 0).all()
-    assert (mended.max(axis=0) <= [100, 60]).all()
-    assert notes or (mended == ring).all()
+    assert not degenerate(repaired)
+    assert (repaired.min(axis=0) >= 0).all()
+    assert (repaired.max(axis=0) <= [100, 60]).all()
+    assert notes or (repaired == ring).all()
 
 
 def test_sizes_come_from_the_stored_pixels(tmp_path):
@@ -146,6 +145,23 @@ def test_a_name_that_no_reader_takes_is_left_out(name, tmp_path):
     assert record.file_name == "a b.JPG"
 
 
+def test_what_a_walk_leaves_out_is_counted_and_named(tmp_path):
+    for name in ("a.jpg", "b.jfif", "c.jpe", "d.gif", "e.avif"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20)).save(path, format={".gif": "GIF", ".avif": "AVIF"}.get(path.suffix, "JPEG"))
+    (tmp_path / "in/._a.jpg").write_bytes(b"\0\5\26\7")
+    (tmp_path / "in/__MACOSX").mkdir()
+    (tmp_path / "in/__MACOSX/a.jpg").write_bytes(b"x")
+    text(tmp_path / "in/f.CR3", "raw")
+    text(tmp_path / "in/g.txt", "read me")
+    summary = import_dataset("folder", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert summary.images == 5 and summary.passed_over == ["f.CR3", "g.txt"]
+    assert "passed over  2 files: 1 .cr3 (f.CR3), 1 .txt (g.txt)" in summary.lines()
+    listed = [json.loads(line) for line in Path(summary.problems).read_text().splitlines()]
+    assert [(p["kind"], p["where"]) for p in listed] == [("passed over", "f.CR3"), ("passed over", "g.txt")]
+
+
 def test_nothing_usable_is_an_error_and_not_an_empty_set(tmp_path):
     text(tmp_path / "in/gt_img_0.txt", "1,2,3\n")
     with pytest.raises(UserError, match="no image of it can be used"):
@@ -175,8 +191,8 @@ def test_a_second_import_leaves_no_old_list_behind(tmp_path):
 
 
 def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
-    monkeypatch.setattr(run, "_BLOCK", 7)
-    monkeypatch.setattr(run, "_CHUNK", 20)
+    monkeypatch.setattr(import_set, "_BLOCK", 7)
+    monkeypatch.setattr(import_set, "_CHUNK", 20)
     for number in range(30):
         image(tmp_path / f"in/img_{number}.jpg", (100 + number, 80))
         ring = QUAD if number % 5 else [(-9, 1), (20, 1), (20, 9), (-9, 9)]
@@ -190,7 +206,7 @@ def test_ray_gives_what_this_process_gives(tmp_path, ray_cluster, monkeypatch):
         summary = import_dataset(
             "icdar2015", str(tmp_path / "in"), str(tmp_path / "out"), parquet=True, skip_bad=True, through_ray=through_ray
         )
-        table = to_table(read_coco(summary.annotations, summary.images_root).records, "")
+        table = record_table(read_coco(summary.annotations, summary.images_root).records, "")
         results.append((replace(summary), table, Path(summary.problems).read_text()))
     assert results[0] == results[1]
     assert results[0][0].images == 24

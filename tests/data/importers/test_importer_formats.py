@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from importer_samples import QUAD, RING, RING14, SAMPLES, flat, image, pairs, text
 
-from i3cl.data.importers import IMPORTERS, LabelledImage, read_labels
+from i3cl.data.importers.base import LabelledImage
+from i3cl.data.importers.registry import IMPORTERS, read_labels
 from i3cl.errors import UserError
 
 
@@ -399,7 +400,7 @@ def test_an_empty_or_missing_source_is_named(name, tmp_path):
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(UserError, match="coco17: no such data set; known: art"):
+    with pytest.raises(UserError, match="coco17: not a data set that can be imported; known: art"):
         list(read_labels("coco17", "."))
 
 

@@ -1,9 +1,11 @@
-"""The import of a whole data set: in this process when it is small, over Ray Data when it is large, with one result."""
+"""The import of a whole data set: in this process when it is small, through Ray Data when it is large; the result is the same."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,28 +20,31 @@ from i3cl import storage
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.records import ImageRecord, Problem
 from i3cl.data.formats.table import write_parquet
-from i3cl.data.importers import IMPORTERS
 from i3cl.data.importers.archives import is_archive, unpack
-from i3cl.data.importers.base import Folder, Importer, Item, stem
-from i3cl.data.importers.records import Outcome, outcomes_of, outcomes_table, read_image
+from i3cl.data.importers.base import LABEL_ENDINGS, Folder, Importer, Item, stem
+from i3cl.data.importers.records import Outcome, outcomes_of, outcomes_table, printable, read_image
+from i3cl.data.importers.registry import importer_named
+from i3cl.data.loading.endings import HEIF_ENDINGS, IMAGE_ENDINGS
 from i3cl.errors import UserError
 from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import duration
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 16_384
-"""Images handed out at a time, and rows of a Parquet part."""
+"""Number of images handed out at a time, and of rows in a Parquet part."""
 _BLOCK = 256
-"""Images of one Ray Data task."""
+"""Number of images in one Ray Data task."""
 _RAY_FROM_LOCAL, _RAY_FROM_REMOTE = 50_000, 2_000
-"""Images from which Ray Data is used: a local header takes 0.1 ms, one on S3 some 50 ms."""
+"""Number of images from which Ray Data is used: reading a header takes 0.1 ms locally and about 50 ms from S3."""
 _PROGRESS_EVERY = 10.0
-"""Seconds."""
+"""Seconds between two progress lines."""
 _T = TypeVar("_T")
 
 
 @dataclass
 class Summary:
-    """What an import gave."""
+    """The result of an import."""
 
     annotations: str = ""
     """Path of the COCO json or the Parquet folder."""
@@ -47,21 +52,23 @@ class Summary:
     """Folder that file names are relative to."""
     images: int = 0
     instances: int = 0
-    """Without don't-care."""
+    """Text instances, without don't-care regions."""
     dont_care: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    """Problems by kind."""
+    """Number of problems by kind."""
     rejected: int = 0
     """Images and instances left out."""
     repaired: int = 0
-    """Instances mended."""
+    """Instances repaired."""
+    passed_over: list[str] = field(default_factory=list)
+    """Names of files in the source that are neither images nor labels."""
     problems: str | None = None
     """Path of the list of all problems; None when there are none."""
     keywords: str | None = None
     """Path of the weak labels; None when there are none."""
 
     def lines(self) -> list[str]:
-        """The table that a job prints at its end."""
+        """The table that the command prints at its end."""
         rows: list[tuple[str, object]] = [
             ("images", self.images),
             ("instances", self.instances),
@@ -70,9 +77,23 @@ class Summary:
             ("rejected", self.rejected),
         ]
         rows += [(f"  {kind}", count) for kind, count in sorted(self.kinds.items())]
+        if self.passed_over:
+            rows.append(("passed over", f"{len(self.passed_over)} files: {_by_ending(self.passed_over)}"))
         rows += [("annotations", self.annotations), ("images root", self.images_root)]
         rows += [(name, path) for name, path in (("problems", self.problems), ("keywords", self.keywords)) if path]
         return [f"{name:12} {value}" for name, value in rows]
+
+
+def _by_ending(names: list[str]) -> str:
+    """Files counted by ending, with an example of each."""
+    examples: dict[str, str] = {}
+    for name in names:
+        examples.setdefault(posixpath.splitext(name)[1].lower(), name)
+    counts = Counter(posixpath.splitext(name)[1].lower() for name in names)
+    found = ", ".join(f"{n} {ending or 'without ending'} ({examples[ending]})" for ending, n in counts.most_common(8))
+    found += ", ..." if len(counts) > 8 else ""
+    heif = any(ending in HEIF_ENDINGS for ending in counts)
+    return found + ("; pip install pillow-heif to read .heic" if heif else "")
 
 
 def import_dataset(
@@ -88,15 +109,13 @@ def import_dataset(
     """Write a public data set as COCO json, `<out>/<split>.json`, or as Parquet parts, `<out>/<split>.parquet/`.
 
     source: folder in the layout of docs/datasets.md, local or s3://, or an archive of one, which is unpacked below `out`.
-    A set without polygons is called 'unlabelled' instead of its split. Beside it stand `<split>-problems.jsonl` and, for weak
-    labels, `<split>-keywords.jsonl`. Images are neither copied nor decoded. Image ids count from 1 in the order of the
-    file names (of gt.mat for SynthText), over images that are left out too, so they do not depend on how it is run.
-    through_ray: None decides by size. UserError at the first image or label file that cannot be read, unless `skip_bad`;
-    instances that are degenerate or outside the image are left out and listed either way: official files hold such.
+    The result of a set without polygons is named 'unlabelled' and not after its split. `<split>-problems.jsonl` and, for weak
+    labels, `<split>-keywords.jsonl` are written beside it. Images are neither copied nor decoded. Image ids count from 1 in the
+    order of the file names (for SynthText, of gt.mat); images that are left out count too, so ids do not depend on skip_bad.
+    through_ray: None decides by size. UserError at the first image or label file that cannot be read, unless `skip_bad`.
+    Instances that are degenerate or outside the image are always left out and listed: official files hold some.
     """
-    if name not in IMPORTERS:
-        raise UserError(f"{name}: no such data set; known: {', '.join(IMPORTERS)}")
-    importer, out = IMPORTERS[name], storage.absolute(out)
+    importer, out = importer_named(name), storage.absolute(out)
     folder = Folder(_unpacked(storage.absolute(source), out))
     base = storage.join(out, split if importer.labelled else "unlabelled")
     summary = Summary(f"{base}.parquet" if parquet else f"{base}.json", folder.root)
@@ -118,16 +137,29 @@ def import_dataset(
             summary.instances += len(outcome.record.instances) - ignored
             yield outcome.record
 
+    def finish() -> None:
+        # Known only now: an importer lists the folder when it needs it, or never.
+        summary.passed_over = _passed_over(folder, importer)
+        _finish(summary, base, problems, keywords)
+
     if parquet:
         with storage.atomic_directory(summary.annotations, replace=True) as parts:
             for number, part in enumerate(_chunks(records(), _CHUNK)):
                 write_parquet(str(parts / f"part-{number:05d}.parquet"), part, folder.root)
-            _finish(summary, base, problems, keywords)
+            finish()
     else:
         found = list(records())
-        _finish(summary, base, problems, keywords)
+        finish()
         write_coco(summary.annotations, found, {"source": name, "labelled": importer.labelled})
     return summary
+
+
+def _passed_over(folder: Folder, importer: Importer) -> list[str]:
+    """Files that are neither images nor, in a labelled set, possible labels: photographs in a format that is not read, say."""
+    if not folder.listed:
+        return []
+    known = IMAGE_ENDINGS + LABEL_ENDINGS if importer.labelled else IMAGE_ENDINGS
+    return [printable(name) for name in folder.names if not name.lower().endswith(known)]
 
 
 def _finish(summary: Summary, base: str, problems: list[Problem], keywords: list[str]) -> None:
@@ -138,7 +170,8 @@ def _finish(summary: Summary, base: str, problems: list[Problem], keywords: list
     summary.kinds = Counter(p.kind for p in problems)
     summary.rejected = sum(p.left_out for p in problems)
     summary.repaired = len({p.where for p in problems if not p.left_out})
-    lists = {"problems": [_json_line(asdict(p)) for p in problems], "keywords": keywords}
+    listed = [*problems, *(Problem("passed over", name, "is not read as an image or label") for name in summary.passed_over)]
+    lists = {"problems": [_json_line(asdict(p)) for p in listed], "keywords": keywords}
     for kind, lines in lists.items():
         path = f"{base}-{kind}.jsonl"
         if lines:
@@ -157,9 +190,9 @@ def _unpacked(source: str, out: str) -> str:
         return source
     target = storage.join(out, f"source-{stem(source)}")
     if storage.is_complete(target):
-        print(f"{source}: is unpacked in {target} already; remove that to unpack it again", flush=True)
+        logger.info("%s: is unpacked in %s already; remove that folder to unpack it again", source, target)
     else:
-        print(f"unpacking {source}", flush=True)
+        logger.info("unpacking %s", source)
         unpack(source, target)
     return target
 
@@ -171,7 +204,7 @@ def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 
 def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through_ray: bool | None) -> Iterator[Outcome]:
-    """Every image's outcome, in order, with a line of progress now and then."""
+    """Every image's outcome, in order; logs progress."""
     items = iter(importer.items(folder, split))
     if through_ray is None:
         few = _RAY_FROM_REMOTE if storage.is_remote(folder.root) else _RAY_FROM_LOCAL
@@ -187,12 +220,12 @@ def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through
             if time.monotonic() - shown > _PROGRESS_EVERY:
                 shown = time.monotonic()
                 rate = number / (shown - started)
-                print(f"import: {number} images, {rate:.0f}/s, {duration(shown - started)}", flush=True)
+                logger.info("import: %d images, %.0f/s, %s", number, rate, duration(shown - started))
 
 
 def _in_this_process(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
     for image_id, item in enumerate(items, first):
-        yield read_image(IMPORTERS[name], folder, item, image_id, name)
+        yield read_image(importer_named(name), folder, item, image_id, name)
 
 
 def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
@@ -201,7 +234,7 @@ def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) 
     from ray.data import DataContext
 
     quiet(DataContext.get_current())
-    # Not the order of the results: it holds finished blocks back; they are put in order below.
+    # Results come in any order: keeping the order would hold finished blocks back. They are sorted below.
     table = pa.table(
         {
             "position": pa.array(range(first, first + len(items)), pa.int64()),
@@ -226,5 +259,5 @@ def _read_rows(rows: pa.Table, name: str, root: str) -> pa.Table:
     outcomes = []
     for row in rows.to_pylist():
         item = Item(os.fsdecode(row["file_name"]), None if row["label"] is None else os.fsdecode(row["label"]))
-        outcomes.append(read_image(IMPORTERS[name], folder, item, row["position"], name))
+        outcomes.append(read_image(importer_named(name), folder, item, row["position"], name))
     return outcomes_table(outcomes, rows["position"].to_pylist())

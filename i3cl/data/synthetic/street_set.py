@@ -1,8 +1,9 @@
-"""Sets of synthetic scene text on disk, made part by part by any number of workers."""
+"""Sets of synthetic street scenes on disk, made part by part by any number of workers."""
 
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 
 import cv2
@@ -13,10 +14,12 @@ from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.records import ImageRecord
 from i3cl.data.formats.table import write_parquet
 from i3cl.data.synthetic.backgrounds import photograph_files
-from i3cl.data.synthetic.compose import make_scene
 from i3cl.data.synthetic.fonts import find_faces
+from i3cl.data.synthetic.street import make_scene
 from i3cl.errors import UserError
 from i3cl.runtime.parts import IN_PROCESS, run_parts
+
+logger = logging.getLogger(__name__)
 
 
 def write_scene_text(
@@ -24,9 +27,10 @@ def write_scene_text(
 ) -> str:
     """Write `images` images of the set `seed` under `folder` and return the path of their annotations.
 
-    Images lie in folder/part-NNNNN/, the annotations in folder/set.json (COCO) or, with `table`, in folder/set.parquet/, one
-    file a part, for sets too large for one json. The same settings and seed make the same files on any number of workers. A
-    part that is there is not made again; set.json is written last. UserError when the folder holds a set of other settings.
+    Images go to folder/part-NNNNN/, annotations to folder/set.json (COCO) or, with `table`, to folder/set.parquet/ with one
+    file per part, for sets too large for one json. The same settings and seed make the same files on any number of workers. A
+    finished part is not made again; set.json is written last. in_process: number of parts up to which no Ray is started.
+    UserError when the folder holds a set with other settings.
     """
     if images < 1 or seed < 0:
         raise UserError(f"scene-text: images must be at least 1 and the seed at least 0, not {images} and {seed}")
@@ -34,13 +38,16 @@ def write_scene_text(
     own = {"fonts": settings.fonts, "backgrounds": settings.backgrounds}
     settings = settings.model_copy(update={key: storage.absolute(path) for key, path in own.items() if path})
     if settings.backgrounds:
-        photograph_files(settings.backgrounds)  # a wrong folder is told here, and not when its first photograph is wanted
+        photograph_files(settings.backgrounds)  # fails now for a wrong folder, not when the first photograph is needed
     faces = find_faces(settings.fonts)
     if faces.missing:
-        print(
-            f"scene-text: {len(faces.missing)} font packages are missing ({', '.join(faces.missing[:3])}, ...); using "
-            f"{len(faces.latin)} Latin and {len(faces.cjk)} CJK families; pip install 'i3cl[fonts]' for all",
-            flush=True,
+        logger.info(
+            "scene-text: %d font packages are missing (%s, ...); using %d Latin and %d CJK families; "
+            "pip install 'i3cl[fonts]' for all",
+            len(faces.missing),
+            ", ".join(faces.missing[:3]),
+            len(faces.latin),
+            len(faces.cjk),
         )
     _same_set(settings, folder, images, seed)
     shards = storage.join(folder, "set.parquet")
@@ -62,7 +69,7 @@ def _shard(part: int) -> str:
 
 
 def _same_set(settings: SceneTextSettings, folder: str, images: int, seed: int) -> None:
-    """Note what the folder is to hold, or compare with the note."""
+    """Write down what the folder will hold, or compare with what was written. UserError when it differs."""
     note = storage.join(folder, "scene_text.json")
     families = find_faces(settings.fonts)
     content = {
@@ -96,6 +103,6 @@ def _write_part(settings: SceneTextSettings, folder: str, images: int, seed: int
             (work / file).write_bytes(jpeg.tobytes())
             height, width = scene.image.shape[:2]
             records.append(ImageRecord(index + 1, f"{name}/{file}", height, width, tuple(scene.instances), "scene-text"))
-    # Last: a part counts as done when its table is there.
+    # Written last: a part counts as done when its table is there.
     write_parquet(storage.join(folder, "set.parquet", _shard(part)), records, folder)
     return []

@@ -7,9 +7,7 @@ outlines of its words go through the same map, so pixels and polygons agree. Eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 import cv2
 import numpy as np
@@ -27,6 +25,8 @@ from i3cl.data.synthetic.backgrounds import (
     textured,
     wall_colour,
 )
+from i3cl.data.synthetic.bend import Line, Points, bend_line
+from i3cl.data.synthetic.camera import street_camera
 from i3cl.data.synthetic.fonts import (
     Face,
     Faces,
@@ -34,12 +34,10 @@ from i3cl.data.synthetic.fonts import (
     find_faces,
     font,
 )
+from i3cl.data.synthetic.ink import LUMA_EXACT, paint_ink
 from i3cl.data.synthetic.words import line_of_words
 from i3cl.errors import UserError
 
-Points = NDArray[np.float64]
-"""(N, 2) x, y."""
-_LUMA = np.array([0.299, 0.587, 0.114])
 _MAP_CELL = 4
 # Ground and letters of common signs, RGB.
 _SIGN_COLOURS: tuple[tuple[Colour, Colour], ...] = (
@@ -68,18 +66,6 @@ class Scene:
     """JPEG quality that the image is meant to be stored with, 1-100."""
     instances: list[Instance]
     """Words with text and language; outlines run clockwise from the first letter along the top and back along the bottom."""
-
-
-@dataclass(slots=True)
-class _Line:
-    """A line of words drawn flat."""
-
-    mask: NDArray[np.uint8]
-    """(h, w) coverage."""
-    outlines: list[Points]
-    """Words' polygons in pixels of the mask."""
-    words: list[str]
-    language: str
 
 
 @dataclass(slots=True)
@@ -117,7 +103,7 @@ def make_scene(index: int, seed: int, settings: SceneTextSettings) -> Scene:
         matrix, window = placed
         _draw(rng, canvas, group, plate, matrix, window, settings, taken)
         instances += _instances(group, matrix, settings)
-    canvas = _camera(rng, canvas, settings)
+    canvas = street_camera(rng, canvas, settings)
     return Scene(canvas, int(rng.integers(*settings.jpeg_quality, endpoint=True)), instances)
 
 
@@ -136,7 +122,7 @@ def _make_group(rng: np.random.Generator, settings: SceneTextSettings, faces: Fa
     language = _language(rng, settings, faces)
     face = _face(rng, faces, language)
     align = rng.choice(3, p=[0.6, 0.3, 0.1])
-    drawn: list[_Line] = []
+    drawn: list[Line] = []
     count, longest = 0, settings.width * 0.9
     for place in range(max(lines, 1)):
         if count >= room:
@@ -148,7 +134,7 @@ def _make_group(rng: np.random.Generator, settings: SceneTextSettings, faces: Fa
         words = line_of_words(rng, language, length)
         line = _draw_line(rng, words, face, language, max(size * scale, settings.smallest), longest)
         if not notice and rng.random() < settings.curved:
-            line = _bend(rng, line, settings.points_per_edge)
+            line = bend_line(rng, line, settings.points_per_edge)
         drawn.append(line)
         count += len(line.words)
     return _stack(rng, drawn, int(align), size), kind < 0.75
@@ -167,7 +153,7 @@ def _face(rng: np.random.Generator, faces: Faces, language: str) -> Face:
     return family[rng.integers(len(family))]
 
 
-def _draw_line(rng: np.random.Generator, words: list[str], face: Face, language: str, size: float, longest: float) -> _Line:
+def _draw_line(rng: np.random.Generator, words: list[str], face: Face, language: str, size: float, longest: float) -> Line:
     """The words in one row, letters about `size` pixels high, with ink outlines of four points."""
     if language != "cjk":
         words = ["".join(c for c in word if covers(face, c)) or "A" for word in words]
@@ -216,74 +202,10 @@ def _draw_line(rng: np.random.Generator, words: list[str], face: Face, language:
         if not np.isfinite(low).all():
             low, high = np.zeros(2), np.array(canvas.shape[::-1], float)
         outlines.append(np.array([low, [high[0], low[1]], high, [low[0], high[1]]], np.float64))
-    return _Line(canvas, outlines, kept, language)
+    return Line(canvas, outlines, kept, language)
 
 
-def _bend(rng: np.random.Generator, line: _Line, points_per_edge: int) -> _Line:
-    """The line along an arc or a sine; outlines get `points_per_edge` points on top and as many below."""
-    height, length = map(float, line.mask.shape)
-    if length < 2.5 * height:
-        return line
-    if rng.random() < 0.65:
-        # At least 0.9 line heights of radius: sharper arcs would squeeze the inner edge to nothing.
-        turn = min(float(rng.uniform(0.5, 2.9)), length / (0.9 * height))
-        forward, inverse = _arc(length / turn * (1 if rng.random() < 0.7 else -1), length, height)
-    else:
-        wave = length / float(rng.uniform(0.6, 1.6))
-        forward, inverse = _sine(float(rng.uniform(0.15, 0.5)) * wave / (2 * np.pi), wave, float(rng.uniform(0, 6.3)))
-    along = np.linspace(0, 1, points_per_edge)
-    outlines = []
-    for ring in line.outlines:
-        (x0, y0), (x1, y1) = ring[0], ring[2]
-        x = x0 + (x1 - x0) * along
-        top, bottom = np.stack([x, np.full_like(x, y0)], 1), np.stack([x, np.full_like(x, y1)], 1)[::-1]
-        outlines.append(forward(np.concatenate([top, bottom])))
-    x = np.linspace(0, length, 64)
-    frame = forward(np.concatenate([np.stack([x, np.full_like(x, y)], 1) for y in (0.0, height)]))
-    origin = np.floor(frame.min(axis=0)) - 1
-    wide, tall = (np.ceil(frame.max(axis=0)) + 1 - origin).astype(int)
-    x, y = (np.arange(count) + 0.5 + start for count, start in zip((wide, tall), origin, strict=True))
-    grid_x, grid_y = np.meshgrid(x, y)
-    u, v = inverse(grid_x.astype(np.float32), grid_y.astype(np.float32))
-    bent = cv2.remap(line.mask, u - np.float32(0.5), v - np.float32(0.5), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    return _Line(bent.astype(np.uint8, copy=False), [ring - origin for ring in outlines], line.words, line.language)
-
-
-_Forward = Callable[[Points], Points]
-_Inverse = Callable[[NDArray[np.float32], NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-
-
-def _arc(radius: float, length: float, height: float) -> tuple[_Forward, _Inverse]:
-    """Maps between the flat line and a circle of signed `radius` through its middle (positive: arched upwards)."""
-    sign, r = np.float32(np.sign(radius)), np.float32(radius)
-    middle, half = np.float32(length / 2), np.float32(height / 2)
-
-    def forward(points: Points) -> Points:
-        angle = (points[:, 0] - length / 2) / radius
-        distance = radius - (points[:, 1] - height / 2)
-        return np.stack([distance * np.sin(angle), radius - distance * np.cos(angle)], axis=1)
-
-    def inverse(x: NDArray[np.float32], y: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        angle = np.arctan2(sign * x, sign * (r - y))
-        return angle * r + middle, r - sign * np.hypot(x, r - y) + half
-
-    return forward, inverse
-
-
-def _sine(amplitude: float, wave: float, phase: float) -> tuple[_Forward, _Inverse]:
-    """Maps between the flat line and one that is moved up and down by a sine along its length."""
-    a, k, p = np.float32(amplitude), np.float32(2 * np.pi / wave), np.float32(phase)
-
-    def forward(points: Points) -> Points:
-        return points + np.stack([np.zeros(len(points)), a * np.sin(k * points[:, 0] + p)], axis=1)
-
-    def inverse(x: NDArray[np.float32], y: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return x, y - a * np.sin(k * x + p)
-
-    return forward, inverse
-
-
-def _stack(rng: np.random.Generator, lines: list[_Line], align: int, size: float) -> _Group:
+def _stack(rng: np.random.Generator, lines: list[Line], align: int, size: float) -> _Group:
     """Lines under each other. align: 0 centred, 1 left, 2 right."""
     gap = max(round(size * float(rng.uniform(0.15, 0.6))), 2)
     margin_x, margin_y = (max(round(size * float(rng.uniform(0.2, 0.9))), 2) for _ in range(2))
@@ -473,8 +395,8 @@ def _plate(rng: np.random.Generator, group: _Group, size: float, faint: bool) ->
     ground, ink = _SIGN_COLOURS[rng.integers(len(_SIGN_COLOURS))] if rng.random() < 0.6 else (wall_colour(rng), (0.0, 0.0, 0.0))
     ground = tuple((np.array(ground) * rng.uniform(0.75, 1) + rng.normal(0, 12, 3)).clip(0, 255))
     target = np.array(ink) + rng.normal(0, 12, 3)
-    if faint or abs(float((target - np.array(ground)) @ _LUMA)) < 60:
-        target = _ink(rng, np.array(ground), float(rng.uniform(22, 50) if faint else rng.uniform(70, 170)))
+    if faint or abs(float((target - np.array(ground)) @ LUMA_EXACT)) < 60:
+        target = paint_ink(rng, np.array(ground), float(rng.uniform(22, 50) if faint else rng.uniform(70, 170)))
     texture = float(rng.beta(1, 6)) if rng.random() < 0.8 else float(rng.beta(2, 3))
     picture = textured(rng, height, width, ground, texture).astype(np.float32)
     alpha = np.full((height, width), 255, np.uint8)
@@ -512,7 +434,7 @@ def _write(
         picture *= 1 - (shadow.astype(np.float32) * np.float32(rng.uniform(0.3, 0.8) / 255))[..., None]
     elif effect < 0.25:
         border = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1)))
-        _over(picture, border, _ink(rng, ink, float(rng.uniform(80, 180))))
+        _over(picture, border, paint_ink(rng, ink, float(rng.uniform(80, 180))))
     _over(picture, mask, ink)
     if 0.25 <= effect < 0.37:
         soft = cv2.GaussianBlur(mask, (0, 0), max(reach * 0.7, 0.7)).astype(np.float32)
@@ -526,7 +448,7 @@ def _over(picture: NDArray[np.float32], mask: MatLike, colour: NDArray[np.float6
 
 def _lettering(rng: np.random.Generator, group: _Group, size: float, ground: NDArray[np.float64], faint: bool) -> Picture:
     """(H, W, 4) premultiplied RGBA of letters without a plate."""
-    ink = _ink(rng, ground, float(rng.uniform(25, 50) if faint else rng.uniform(70, 180)))
+    ink = paint_ink(rng, ground, float(rng.uniform(25, 50) if faint else rng.uniform(70, 180)))
     picture = np.zeros((*group.mask.shape, 4), np.float32)
     effect = rng.random() if size > 12 else 1.0
     reach = max(1, round(size * float(rng.uniform(0.04, 0.13))))
@@ -537,7 +459,7 @@ def _lettering(rng: np.random.Generator, group: _Group, size: float, ground: NDA
         picture[..., 3] = shadow.astype(np.float32) * np.float32(rng.uniform(0.3, 0.8))
     elif effect < 0.45:
         border = cv2.dilate(group.mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1)))
-        _over(picture, border, np.append(_ink(rng, ink, float(rng.uniform(80, 180))), 255))
+        _over(picture, border, np.append(paint_ink(rng, ink, float(rng.uniform(80, 180))), 255))
     # Premultiplied: where the mask is partly set, colour and coverage fall together.
     _over(picture, group.mask, np.append(ink, 255))
     return picture.clip(0, 255).astype(np.uint8)
@@ -547,64 +469,3 @@ def _shifted(mask: NDArray[np.uint8], x: int, y: int) -> NDArray[np.uint8]:
     moved = np.zeros_like(mask)
     moved[y:, x:] = mask[:-y, :-x]
     return moved
-
-
-def _ink(rng: np.random.Generator, ground: NDArray[np.float64], contrast: float) -> NDArray[np.float64]:
-    """A colour whose luminance is about `contrast` (0-255) from the ground's, or as far as it can be."""
-    level = float(ground @ _LUMA)
-    up = level < 128 if rng.random() < 0.75 else level >= 128
-    if not 0 <= level + (contrast if up else -contrast) <= 255:
-        up = level < 128
-    target = min(max(level + (contrast if up else -contrast), 0.0), 255.0)
-    tint = rng.normal(0, 1, 3) * (rng.uniform(0, 60) if rng.random() < 0.6 else 8)
-    colour = target + tint - tint @ _LUMA
-    return colour.clip(0, 255)
-
-
-# ----------------------------------------------------------------------------------------------- camera
-
-
-@cache
-def _noise() -> NDArray[np.float32]:
-    """Sensor noise to cut from: drawing it anew would cost more than the rest of the camera."""
-    return np.random.default_rng(7).standard_normal((1400, 1400, 3), np.float32)
-
-
-def _camera(rng: np.random.Generator, scene: Picture, settings: SceneTextSettings) -> Picture:
-    """Light, focus, motion, resolution and noise."""
-    canvas: MatLike = scene
-    height, width = canvas.shape[:2]
-    if rng.random() < 0.6:
-        light = rng.normal(1, 0.15, (3, 4)).clip(0.45, 1.4).astype(np.float32)
-        field_of_light = cv2.resize(light, (width, height), interpolation=cv2.INTER_CUBIC)
-        canvas = cv2.multiply(canvas, cv2.merge([field_of_light] * 3), dtype=cv2.CV_8U)
-    gamma, gain = float(np.exp(rng.normal(-0.05, 0.2))), float(rng.uniform(0.85, 1.12))
-    tint = np.exp(rng.normal(0, 0.05, 3))
-    curve = (255 * gain * np.linspace(0, 1, 256)[:, None] ** gamma * tint).clip(0, 255).astype(np.uint8)
-    canvas = cv2.LUT(canvas, curve[:, None])
-    blur = rng.random()
-    if blur < 0.12 * settings.blur:
-        length = int(rng.integers(3, 7))
-        kernel = np.zeros((length, length), np.float32)
-        slope = float(rng.uniform(0, np.pi))
-        reach = np.array([np.cos(slope), np.sin(slope)]) * length / 2
-        middle = np.array([length / 2, length / 2])
-        ends = [tuple(map(int, np.clip(middle + way * reach, 0, length - 1))) for way in (-1, 1)]
-        cv2.line(kernel, ends[0], ends[1], 1.0, 1)
-        canvas = cv2.filter2D(canvas, -1, kernel / kernel.sum())
-    elif blur < 0.55:
-        canvas = cv2.GaussianBlur(canvas, (0, 0), float(rng.uniform(0.3, 0.3 + 0.9 * settings.blur)))
-    if rng.random() < 0.25:
-        shrink = float(rng.uniform(0.55, 0.95))
-        small = cv2.resize(canvas, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        canvas = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
-    amount = float(rng.exponential(3)) * settings.noise
-    if amount > 0.5:
-        table = _noise()
-        tall, wide = min(height, len(table)), min(width, len(table))
-        y, x = rng.integers(len(table) - tall + 1), rng.integers(len(table) - wide + 1)
-        grain = table[y : y + tall, x : x + wide]
-        if grain.shape != canvas.shape:
-            grain = np.tile(grain, (-(-height // tall), -(-width // wide), 1))[:height, :width]
-        canvas = cv2.add(canvas, grain * np.float32(min(amount, 18.0)), dtype=cv2.CV_8U)
-    return np.ascontiguousarray(canvas, np.uint8)
