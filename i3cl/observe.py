@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from io import TextIOBase
+from io import TextIOBase, TextIOWrapper
 from typing import Any, Literal, TextIO
 
 RUN = "I3CL_RUN"
@@ -266,62 +266,104 @@ _refreshed = _Refreshed()
 # ------------------------------------------------------------------------------------------------------------------- lines
 
 
+_log = logging.getLogger("i3cl")
 _context = {"stage": ""}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+"""Names that a log record keeps for itself. A field of such a name travels with an underscore after it."""
 
 
 def begin(run: str, stage: str) -> None:
-    """From here on this process, and the workers that it will have, work for `run`; lines that name no stage carry `stage`."""
+    """From here on this process, and the workers that it starts, work for `run`; lines that name no stage carry `stage`."""
     os.environ[RUN] = run
     _context["stage"] = stage
 
 
 def wants_json() -> bool:
-    """Whether lines are to be JSON."""
+    """Whether the user asked for lines as JSON."""
     return os.environ.get(FORMAT, "").lower() == "json"
 
 
-def say(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
-    """A line of progress on stdout: the message; with I3CL_LOG=json an object of time, level, run, stage, message and numbers.
+def say(message: str, *, stage: str = "", level: str = "INFO", **fields: Any) -> None:
+    """Log a line of progress with fields that only the JSON form shows. A `run` among them replaces the job's own."""
+    _say(message, stage=stage, level=level, **fields)
 
-    A `run` among the numbers stands before the job's own. In a worker process as `note`.
-    """
+
+def note(message: str, *, stage: str = "", level: str = "INFO", **fields: Any) -> None:
+    """Log a line that belongs in the log file of a Ray worker; in any other process do nothing."""
     if _in_worker():
-        note(message, stage=stage, level=level, **numbers)
-    elif wants_json():
-        stream = sys.stdout.target if isinstance(sys.stdout, _JsonLines) else sys.stdout
-        _write(stream, message, stage=stage, level=level, **numbers)
-    else:
-        print(message, flush=True)
+        _say(message, stage=stage, level=level, **fields)
 
 
-def note(message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
-    """A line in the log file of this Ray worker process; elsewhere nothing.
-
-    As JSON it goes through logging, where Ray adds job_id, worker_id, node_id, actor_id and task_id.
-    """
-    if not _in_worker():
-        return
-    if wants_json():
-        fields = _fields(stage=stage, level=level, **numbers)
-        logging.getLogger("i3cl").log(logging.getLevelName(level), message.strip(), extra=fields, stacklevel=2)
-    else:
-        print(message, flush=True)
+def _say(message: str, *, stage: str, level: str, **fields: Any) -> None:
+    fields = {"time": _stamp(time.time()), **_where(stage=stage, level=level, **fields)}
+    extra = {f"{key}_" if key in _STANDARD else key: value for key, value in fields.items()}
+    # stacklevel: Ray's JSON form shows file and line of whoever called `say` or `note`.
+    _log.log(logging.getLevelNamesMapping()[level], "%s", message, extra=extra, stacklevel=3)
 
 
 def complain(message: str) -> None:
-    """The error that ends a job, on stderr; as JSON where that is wanted."""
-    if wants_json():
-        _write(sys.stderr, message, level="ERROR")
-    else:
-        print(message, file=sys.stderr)
+    """Write the error that ends a job to stderr; as JSON where that is wanted."""
+    _Lines().handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": message}))
 
 
 @contextmanager
-def only_json() -> Iterator[None]:
-    """With I3CL_LOG=json everything that is printed on stdout inside becomes JSON, an object a line; else nothing changes."""
-    if not wants_json():
-        yield
-        return
+def console() -> Iterator[None]:
+    """Inside, the package's log lines are shown as a command shows them, by `_Lines`.
+
+    With I3CL_LOG=json whatever is printed on stdout becomes JSON too, an object a line. A character that the terminal cannot
+    show, as in a file name that is not UTF-8, is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    lines, before = _Lines(), (_log.level, _log.propagate)
+    _log.addHandler(lines)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    try:
+        with _printed_as_json() if wants_json() else nullcontext():
+            yield
+    finally:
+        _log.removeHandler(lines)
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
+
+
+def worker_lines() -> None:
+    """In a Ray worker of a command: log lines go where the worker prints. As JSON they are left to Ray's LoggingConfig."""
+    if os.environ.get(RUN) and not wants_json() and _in_worker():
+        _log.addHandler(_Lines())
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
+
+
+class _Lines(logging.Handler):
+    """INFO as plain lines on stdout, WARNING and above on stderr, each flushed; JSON objects with I3CL_LOG=json.
+
+    The streams are those of the moment. What a write raises is raised, as print does: a closed pipe must end the job.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        text = _json(record) if wants_json() else record.getMessage()
+        # print, and not the stream's own write: Ray Train puts its own print into the training's log file.
+        print(text, file=stream.target if isinstance(stream, _JsonLines) else stream, flush=True)
+
+
+def _json(record: logging.LogRecord) -> str:
+    fields = {key.removesuffix("_"): value for key, value in vars(record).items() if key not in _STANDARD}
+    where = _where(**{"stage": "", **fields, "level": record.levelname})
+    line = {"time": _stamp(record.created), **where, "message": record.getMessage().strip()}
+    first = ("time", "level", "run", "stage", "message")
+    return json.dumps({key: line[key] for key in first} | line, ensure_ascii=False)
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
+
+
+@contextmanager
+def _printed_as_json() -> Iterator[None]:
     lines = _JsonLines(sys.stdout)
     with redirect_stdout(lines):
         try:
@@ -335,7 +377,7 @@ class _JsonLines(TextIOBase):
 
     def __init__(self, target: TextIO) -> None:
         self.target = target
-        # print writes a text and its line end apart, and several threads print.
+        # print writes a text and its line end separately, and several threads print.
         self._begun = threading.local()
 
     def writable(self) -> bool:
@@ -345,7 +387,8 @@ class _JsonLines(TextIOBase):
         *lines, self._begun.text = (getattr(self._begun, "text", "") + text).split("\n")
         for line in lines:
             if line.strip():
-                _write(self.target, line)
+                record = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO", "msg": line})
+                print(_json(record), file=self.target, flush=True)
         return len(text)
 
     def finish(self) -> None:
@@ -353,22 +396,19 @@ class _JsonLines(TextIOBase):
             self.write("\n")
 
 
-def _write(stream: TextIO, message: str, *, stage: str = "", level: str = "INFO", **numbers: Any) -> None:
-    fields = _fields(stage=stage, level=level, message=message.strip(), **numbers)
-    stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
-    stream.flush()
-
-
-def _fields(*, stage: str, level: str, **more: Any) -> dict[str, Any]:
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+def _where(*, stage: str, level: str, **more: Any) -> dict[str, Any]:
+    """The fields that every line has, and those of this one."""
     run = more.pop("run", "") or os.environ.get(RUN, "")
-    plain = {key: _plain(value) for key, value in more.items()}
-    return {"time": stamp, "level": level, "run": run, "stage": stage or _context["stage"], **plain}
+    return {
+        "level": level,
+        "run": run,
+        "stage": stage or _context["stage"],
+        **{key: _plain(value) for key, value in more.items()},
+    }
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: NaN and infinity are no numbers there."""
+    """The value as JSON can hold it: NaN and infinity are not numbers there."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if isinstance(value, bool | int | str | None) else str(value)

@@ -72,7 +72,7 @@ def run(
         # `ray job stop`, and a machine that goes down, send SIGTERM some seconds before they kill.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
-        with observe.only_json():
+        with observe.console():
             work(settings, options)
     except UserError as error:
         observe.complain(f"{parser.prog}: {error}")
