@@ -74,13 +74,13 @@ def run(
         observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
         with observe.console():
             work(settings, options)
-    except UserError as error:
-        observe.complain(f"{parser.prog}: {error}")
-        sys.exit(2)
     except KeyboardInterrupt:
         observe.complain(f"{parser.prog}: interrupted; the same command continues where it stopped")
         sys.exit(130)
     except Exception as error:
+        if mistake := inside(error, UserError):
+            observe.complain(f"{parser.prog}: {mistake}")
+            sys.exit(2)
         lost = inside(error, NoAnswer)
         if lost is None:
             raise

@@ -77,7 +77,12 @@ def travelling(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def quiet(context: Any) -> None:
-    """Keep a Ray Data context from printing: jobs show progress of their own."""
+    """Keep a Ray Data context from printing, because jobs show their own progress, and let it pass on errors as they are.
+
+    Ray's own wrapper for an error in a task loses the error on its way to the driver, and with it the file and the reason. Ray
+    logs every error that it raises as well: the job tells it once.
+    """
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

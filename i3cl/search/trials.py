@@ -212,4 +212,4 @@ def _reason(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "no reason given"
     # A user's mistake speaks for itself; of other errors the kind matters too.
-    return last.removeprefix("i3cl.config.SettingsError: ").removeprefix("i3cl.config.UserError: ")[:400]
+    return last.removeprefix("i3cl.errors.SettingsError: ").removeprefix("i3cl.errors.UserError: ")[:400]
