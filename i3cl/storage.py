@@ -13,6 +13,8 @@ import os
 import posixpath
 import re
 import shutil
+import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ _FILES = 8
 _PAGE = 1000
 """Keys of one request that deletes: S3's limit."""
 
+_LFS = b"version https://git-lfs.github.com/spec/"
 _UPLOADED_CODE = "/runtime_resources/working_dir_files/"
 """In the path of the folder where Ray unpacks the code of a submitted job, on every node anew, and which it removes."""
 
@@ -106,11 +109,27 @@ def open_read(url: str) -> IO[bytes]:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file; on S3 one request. UserError when there is no such file."""
+    """Read the whole file; on S3 with one request. UserError when it is missing or only a Git LFS pointer."""
     if is_remote(url):
-        return s3.ask(url, lambda fs: fs.cat_file(_path(url), max_concurrency=1))
-    with _user_errors(url):
-        return Path(_local(url)).read_bytes()
+        data = s3.ask(url, lambda fs: fs.cat_file(_path(url), max_concurrency=1))
+    else:
+        with _user_errors(url):
+            data = Path(_local(url)).read_bytes()
+    if data.startswith(_LFS):
+        raise UserError(f"{url}: {stand_in(data)}")
+    return data
+
+
+def stand_in(start: bytes) -> str | None:
+    """Say what a file is that stands where another was meant to be, and what to do; None for any other file.
+
+    start: its first bytes; 512 are enough. Known are the pointer files of Git LFS and web pages.
+    """
+    if start.startswith(_LFS):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page (HTML), not the file itself; download the file that the page offers"
+    return None
 
 
 def read_text(url: str) -> str:
@@ -127,7 +146,11 @@ def write_bytes_atomic(url: str, data: bytes) -> None:
         s3.ask(url, lambda fs: fs.pipe_file(_path(url), data, chunksize=s3.PART))
         return
     with _user_errors(url):
-        path = _kept(url)
+        if stream := _stream(url):
+            with stream:
+                stream.write(data)
+            return
+        path = _target(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile: that would make the file readable for its owner only.
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
@@ -143,8 +166,12 @@ def write_bytes_atomic(url: str, data: bytes) -> None:
 
 
 def write_text_atomic(url: str, text: str) -> None:
-    """``write_bytes_atomic`` of UTF-8 text."""
-    write_bytes_atomic(url, text.encode("utf-8"))
+    """Write UTF-8 text as `write_bytes_atomic` does.
+
+    Python holds the bytes of a file name that is not UTF-8 as lone surrogates. They are written as escapes such as \\udce9: JSON
+    readers turn them back into the same name.
+    """
+    write_bytes_atomic(url, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
@@ -152,23 +179,30 @@ def atomic_file(url: str) -> Iterator[IO[bytes]]:
     """A file to write piece by piece, put in place when the block ends and removed when it raises. Makes the folders."""
     remote = is_remote(url)
     with _user_errors(url):
-        folder = None if remote else _kept(url).parent
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+        stream = None if remote else _stream(url)
+        target = None if remote or stream else _target(url)
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target and target.parent))
     try:
         with open(work / "file", "xb") as file:
             yield file
             file.flush()
-            if folder is not None:
+            if target is not None:
                 os.fsync(file.fileno())
-        if folder is None:
-            _put(work / "file", url)
-            return
         with _user_errors(url):
-            os.replace(work / "file", _local(url))
-            _fsync_folder(folder)
+            if target is not None:
+                os.replace(work / "file", target)
+                _fsync_folder(target.parent)
+            elif stream is not None:
+                with open(work / "file", "rb") as file:
+                    shutil.copyfileobj(file, stream)
+                stream.close()
+            else:
+                _put(work / "file", url)
     finally:
+        if stream is not None:
+            stream.close()
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -220,8 +254,10 @@ def remove_tree(url: str) -> None:
         path = Path(_local(url))
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.is_symlink() or path.is_file() or not path.exists():
             path.unlink(missing_ok=True)
+        else:
+            raise UserError(f"{url}: is a device, pipe or socket and is not removed; choose another name")
 
 
 def version(url: str) -> str | None:
@@ -272,9 +308,11 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
     remote = is_remote(url)
     if not replace and _occupied(url):
         raise UserError(f"{url}: exists already; choose another name or remove it")
-    target = None if remote else _kept(url)
+    target = None if remote else _target(url)
     with _user_errors(url):
         if target is not None:
+            if target.exists() and not (target.is_dir() or target.is_file()):
+                raise UserError(f"{url}: is a device, pipe or socket, not a folder; choose another name")
             target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent if target is not None else None))
     try:
@@ -288,7 +326,7 @@ def atomic_directory(url: str, *, replace: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     _fsync(file)
             if replace:
-                remove_tree(url)
+                remove_tree(str(target))
             os.replace(work, target)
             _fsync_folder(target.parent)
     finally:
@@ -442,6 +480,43 @@ def _kept(url: str) -> Path:
     return path
 
 
+def _target(url: str) -> Path:
+    """The place of a file or folder to write, with symbolic links followed: their target gets the content, the links stay."""
+    return Path(os.path.realpath(_kept(url)))
+
+
+def _stream(url: str) -> IO[bytes] | None:
+    """A writer for a path that must not be replaced: an open descriptor (/dev/stdout, /dev/fd/63), a pipe or a device.
+
+    None for everything else. UserError for what cannot be written so.
+    """
+    path = str(_kept(url))
+    if (descriptor := _descriptor(path)) is not None:
+        sys.stdout.flush()
+        return open(os.dup(descriptor), "wb")
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise UserError(f"{url}: is a {'disk' if stat.S_ISBLK(mode) else 'socket'}, not a file; choose another name")
+    return open(path, "wb") if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else None
+
+
+def _descriptor(path: str) -> int | None:
+    """The number of this process's open descriptor that a path names, through any symbolic links; None for other paths."""
+    for _ in range(40):
+        folder, name = os.path.split(_absolute(path))
+        folder = os.path.realpath(folder)
+        if name.isdigit() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None
+
+
 _REMEDY = {
     errno.ENOENT: "no such file or folder; check the path",
     errno.EACCES: "permission denied; check the rights on it",
@@ -454,6 +529,9 @@ _REMEDY = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTEMPTY: "exists already; choose another name or remove it",
     errno.EEXIST: "it or a folder above it is taken by something else; choose another name",
+    errno.EBADF: "there is no such open file",
+    errno.EPIPE: "whoever read the pipe has closed it",
+    errno.EBUSY: "is in use, or a file or folder mounted by itself; choose another place",
     errno.ELOOP: "symbolic links go round in a circle",
 }
 
