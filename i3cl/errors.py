@@ -27,7 +27,7 @@ def _inside(error: BaseException, kind: type[E], seen: set[int]) -> E | None:
     if id(error) in seen:
         return None
     seen.add(id(error))
-    # Wrappers come after what they hold: Ray makes RayTaskError a subclass of its cause, with the other process's traceback as text.
+    # Wrappers come after what they hold: Ray makes RayTaskError a subclass of its cause, but its text is a whole traceback.
     held = [getattr(error, "cause", None), getattr(error, "controller_failure", None)]
     held += getattr(error, "worker_failures", {}).values()  # Ray Train: rank -> error
     held += getattr(error, "exceptions", ())

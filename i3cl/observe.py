@@ -1,8 +1,8 @@
-"""What a run tells the outside while it works: numbers for Prometheus through Ray, and lines for people or for log collectors.
+"""What a run reports while it works: metrics for Prometheus through Ray, and log lines for people or for log collectors.
 
-Every caller writes one line. A number goes to the metrics endpoint of the Ray node that the caller runs on, under the name that
-stands here with `ray_` before it; where the process has not joined Ray nothing happens and Ray is not imported. A line is printed
-as it is; with I3CL_LOG=json in the environment it is one JSON object. docs/observe.md lists both.
+A metric goes to the metrics endpoint of the caller's Ray node, under its name in METRICS with `ray_` before it. In a process that
+has not joined Ray, nothing happens and Ray is not imported. Lines go through Python's logging; a command shows them as they are,
+or each as one JSON object with I3CL_LOG=json in the environment. docs/observe.md lists both.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, Literal, TextIO
 RUN = "I3CL_RUN"
 """Environment variable: name of the run that the job was started for. It reaches every worker of the job."""
 FORMAT = "I3CL_LOG"
-"""Environment variable: 'json' for JSON lines; anything else for lines as people read them."""
+"""Environment variable: 'json' for lines as JSON; anything else for plain lines."""
 REFRESH = 5.0
-"""Seconds. Ray forgets a gauge that was not set for two of its report intervals (20 s), so they are set again until then."""
+"""Seconds after which gauges are set again: Ray forgets a gauge that was not set for two of its report intervals (20 s)."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- metrics
@@ -33,7 +33,7 @@ REFRESH = 5.0
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; its labels are `run`, `stage` and what `label` names."""
+    """One metric; its labels are `run`, `stage` and the one that `label` names."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -80,11 +80,14 @@ METRICS = {
         Metric("i3cl_circle_stage_seconds", "gauge", "Time that a stage took, once it is over"),
     )
 }
-"""All there are, by name."""
+"""All metrics, by name."""
 
 
 def place(directory: str, stage: str) -> dict[str, str]:
-    """run and stage of what is made in a directory: the job's run, and the path below its directory; in that itself `stage`."""
+    """Return run and stage of what is made in a directory: the job's run, and the path below the run's directory.
+
+    For the run's directory itself the stage is `stage`.
+    """
     path = f"/{directory.strip('/')}/"
     run = os.environ.get(RUN) or path.rsplit("/", 2)[-2]
     _, inside, below = path.rpartition(f"/{run}/")
@@ -92,9 +95,9 @@ def place(directory: str, stage: str) -> dict[str, str]:
 
 
 def training(run: str, rank: int, row: Mapping[str, Any]) -> None:
-    """A row of a training's metrics file, as each worker has it: rank 0's are the metrics, all go to the workers' logs.
+    """Report a row of a training's metrics file: rank 0 sets the metrics, and every worker writes the row to its log.
 
-    run: its directory.
+    run: the directory of the training.
     """
     where = place(run, "train")
     text = f"rank {rank}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f}  {row['images_per_second']:.1f} images/s"
@@ -113,18 +116,18 @@ def training(run: str, rank: int, row: Mapping[str, Any]) -> None:
 
 
 def training_started(run: str, workers: int) -> None:
-    """The workers of a training began, or went on after an interruption. run: its directory."""
+    """Report that the workers of a training started, or started again after an interruption. run: its directory."""
     _put("i3cl_train_starts_total", 1, **place(run, "train"))
     _put("i3cl_train_workers", workers, **place(run, "train"))
 
 
 def checkpoint(run: str, seconds: float) -> None:
-    """A training wrote a checkpoint. run: its directory."""
+    """Report that a training wrote a checkpoint. run: its directory; seconds: how long that held up training."""
     _put("i3cl_train_checkpoint_seconds", seconds, **place(run, "train"))
 
 
 def labelling(stage: str, images: int, errors: int, job: Mapping[str, float]) -> None:
-    """`images` more were labelled, `errors` of them in vain. job: how the whole stands, as `Meter.numbers` gives it."""
+    """Report that `images` more were processed, of which `errors` failed. job: the job's progress, from `Meter.numbers`."""
     where = {"run": os.environ.get(RUN, ""), "stage": stage}
     _put("i3cl_label_images_total", images, **where)
     _put("i3cl_label_errors_total", errors, **where)
@@ -137,19 +140,19 @@ def labelling(stage: str, images: int, errors: int, job: Mapping[str, float]) ->
 
 
 def labelling_ended(stage: str) -> None:
-    """The job of that stage is over: what stood for its present state goes, its totals stay."""
+    """Report that a labelling job is over: its gauges disappear, its totals stay."""
     _refreshed.drop("i3cl_label_", os.environ.get(RUN, ""), stage)
 
 
 def pseudo_labels(out: str, kept: int, ignored: int) -> None:
-    """A set of pseudo labels was written to `out`."""
+    """Report that a set of pseudo labels was written to `out`."""
     where = {**place(out, ""), "stage": "select"}
     _put("i3cl_pseudo_labels_total", kept, kind="kept", **where)
     _put("i3cl_pseudo_labels_total", ignored, kind="ignored", **where)
 
 
 def search(trials: Sequence[str], best: float | None) -> None:
-    """How a sweep stands. trials: the state of each; best: the highest hmean, 0-1, None before a trial has finished."""
+    """Report the progress of a sweep. trials: their states; best: the highest hmean, 0-1, None before a trial has finished."""
     where = {"run": os.environ.get(RUN, ""), "stage": "search"}
     for state in ("running", "finished", "stopped", "broken"):
         _put("i3cl_search_trials", trials.count(state), state=state, **where)
@@ -158,14 +161,14 @@ def search(trials: Sequence[str], best: float | None) -> None:
 
 
 def evaluation(model: str, *, hmean: float, recall: float, precision: float) -> None:
-    """How good a model is on the validation set, 0-1."""
+    """Report the results of a model on the validation set, 0-1."""
     for name, value in (("hmean", hmean), ("recall", recall), ("precision", precision)):
         _put(f"i3cl_evaluation_{name}_ratio", value, run=os.environ.get(RUN, ""), stage=model)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A stage of a circle: a gauge is 1 inside, and lines that name no stage carry this one."""
+    """Mark a stage of a self-training run: a gauge is 1 inside, and lines that name no stage carry this one."""
     where = {"run": os.environ.get(RUN, ""), "stage": name}
     before, _context["stage"] = _context["stage"], name
     started = time.monotonic()
@@ -181,17 +184,17 @@ def stage(name: str) -> Iterator[None]:
 
 
 def joined() -> None:
-    """This process may have joined a cluster just now: the stage that it is in is shown from here on."""
+    """Show the current stage, after this process has joined a cluster."""
     for where in _inside:
         _put("i3cl_circle_stage", 1, **where)
 
 
 _inside: list[dict[str, str]] = []
-"""Stages of a circle that have begun and not ended."""
+"""Stages that have begun and not ended."""
 
 
 def _joined() -> Any:
-    """The ray module where this process has joined a cluster, else None."""
+    """Return the ray module when this process has joined a cluster, else None."""
     ray = sys.modules.get("ray")
     return ray if ray is not None and ray.is_initialized() else None
 
@@ -201,7 +204,7 @@ _lock = threading.Lock()
 
 
 def _put(name: str, value: float, **labels: str) -> None:
-    """Set a gauge, add to a counter, or take into a histogram."""
+    """Set a gauge, add to a counter, or add a value to a histogram."""
     if _joined() is None:
         return
     metric = METRICS[name]
@@ -229,7 +232,7 @@ def _make(metric: Metric) -> Any:
 
 
 class _Refreshed:
-    """The last value of every gauge, set again by a thread for as long as this process is part of a cluster."""
+    """The last value of every gauge; a thread sets it again for as long as this process is part of a cluster."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
@@ -269,11 +272,11 @@ _refreshed = _Refreshed()
 _log = logging.getLogger("i3cl")
 _context = {"stage": ""}
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-"""Names that a log record keeps for itself. A field of such a name travels with an underscore after it."""
+"""Names that a log record uses itself. A field with such a name gets an underscore after it on its way to the handler."""
 
 
 def begin(run: str, stage: str) -> None:
-    """From here on this process, and the workers that it starts, work for `run`; lines that name no stage carry `stage`."""
+    """Set the run that this process and its workers work for from now on, and the stage of lines that name none."""
     os.environ[RUN] = run
     _context["stage"] = stage
 
@@ -284,12 +287,12 @@ def wants_json() -> bool:
 
 
 def say(message: str, *, stage: str = "", level: str = "INFO", **fields: Any) -> None:
-    """Log a line of progress with fields that only the JSON form shows. A `run` among them replaces the job's own."""
+    """Log a line of progress, with fields that only the JSON form shows. A field `run` replaces the job's own run."""
     _say(message, stage=stage, level=level, **fields)
 
 
 def note(message: str, *, stage: str = "", level: str = "INFO", **fields: Any) -> None:
-    """Log a line that belongs in the log file of a Ray worker; in any other process do nothing."""
+    """Log a line in a Ray worker, for its log file; do nothing in any other process."""
     if _in_worker():
         _say(message, stage=stage, level=level, **fields)
 
@@ -308,9 +311,9 @@ def complain(message: str) -> None:
 
 @contextmanager
 def console() -> Iterator[None]:
-    """Inside, the package's log lines are shown as a command shows them, by `_Lines`.
+    """Show the package's log lines on stdout and stderr, as every command does.
 
-    With I3CL_LOG=json whatever is printed on stdout becomes JSON too, an object a line. A character that the terminal cannot
+    With I3CL_LOG=json, whatever is printed on stdout becomes JSON too, one object per line. A character that the terminal cannot
     show, as in a file name that is not UTF-8, is written as an escape.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -330,7 +333,7 @@ def console() -> Iterator[None]:
 
 
 def worker_lines() -> None:
-    """In a Ray worker of a command: log lines go where the worker prints. As JSON they are left to Ray's LoggingConfig."""
+    """In a Ray worker of a command, send log lines to the worker's stdout. JSON lines are left to Ray's LoggingConfig."""
     if os.environ.get(RUN) and not wants_json() and _in_worker():
         _log.addHandler(_Lines())
         _log.setLevel(logging.INFO)
@@ -338,15 +341,16 @@ def worker_lines() -> None:
 
 
 class _Lines(logging.Handler):
-    """INFO as plain lines on stdout, WARNING and above on stderr, each flushed; JSON objects with I3CL_LOG=json.
+    """Writes INFO lines to stdout and WARNING and above to stderr, plain or as JSON, and flushes each.
 
-    The streams are those of the moment. What a write raises is raised, as print does: a closed pipe must end the job.
+    Uses whatever sys.stdout and sys.stderr are at that moment. Unlike other handlers it lets errors of a write pass, as print
+    does, because a closed pipe must end the job.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         text = _json(record) if wants_json() else record.getMessage()
-        # print, and not the stream's own write: Ray Train puts its own print into the training's log file.
+        # print, because Ray Train redirects print, but not sys.stdout, to the training's log file.
         print(text, file=stream.target if isinstance(stream, _JsonLines) else stream, flush=True)
 
 
@@ -373,7 +377,7 @@ def _printed_as_json() -> Iterator[None]:
 
 
 class _JsonLines(TextIOBase):
-    """A text stream that makes every line an object on `target`."""
+    """A text stream that writes every line to `target` as a JSON object."""
 
     def __init__(self, target: TextIO) -> None:
         self.target = target
@@ -408,7 +412,7 @@ def _where(*, stage: str, level: str, **more: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinity are not numbers there."""
+    """Return the value as JSON can hold it, which has no NaN and no infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if isinstance(value, bool | int | str | None) else str(value)

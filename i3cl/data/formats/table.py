@@ -127,7 +127,7 @@ def _parts(path: str) -> list[str]:
     if not storage.exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
-        raise UserError(f"{path}: its upload was stopped half-way; write it again")
+        raise UserError(f"{path}: its upload was stopped half-way; run the command that writes it again")
     names = [n for n in sorted(storage.list_files(path)) if n.endswith(".parquet") and n.rsplit("/", 1)[-1][0] not in "._"]
     if not names:
         raise UserError(f"{path}: holds no Parquet file; give a COCO json or a folder that write_shards wrote")
