@@ -10,6 +10,14 @@ E = TypeVar("E", bound=BaseException)
 class UserError(Exception):
     """The user's mistake: one line that names the file, key or image and the remedy. Commands end with status 2 on it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        # Not `args`: Ray Data adds advice of its own to the arguments of an error that leaves a task.
+        return self.message
+
 
 class SettingsError(UserError):
     """A settings file or override that cannot be used."""

@@ -4,7 +4,8 @@ What is executed really: `--help` lookups of `kubectl`, and nothing else. What i
 `--dry-run` (recipe, options and keys must be real; nothing is read, started or written), also behind `ray job submit … --`; every
 make target with `make -n`. What is looked up: options of `ray …` in Ray's own command line, files and markers of `pytest …`,
 imported names of Python snippets, keys of settings in YAML. Lines with tools that need an account or machines that nobody has
-here (aws, gcloud, helm, docker, ssh, …) pass only where their block stands right below a line `Needs X.`: nobody has run those.
+here (aws, gcloud, helm, docker, ssh, …) pass only where their block stands right below a comment `<!-- Needs X. -->`:
+nobody has run those.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ OPTIONS["uv"] = OPTIONS["pip"]
 """Of tools that stand beside ours: those that pages use, looked up by hand."""
 OUTSIDE = {"aws", "gcloud", "gsutil", "helm", "docker", "ssh", "scp", "rsync", "kubectl", "curl", "openssl", "git", "sudo"}
 OUTSIDE |= {"systemctl", "iptables", "ufw", "mount", "apt-get", "podman", "kind"}
-NEEDS = re.compile(r"Needs [^.]+\.")
+NEEDS = re.compile(r"<!-- Needs [^.]+\. -->")
 ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
@@ -51,7 +52,7 @@ class Block:
     """Of the fence; "" for an indented block."""
     text: str
     needs: bool
-    """Whether a line `Needs X.` stands right above it."""
+    """Whether a comment `<!-- Needs X. -->` stands right above it."""
 
 
 def blocks(page: Path) -> list[Block]:
@@ -79,7 +80,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `Needs X.`"""
+    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `<!-- Needs X. -->`."""
     found = []
     for block in blocks(page):
         if block.language not in ("", "?", "sh", "bash", "console"):
@@ -165,10 +166,10 @@ def check_words(words: list[str], needs: bool, monkeypatch) -> None:
     elif name in OPTIONS:
         assert {word for word in words[1:] if word.startswith("-")} <= OPTIONS[name], words
     elif name == "kubectl" and shutil.which("kubectl"):
-        assert needs, "kubectl: put a line `Needs Kubernetes.` above the block"
+        assert needs, "kubectl: put a line `<!-- Needs Kubernetes. -->` above the block"
         check_kubectl(words[1:])
     elif name in OUTSIDE:
-        assert needs, f"{name}: nobody can run it here; put a line such as `Needs AWS.` above the block"
+        assert needs, f"{name}: nobody can run it here; put a line such as `<!-- Needs AWS. -->` above the block"
 
 
 def dry_run(words: list[str], monkeypatch) -> None:
