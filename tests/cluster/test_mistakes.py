@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from i3cl.cli import command_line
@@ -33,6 +34,7 @@ class Bad:
 def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
         cluster.connect()
         import ray
         import ray.data
