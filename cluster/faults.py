@@ -1,10 +1,10 @@
 """Break a training and a labelling job on a small cluster on this machine, and print what each fault cost.
 
-    python cluster/faults.py                 # all faults; root and iproute2 give every node an address of its own
+    python cluster/faults.py                 # all faults; with root and iproute2, every node has its own address
     python cluster/faults.py --job labelling
 
-Time to recover is counted from the fault until the job is further than it was. Work redone: steps that were done again, or
-images of shards that were begun and not finished.
+Time to recover is measured from the fault until the job is further than before. Work redone: repeated steps, or images of
+unfinished shards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPE = str(ROOT / "configs" / "faults.yaml")
 PATIENCE = 240.0
 """Seconds after which a job counts as lost."""
 NOTICE = 30
-"""Seconds between the announcement of a spot machine's end and its end; clouds give 30 to 120."""
+"""Seconds between the notice that a spot machine will end and its end; clouds give 30 to 120."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Row:
     job: str
     fault: str
     seconds: float
-    """Until the job was further than it had been."""
+    """Time until the job was further than before."""
     redone: str
     how: str
-    """What carried it on."""
+    """How the job continued."""
 
 
 class Job:
-    """A job beside the head of a cluster of two nodes with a worker each. The head holds none, as in the launch files."""
+    """A job on a cluster of a head, which runs the driver, and two nodes with one worker each, as in the launch files."""
 
     script: str
-    """Of jobs/, with its first arguments."""
+    """Name of the file in jobs/, with its first arguments."""
     changes: list[str]
     """Settings on top of the recipe."""
     variables: Mapping[str, str] = {}
@@ -83,7 +83,7 @@ class Job:
         self.close()
 
     def warm_up(self) -> None:
-        """Wait until the job works."""
+        """Wait until the job is working."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -92,13 +92,13 @@ class Job:
         self.cluster.close()
 
     def submit(self) -> None:
-        """Start the job, the same line each time."""
+        """Start the job, with the same command each time."""
         name, *first = self.script.split()
         command = [sys.executable, str(ROOT / "jobs" / name), *first, "--config", RECIPE, *self.changes]
         self.driver = self.cluster.run(command, self.log, **self.variables)
 
     def check(self, reached: bool, deadline: float, wish: str) -> bool:
-        """`reached`; RuntimeError when the job has ended or the time is over before."""
+        """Return `reached`; RuntimeError when it is False although the job has ended or the time is over."""
         assert self.driver is not None
         if not reached and (self.driver.poll() is not None or time.monotonic() > deadline):
             raise RuntimeError(f"{wish}: {self.log.read_text()[-3000:]}")
@@ -106,7 +106,7 @@ class Job:
 
 
 class Training(Job):
-    """A training run under faults: `python jobs/train.py`."""
+    """A training run with faults: `python jobs/train.py`."""
 
     script = "train.py"
 
@@ -121,17 +121,17 @@ class Training(Job):
         self.wait_for_step(2 * self.interval + 3)
 
     def rows(self) -> list[dict]:
-        """What the run has written so far."""
+        """Return the rows that the run has written so far."""
         if not self.metrics.exists():
             return []
         return [row for row in map(json.loads, self.metrics.read_text().splitlines()) if "loss" in row]
 
     def step(self) -> int:
-        """The last step that is on record."""
+        """Return the last step that is recorded."""
         return max((row["step"] for row in self.rows()), default=0)
 
     def wait_for_step(self, step: int) -> int:
-        """Wait for a step; return the lowest that was on record meanwhile."""
+        """Wait for a step; return the lowest last step seen while waiting, which falls when steps are redone."""
         deadline = time.monotonic() + PATIENCE
         lowest = self.step()
         while not self.check((now := self.step()) >= step, deadline, f"step {step} was not reached"):
@@ -140,7 +140,7 @@ class Training(Job):
         return lowest
 
     def strike(self, fault: str, how: str, blow: Callable[[], None]) -> Row:
-        """Wait for the middle between two checkpoints, strike, wait until the run is further than it was."""
+        """Wait for the middle between two checkpoints, cause the fault, and wait until the run is further than before."""
         target = (self.step() // self.interval + 1) * self.interval + self.interval // 2
         self.wait_for_step(target)
         struck = time.monotonic()
@@ -150,7 +150,7 @@ class Training(Job):
         return Row("training", fault, time.monotonic() - struck, f"{redone(seen, lowest)} steps", how)
 
     def announce(self, fault: str, how: str) -> Row:
-        """As `strike` with `warn`, but counted from the last step before the workers leave the machine: until then they train."""
+        """Like `strike` with `warn`, but measured from the last step before training leaves the machine, as it runs until then."""
         self.wait_for_step((self.step() // self.interval + 1) * self.interval + self.interval // 2)
         leaving = self.workers[-1]
         self.warn()
@@ -164,15 +164,15 @@ class Training(Job):
     # ------------------------------------------------------------------------------------------------------ faults
 
     def kill_worker(self) -> None:
-        """The process of one training worker."""
+        """Kill the process of one training worker."""
         os.kill(process_of(self.workers[0], "TrainWorker"), signal.SIGKILL)
 
     def remove_node(self) -> None:
-        """The machine of one training worker, without a word."""
+        """Kill the machine of one training worker, without notice."""
         self.workers.pop().kill()
 
     def warn(self) -> None:
-        """Announce the end of a machine, as a cloud does for a spot machine, and take it away NOTICE seconds later."""
+        """Announce the end of a machine, as a cloud does for a spot machine, and kill the machine NOTICE seconds later."""
         node = self.workers.pop()
         command = ["drain-node", f"--address={self.cluster.address}", f"--node-id={self.cluster.alive()[node.name]}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={NOTICE}"]
@@ -182,13 +182,13 @@ class Training(Job):
         threading.Timer(NOTICE, node.kill).start()
 
     def cut_link(self) -> None:
-        """The network of one machine; the machine itself is taken away a minute later."""
+        """Cut the network of one machine; kill the machine itself a minute later."""
         node = self.workers.pop()
         self.cluster.cut(node)
         threading.Timer(60, node.kill).start()
 
     def restart_head(self) -> None:
-        """Head and driver vanish; everything is started anew and the same line submitted again."""
+        """Kill everything, head and driver too; restart the cluster and submit the same job again."""
         end(self.driver)
         for node in self.cluster.nodes:
             if node.process.poll() is None:
@@ -198,7 +198,7 @@ class Training(Job):
         self.submit()
 
     def replace_node(self) -> float:
-        """A new machine joins; seconds until the run uses it."""
+        """Add a machine; return the seconds until the run uses it."""
         started = time.monotonic()
         self.workers.append(self.cluster.add_node())
         while not self.check(trains_on(self.workers[-1]), started + PATIENCE, "the run did not grow"):
@@ -208,7 +208,7 @@ class Training(Job):
 
 
 class Labelling(Job):
-    """A labelling job under faults: `python jobs/label.py predict` with one member."""
+    """A labelling job with faults: `python jobs/label.py predict` with one member."""
 
     script = "label.py predict"
 
@@ -223,17 +223,17 @@ class Labelling(Job):
         self.wait_for_parts(2)
 
     def parts(self) -> set[str]:
-        """Shards that are done."""
+        """Return the names of the finished shards."""
         return {path.name for path in self.out.glob("part-*.parquet")}
 
     def wait_for_parts(self, count: int) -> None:
-        """Wait until so many shards are done."""
+        """Wait until `count` shards are finished."""
         deadline = time.monotonic() + PATIENCE
         while not self.check(len(self.parts()) >= count, deadline, f"{count} shards were not done"):
             time.sleep(0.05)
 
     def strike(self, fault: str, how: str, blow: Callable[[], None]) -> Row:
-        """Wait for another shard, strike, wait until every shard that was begun is done."""
+        """Wait for another shard, cause the fault, and wait until every shard that had been started is finished."""
         self.wait_for_parts(len(self.parts()) + 1)
         time.sleep(0.3)
         begun = {path.name.removesuffix(".json") for path in (self.out / "_work" / "tries").glob("part-*.json")}
@@ -249,7 +249,7 @@ class Labelling(Job):
         return Row("labelling", fault, time.monotonic() - struck, f"at most {images} images", how)
 
     def finish(self) -> tuple[int, int, int]:
-        """Wait for the end: images, images that are missing, rows too many."""
+        """Wait for the end; return the numbers of images, of missing images and of surplus rows."""
         assert self.driver is not None
         if self.driver.wait(PATIENCE * 2):
             raise RuntimeError(f"labelling failed: {self.log.read_text()[-3000:]}")
@@ -262,7 +262,7 @@ class Labelling(Job):
     # ------------------------------------------------------------------------------------------------------ faults
 
     def kill_worker(self) -> None:
-        """The process of one labelling actor."""
+        """Kill the process of one labelling actor."""
         os.kill(process_of(self.workers[0], "MapWorker"), signal.SIGKILL)
 
     def remove_node(self) -> None:
@@ -282,7 +282,7 @@ def redone(seen: int, lowest: int) -> int:
 
 
 def process_of(node: Node, word: str) -> int:
-    """Process id of a Ray worker on a node, by a word of its title."""
+    """Return the process id of a Ray worker on a node, found by a word of its title."""
     for pid in descendants(node.process.pid):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
@@ -294,7 +294,7 @@ def process_of(node: Node, word: str) -> int:
 
 
 def trains_on(node: Node) -> bool:
-    """Whether a training worker lives on a node."""
+    """Whether a training worker runs on a node."""
     try:
         return bool(process_of(node, "TrainWorker"))
     except LookupError:
@@ -309,14 +309,14 @@ def end(driver: subprocess.Popen[bytes] | None) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """The recipe's synthetic images in folder/data, made by a local Ray of its own."""
+    """Make the recipe's synthetic images in folder/data, with a local Ray."""
     command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), "synthetic", "--config", RECIPE, "--out", str(folder / "data")]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 def source_arguments(folder: Path) -> list[str]:
-    """Overrides that name the data of `make_data`."""
+    """Return the overrides that select the data of `make_data`."""
     data = folder / "data"
     return [
         f"data.train=[{{annotations: {data}/labelled.json, images: {data}/labelled}}]",
@@ -325,29 +325,29 @@ def source_arguments(folder: Path) -> list[str]:
 
 
 def break_training(folder: Path, network: bool) -> Iterator[Row]:
-    """Every fault of a training, one after the other in one run, a row each."""
+    """Cause every fault in one training run, one after another; yield a row for each."""
     with Training(folder, network) as run:
         restart = "Ray Train restarts the workers from the last checkpoint"
         yield run.strike("worker killed", restart, run.kill_worker)
-        yield run.strike("machine lost", "one worker goes on with both shares of a step", run.remove_node)
+        yield run.strike("machine lost", "one worker continues and computes both shares of a step", run.remove_node)
         seconds = run.replace_node()
-        how = "Ray looks once a minute, then restarts on two workers from the last checkpoint"
+        how = "Ray checks once a minute, then restarts with two workers from the last checkpoint"
         yield Row("training", "machine joins", seconds, "0 to 10 steps", how)
-        yield run.announce("spot notice", "checkpoint at once; the worker that stays goes on")
+        yield run.announce("spot notice", "checkpoint at once; the remaining worker continues")
         run.replace_node()
         if network:
-            yield run.strike("link cut", "the head gives the machine up after 8 s", run.cut_link)
-        yield run.strike("head lost", "new head, the same line submitted again", run.restart_head)
+            yield run.strike("link cut", "the head gives up on the machine after 8 s", run.cut_link)
+        yield run.strike("head lost", "new head, the same job submitted again", run.restart_head)
         steps = [row["step"] for row in run.rows()]
-        assert steps == list(range(1, len(steps) + 1)), "a step is missing or stands twice"
+        assert steps == list(range(1, len(steps) + 1)), "a step is missing or occurs twice"
 
 
 def break_labelling(folder: Path, network: bool, checkpoint: str) -> Iterator[Row]:
-    """Every fault of a labelling job, one after the other, a row each."""
+    """Cause every fault in one labelling job, one after another; yield a row for each."""
     with Labelling(folder, network, checkpoint) as job:
-        yield job.strike("worker killed", "Ray Data replaces the actor; it begins the shard anew", job.kill_worker)
-        yield job.strike("machine lost", "its shards go to the other machine", job.remove_node)
-        yield job.strike("driver lost", "the same line again goes on with the shards that are not there", job.kill_driver)
+        yield job.strike("worker killed", "Ray Data replaces the actor, which restarts the shard", job.kill_worker)
+        yield job.strike("machine lost", "the other machine takes its shards", job.remove_node)
+        yield job.strike("driver lost", "the same command continues with the missing shards", job.kill_driver)
         images, missing, double = job.finish()
         print(f"labelling: {images} images, {missing} missing, {double} twice", flush=True)
         assert not missing and not double
@@ -355,11 +355,16 @@ def break_labelling(folder: Path, network: bool, checkpoint: str) -> Iterator[Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", choices=("training", "labelling"), help="only this one")
-    parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder that is removed")
+    parser.add_argument("--job", choices=("training", "labelling"), help="only this job")
+    parser.add_argument(
+        "--folder", type=Path, help="folder in which everything is kept; default: a temporary folder, which is removed"
+    )
     options = parser.parse_args()
     refused = namespaces_refused()
-    print(f"nodes: {'processes on the loopback, no link to cut: ' + refused if refused else 'network namespaces'}", flush=True)
+    print(
+        f"nodes: {'processes on the loopback, without a link that can be cut: ' + refused if refused else 'network namespaces'}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="i3cl-faults-") as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,14 +377,14 @@ def main() -> None:
                 faults = break_labelling(folder, not refused, make_checkpoint(folder))
             for row in faults:
                 rows.append(row)
-                print(f"{row.job}: {row.fault}: {row.seconds:.0f} s, {row.redone} done again", flush=True)
+                print(f"{row.job}: {row.fault}: {row.seconds:.0f} s, {row.redone} redone", flush=True)
     print("\n| job | fault | time to recover | work redone | how |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row.job} | {row.fault} | {row.seconds:.0f} s | {row.redone} | {row.how} |")
 
 
 def make_checkpoint(folder: Path) -> str:
-    """A member for the labelling job: the network of the recipe with its initial weights."""
+    """Make a member for the labelling job: the network of the recipe with its initial weights; return its path."""
     import torch
 
     from i3cl.model.checkpoint import save_checkpoint

@@ -1,7 +1,7 @@
-"""Several Ray nodes on one machine, each a `ray start` of its own: for trying a cluster and for breaking one.
+"""Several Ray nodes on one machine, each started with its own `ray start`, to try a cluster and to test failures.
 
-With `network=True` every node has a network namespace with an address of its own (root and iproute2 are needed), so that a
-link can be cut. All nodes see this machine's disk.
+With `network=True` every node has its own network namespace and address (this needs root and iproute2), so that a link can be
+cut. All nodes share this machine's disk.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""Of the head: a node that does not answer is given up after some eight seconds."""
+"""Environment of the head: it gives up on a node that has not answered for about eight seconds."""
 
 
 def namespaces_refused() -> str | None:
-    """Why network namespaces cannot be made here; None when they can."""
+    """Return why network namespaces cannot be made here; None when they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -48,7 +48,7 @@ def namespaces_refused() -> str | None:
 
 @dataclass
 class Node:
-    """One node: the process of its `ray start --block`, and where it lives."""
+    """One node: the process of its `ray start --block`, its address and its network namespace."""
 
     name: str
     address: str
@@ -56,13 +56,13 @@ class Node:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """All its processes at once, as when the machine loses power."""
+        """Kill all its processes at once, as when the machine loses power."""
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             _signal(pid, signal.SIGKILL)
         self.process.wait(30)
 
     def stop(self) -> None:
-        """Let it end in order; kill what is left after 20 s."""
+        """Ask it to end; kill what is left after 20 s."""
         family = descendants(self.process.pid)
         _signal(self.process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -83,9 +83,10 @@ for node in ray.nodes():
 
 
 class LocalCluster:
-    """A head and further nodes. Close it, or use it as a context manager: every process that it started ends.
+    """A head and further nodes. Close it, or use it as a context manager: this ends every process that it started.
 
-    folder: for logs. environment: of every node, on top of this process's. head_cpus, as all CPUs here, is what Ray is told.
+    folder: for logs. environment: for every node, added to that of this process. head_cpus: like all numbers of CPUs here, what
+    Ray is told, not what the machine has.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class LocalCluster:
         self.namespaces: list[str] = []
         self.network = network
         self._bridge = f"i3cl{os.getpid() % 10000}{chr(97 + next(_CLUSTERS) % 26)}"
-        # Short, because the paths of sockets lie under it.
+        # Short, because the paths of Ray's sockets begin with it.
         self.temporary = Path(tempfile.mkdtemp(prefix="i3cl-", dir="/tmp"))
         self.token = self.temporary / "token"
         self.token.write_text(secrets.token_hex(32))
@@ -108,14 +109,14 @@ class LocalCluster:
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
         self.node_environment = {**os.environ, **HEALTH_CHECKS, **(environment or {})}
         self.node_environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-        # As in the launch files: `python` in a submitted job is the project's.
+        # As in the launch files, `python` in a submitted job is the project's Python.
         self.node_environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{self.node_environment.get('PATH', '')}"
         for key in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_API_SERVER_ADDRESS"):
             self.node_environment.pop(key, None)
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process that submits to this cluster or joins it."""
+        """Environment of a process that submits a job to this cluster or joins it."""
         return {**self.node_environment, "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard}
 
     def __enter__(self) -> LocalCluster:
@@ -130,7 +131,7 @@ class LocalCluster:
         self.close()
 
     def start_head(self) -> Node:
-        """Start the head, on the same ports when it was there before, and wait until it answers."""
+        """Start the head, always on the same ports, and wait until it answers."""
         arguments = [
             "--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1",
             f"--temp-dir={self.temporary}",
@@ -138,12 +139,12 @@ class LocalCluster:
         return self._start("head", self.head_cpus, arguments)
 
     def add_node(self, cpus: int = 1, labels: str = "") -> Node:
-        """Start another node and wait until the head knows it."""
+        """Start another node and wait until the head has registered it."""
         arguments = [f"--address={self.address}"] + ([f"--labels={labels}"] if labels else [])
         return self._start(f"node{len(self.nodes)}", cpus, arguments)
 
     def run(self, command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a process that lives beside the head, as a driver or a laptop would; its output goes to `log`."""
+        """Start a process next to the head, as a driver or a laptop would; its output goes to `log`."""
         with open(log, "ab") as file:
             return subprocess.Popen(
                 self._inside(self.namespaces[0] if self.network else None, command),
@@ -154,16 +155,16 @@ class LocalCluster:
             )
 
     def cut(self, node: Node) -> None:
-        """Take its network away. What was cut off does not join again: kill the node afterwards."""
+        """Cut the node's network. A node that was cut off does not join again: kill it afterwards."""
         assert node.namespace
         _ip("-n", node.namespace, "link", "set", "eth0", "down")
 
     def alive(self) -> dict[str, str]:
-        """The nodes that the head believes in: name -> Ray's id."""
+        """Return the nodes that the head considers alive: name -> Ray's id."""
         command = self._inside(self.namespaces[0] if self.network else None, [sys.executable, "-c", _ALIVE])
         answer = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         if answer.returncode:
-            raise RuntimeError(f"the head does not tell its nodes: {answer.stderr[-2000:]}")
+            raise RuntimeError(f"the head does not list its nodes: {answer.stderr[-2000:]}")
         return dict(line.split() for line in answer.stdout.splitlines())
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ class LocalCluster:
             if node.process.poll() is None:
                 node.kill()
         for number, name in enumerate(self.namespaces, 1):
-            # A namespace lives on, and with it its device, until its last process has ended.
+            # A namespace and its device exist until the last process in it has ended.
             subprocess.run(["ip", "link", "del", f"{self._bridge}v{number}"], capture_output=True)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         if self.namespaces:
@@ -205,7 +206,7 @@ class LocalCluster:
         return node
 
     def _namespace(self, name: str) -> tuple[str, str]:
-        """Namespace and address of a node; made, and joined to the others by a bridge, when new."""
+        """Return namespace and address of a node; a new namespace is made and connected to the others by a bridge."""
         full = f"{self._bridge}-{name}"
         if full in self.namespaces:
             return full, f"10.77.0.{self.namespaces.index(full) + 1}"
@@ -230,7 +231,7 @@ class LocalCluster:
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ids of everything below a process."""
+    """Return the ids of all child processes of a process, at any depth."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -245,7 +246,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """A port of the loopback that is free now, outside the range of Ray's workers."""
+    """Return a port that is free on the loopback address now, outside the range of Ray's workers."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,14 +1,14 @@
-"""Tell Ray that this machine is about to be taken away, so that training saves a checkpoint before it is.
+"""Tell Ray that this machine will soon be taken away, so that training saves a checkpoint before that.
 
     python cluster/spot_notice.py aws     # or gcp: watch the cloud's metadata service until it announces the end
     python cluster/spot_notice.py now     # the end is known (a Kubernetes preStop hook): tell Ray, wait until its work here ends
 
-Telling Ray is ``ray drain-node`` with reason PREEMPTION for every raylet of this machine: no new task is put on it, and a
-training run sees the warning. Needs only the standard library and the ``ray`` command beside this Python; with token
-authentication RAY_AUTH_MODE and the token are read from the environment as by any Ray command.
+This runs `ray drain-node` with reason PREEMPTION for every raylet on this machine: Ray then starts no new tasks here, and a
+training run sees the warning. It needs only the standard library and the `ray` command next to this Python. With token
+authentication, RAY_AUTH_MODE and the token are read from the environment, as by any Ray command.
 
-AWS announces a spot machine's end in spot/instance-action two minutes ahead, Google in instance/preempted about 30 s ahead.
-Exit status 0: Ray was told, or this is no spot machine, or another watcher runs here; 1: Ray could not be told.
+AWS announces the end of a spot machine two minutes before, in spot/instance-action; Google about 30 s before, in instance/preempted.
+Exit status 0: Ray was told, or this is not a spot machine, or another watcher runs here; 1: Ray could not be told.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pathlib import Path
 AWS_ENDPOINT = "http://169.254.169.254"
 GCP_HOST = "metadata.google.internal"
 GCP_SECONDS = 25
-"""Google stops a machine 30 s after the notice; a margin for noticing it is off."""
+"""Google stops a machine 30 s after the notice; this leaves 5 s to notice it."""
 PATIENCE = 120
-"""Seconds that the metadata service may be silent at the start before this counts as no machine of that cloud."""
+"""Seconds without an answer of the metadata service at the start after which this is not taken for a machine of that cloud."""
 HEAD_PATIENCE = 10
-"""Seconds that a head may be silent when a pod ends before it counts as gone too."""
+"""Seconds without an answer of the head, when a pod ends, after which the head is taken for gone too."""
 
 # No proxy: a metadata service is reached directly or not at all.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -54,9 +54,9 @@ class Raylet:
 
 
 def raylets(address: str | None = None) -> list[Raylet]:
-    """Raylets of this user on this machine, of the cluster at `address` (None: of every one).
+    """Find this user's raylets on this machine that belong to the cluster at `address` (None: to any cluster).
 
-    The id is read from the process, because ``ray drain-node`` without --node-id may start a Ray of its own and drain that.
+    The node id is read from the process, because `ray drain-node` without --node-id may start a new Ray and drain that one.
     """
     found = []
     for folder in Path("/proc").iterdir():
@@ -72,7 +72,7 @@ def raylets(address: str | None = None) -> list[Raylet]:
 
 
 def parse_raylet(pid: int, arguments: list[str]) -> Raylet | None:
-    """The raylet of a command line; None for any other process."""
+    """Read a raylet from its command line; None for any other process."""
     if os.path.basename(arguments[0]) != "raylet":
         return None
     line = " ".join(arguments)
@@ -82,17 +82,18 @@ def parse_raylet(pid: int, arguments: list[str]) -> Raylet | None:
 
 
 class Aws:
-    """Instance metadata service, version 2 (a session token for every request)."""
+    """Instance metadata service, version 2, which needs a session token for every request."""
 
     def __init__(self) -> None:
         self._base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", AWS_ENDPOINT).rstrip("/") + "/latest/"
         self._token = ""
 
     def is_spot(self) -> bool:
+        """Whether this is a spot machine."""
         return self._get("meta-data/instance-life-cycle") == "spot"
 
     def seconds_left(self) -> float | None:
-        """Until the machine goes; None while nothing is announced."""
+        """Seconds until the machine ends; None while nothing is announced."""
         notice = self._get("meta-data/spot/instance-action")
         if notice is None:
             return None
@@ -100,7 +101,7 @@ class Aws:
         return max(0.0, (end - datetime.now(UTC)).total_seconds())
 
     def _get(self, path: str) -> str | None:
-        """None where the service has no such page."""
+        """Return a page of the service; None when there is no such page."""
         for attempt in range(2):
             if not self._token:
                 ask = urllib.request.Request(self._base + "api/token", method="PUT")
@@ -127,10 +128,11 @@ class Gcp:
         self._base = f"http://{os.environ.get('GCE_METADATA_HOST', GCP_HOST)}/computeMetadata/v1/instance/"
 
     def is_spot(self) -> bool:
+        """Whether this is a spot machine."""
         return self._get("scheduling/preemptible") == "TRUE"
 
     def seconds_left(self) -> float | None:
-        """Until the machine goes; None while nothing is announced."""
+        """Seconds until the machine ends; None while nothing is announced."""
         return GCP_SECONDS if self._get("preempted") == "TRUE" else None
 
     def _get(self, path: str) -> str:
@@ -140,10 +142,10 @@ class Gcp:
 
 
 def watch(cloud: Aws | Gcp, interval: float, patience: float = PATIENCE) -> float | None:
-    """Seconds that are left, as soon as the end is announced; None where this is no spot machine.
+    """Wait until the end is announced, and return the seconds that are left; None when this is not a spot machine.
 
-    interval: seconds between looks. A metadata service that fails for a while is asked again; OSError when it has not answered
-    once within `patience` seconds.
+    interval: seconds between requests. A metadata service that fails for a while is asked again; OSError when it has never
+    answered within `patience` seconds.
     """
     began = time.monotonic()
     spot = False
@@ -160,17 +162,17 @@ def watch(cloud: Aws | Gcp, interval: float, patience: float = PATIENCE) -> floa
                 return left
             failing = ""
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            # Unreachable, or an answer of another shape.
+            # Unreachable, or an answer that is not as expected.
             if not spot and time.monotonic() - began > patience:
                 raise OSError(f"the metadata service does not answer: {error}") from error
             if str(error) != failing:
                 failing = str(error)
-                say(f"the metadata service fails, asking again: {failing}")
+                say(f"the metadata service fails and is asked again: {failing}")
         time.sleep(interval)
 
 
 def drain_command(raylet: Raylet, seconds: float) -> list[str]:
-    """seconds: until the machine goes."""
+    """Build the command that drains a raylet. seconds: until the machine ends."""
     return [
         str(Path(sys.executable).with_name("ray")),
         "drain-node",
@@ -193,10 +195,10 @@ def reachable(address: str) -> bool:
 
 
 def drain(find: Callable[[], list[Raylet]], seconds: float, patience: float) -> bool:
-    """Tell Ray for every raylet that `find` gives, again and again until Ray has accepted or `seconds` are over.
+    """Tell Ray about every raylet that `find` returns, and repeat this until Ray has accepted all or `seconds` are over.
 
-    Whether every one was accepted (False also when there was none). patience: seconds after which a head that does not answer
-    is taken for gone: a cluster that ends takes its head away together with the workers.
+    Returns whether all were accepted; False also when there was none. patience: seconds after which a head that does not answer
+    is taken for gone, because a cluster that is deleted loses its head together with the workers.
     """
     began = time.monotonic()
     deadline = began + seconds
@@ -228,7 +230,7 @@ def drain(find: Callable[[], list[Raylet]], seconds: float, patience: float) -> 
 
 
 def wait_for_end(nodes: list[Raylet], seconds: float) -> bool:
-    """Wait until these raylets are gone (a drained one ends when its work has), at most `seconds`; whether they are."""
+    """Wait up to `seconds` until these raylets have ended, as a drained raylet does after its work; return whether they have."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not {raylet.node_id for raylet in nodes} & {raylet.node_id for raylet in raylets()}:
@@ -238,11 +240,12 @@ def wait_for_end(nodes: list[Raylet], seconds: float) -> bool:
 
 
 def say(text: str) -> None:
+    """Print a line with the time."""
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} spot_notice: {text}", flush=True)
 
 
 def only_watcher(address: str | None) -> socket.socket | None:
-    """A lock that ends with the process; None when another watcher of this user holds it."""
+    """Take a lock that ends with the process; None when another watcher of this user holds it."""
     lock = socket.socket(socket.AF_UNIX)
     try:
         lock.bind(f"\0i3cl-spot-notice-{os.getuid()}-{address or ''}")
@@ -253,12 +256,13 @@ def only_watcher(address: str | None) -> socket.socket | None:
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=("aws", "gcp", "now"))
     parser.add_argument("--address", metavar="HOST:PORT", help="only nodes of the cluster at this head; default: all")
-    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between looks; default %(default)s")
-    parser.add_argument("--seconds", type=float, default=100.0, help="now: until the machine goes; default %(default)s")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between requests; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=100.0, help="with now: until the machine ends; default %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands but do not run them")
     options = parser.parse_args()
 
     if options.source == "now":
@@ -274,10 +278,10 @@ def main() -> int:
             say(str(error))
             return 1
         if left is None:
-            say("this is no spot machine: nothing to watch for")
+            say("this is not a spot machine: nothing to watch for")
             return 0
     assert left is not None
-    say(f"this machine goes in {left:.0f} s")
+    say(f"this machine ends in {left:.0f} s")
     nodes = raylets(options.address)
     if options.dry_run:
         for raylet in nodes:
@@ -290,7 +294,7 @@ def main() -> int:
     told = drain(lambda: raylets(options.address), left, HEAD_PATIENCE if options.source == "now" else left)
     if options.source == "now" and told:
         gone = wait_for_end(nodes, left - (time.monotonic() - began))
-        say("its work here has ended" if gone else "its work here goes on, out of time")
+        say("Ray's work here has ended" if gone else "out of time: Ray's work here has not ended")
     return 0 if told else 1
 
 

@@ -10,18 +10,39 @@ E = TypeVar("E", bound=BaseException)
 class UserError(Exception):
     """The user's mistake: one line that names the file, key or image and the remedy. Commands end with status 2 on it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        # Not `args`: Ray Data adds advice of its own to the arguments of an error that leaves a task.
+        return self.message
+
 
 class SettingsError(UserError):
     """A settings file or override that cannot be used."""
 
 
 def inside(error: BaseException, kind: type[E]) -> E | None:
-    """The error of class `kind` that caused `error`, also when Ray wrapped it in another process; None when there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray's own class for it prints the other process's trace: `cause` is the plain error.
-        for found in (getattr(seen, "cause", None), seen):
-            if isinstance(found, kind):
-                return found
-        seen = seen.__cause__ or seen.__context__
-    return None
+    """Find the error of class `kind` that caused `error`, also when Ray wrapped it on its way from another process.
+
+    Returns None when there is none. Of several, the one that was raised last: it has the best message.
+    """
+    return _inside(error, kind, set())
+
+
+def _inside(error: BaseException, kind: type[E], seen: set[int]) -> E | None:
+    if id(error) in seen:
+        return None
+    seen.add(id(error))
+    # Wrappers come after what they hold: Ray makes RayTaskError a subclass of its cause, but its text is a whole traceback.
+    held = [getattr(error, "cause", None), getattr(error, "controller_failure", None)]
+    held += getattr(error, "worker_failures", {}).values()  # Ray Train: rank -> error
+    held += getattr(error, "exceptions", ())
+    for each in held:
+        if isinstance(each, BaseException) and (found := _inside(each, kind, seen)):
+            return found
+    if isinstance(error, kind):
+        return error
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return _inside(before, kind, seen) if before else None

@@ -1,8 +1,8 @@
 """Polygons, boxes and masks: conversion, area, overlap, simplification, validity.
 
-A polygon is an (N, 2) float array of x, y pixels, N >= 3, not closed (the first point is not repeated). x runs right, y runs
-down, pixel (i, j) covers [i, i+1) x [j, j+1) and its centre is (i + 0.5, j + 0.5). Boxes are x0, y0, x1, y1 with the right
-and bottom edge exclusive. Imports nothing of ours.
+A polygon is an (N, 2) float array of x, y pixels, N >= 3, not closed (the first point is not repeated). x runs right and y runs
+down; pixel (i, j) covers [i, i+1) x [j, j+1), and its centre is (i + 0.5, j + 0.5). Boxes are x0, y0, x1, y1; the right and
+bottom edges are exclusive. This module imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Polygon = NDArray[np.floating]
 
 
 def as_polygon(points: ArrayLike) -> NDArray[np.float32]:
-    """(N, 2) float32 from nested lists, flat [x0, y0, ...] lists or arrays. ValueError when N < 3 or a value is not finite."""
+    """Make an (N, 2) float32 polygon from nested lists, flat [x0, y0, ...] lists or arrays.
+
+    ValueError when N < 3 or a value is not finite.
+    """
     array = np.asarray(points, dtype=np.float32)
     if array.size % 2:
         raise ValueError(f"a polygon needs x, y pairs, not {array.size} numbers")
@@ -33,13 +36,13 @@ def as_polygon(points: ArrayLike) -> NDArray[np.float32]:
 
 
 def polygon_area(polygon: Polygon) -> float:
-    """Unsigned area in square pixels by the shoelace formula; self-intersecting rings may give less than their extent."""
+    """Unsigned area in square pixels by the shoelace formula; self-intersecting rings may give less than they cover."""
     return abs(_signed_area(polygon))
 
 
 def _signed_area(polygon: Polygon) -> float:
     """Positive when the ring runs clockwise as seen on screen."""
-    # Relative to the first point: far from the origin the products would cancel.
+    # Relative to the first point, because far from the origin the products would lose precision.
     x, y = (np.asarray(polygon, np.float64) - polygon[0]).T
     return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
@@ -60,22 +63,25 @@ def short_side(polygon: Polygon) -> float:
 
 
 def clockwise(polygon: Polygon) -> Polygon:
-    """The same ring in clockwise order as seen on screen (y down)."""
+    """Return the same ring in clockwise order as seen on screen (y down)."""
     return polygon if _signed_area(polygon) >= 0 else polygon[::-1]
 
 
 def simplify(polygon: Polygon, tolerance: float = 0.005) -> NDArray[np.float32]:
-    """Douglas-Peucker on the closed ring, epsilon = tolerance x perimeter; the polygon itself if fewer than 3 points remain."""
+    """Simplify the closed ring by Douglas-Peucker with epsilon = tolerance x perimeter.
+
+    Returns the polygon itself when fewer than 3 points would remain.
+    """
     ring = np.ascontiguousarray(polygon, np.float32)
     kept = np.asarray(cv2.approxPolyDP(ring, tolerance * cv2.arcLength(ring, True), True), np.float32).reshape(-1, 2)
     return kept if len(kept) >= 3 else ring
 
 
 def to_shapely(polygons: Sequence[Polygon]) -> NDArray[np.object_]:
-    """(N,) shapely geometries, made valid (a bow-tie becomes its parts); empty geometry where nothing with area is left."""
+    """Make (N,) valid shapely geometries (a bow-tie becomes its parts); an empty geometry where nothing with area is left."""
     if not len(polygons):
         return np.empty(0, dtype=object)
-    # One call for all rings: a loop over shapely.Polygon costs ten times as much.
+    # One call for all rings: a loop over shapely.Polygon takes ten times as long.
     points = np.concatenate([np.asarray(polygon, np.float64) for polygon in polygons])
     owner = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
     rings: NDArray[np.object_] = shapely.polygons(shapely.linearrings(points, indices=owner))
@@ -86,7 +92,7 @@ def to_shapely(polygons: Sequence[Polygon]) -> NDArray[np.object_]:
 
 
 def largest_ring(geometry: shapely.Geometry) -> NDArray[np.float32] | None:
-    """Exterior of the largest polygon in a geometry, (N, 2) float32 without the closing point; None when there is no area."""
+    """Return the outline of the largest polygon in a geometry, (N, 2) float32 without the closing point; None without area."""
     parts = [g for g in shapely.get_parts(geometry) if isinstance(g, shapely.Polygon) and g.area > 0]
     if not parts:
         return None
@@ -96,10 +102,10 @@ def largest_ring(geometry: shapely.Geometry) -> NDArray[np.float32] | None:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """The pairs of two polygon lists whose intersection has area: sparse, because in a photograph few of N x M touch."""
+    """The pairs of two polygon lists whose intersection has area; only these, because in a photograph few of N x M overlap."""
 
     first: NDArray[np.int64]
-    """(K,) index into the first list, ascending, ties by second."""
+    """(K,) index into the first list, ascending; equal ones are sorted by `second`."""
     second: NDArray[np.int64]
     """(K,) index into the second list."""
     intersection: NDArray[np.float64]
@@ -116,14 +122,14 @@ class Overlaps:
         return self.intersection / np.maximum(union, 1e-12)
 
     def dense_iou(self) -> NDArray[np.float64]:
-        """(N, M) matrix, zero where the polygons do not touch."""
+        """(N, M) matrix of IoU, zero where the polygons do not overlap."""
         matrix = np.zeros((len(self.area_first), len(self.area_second)))
         matrix[self.first, self.second] = self.iou
         return matrix
 
 
 def overlaps(first: Sequence[Polygon], second: Sequence[Polygon]) -> Overlaps:
-    """Exact polygon intersections of N with M polygons by an STRtree; cost grows with the touching pairs, not with N x M."""
+    """Intersect N with M polygons exactly; with an STRtree, the time grows with the overlapping pairs, not with N x M."""
     a, b = to_shapely(first), to_shapely(second)
     area_a = shapely.area(a) if len(a) else np.zeros(0)
     area_b = shapely.area(b) if len(b) else np.zeros(0)
@@ -141,9 +147,9 @@ def overlaps(first: Sequence[Polygon], second: Sequence[Polygon]) -> Overlaps:
 
 
 def clip_polygon(polygon: Polygon, width: float, height: float) -> NDArray[np.float32] | None:
-    """The part inside [0, width] x [0, height] (the largest piece), (N, 2) float32; None when nothing with area is left.
+    """Clip a polygon to [0, width] x [0, height]: the largest piece, (N, 2) float32; None when nothing with area is left.
 
-    It runs the polygon's way round and begins where the polygon does, or near: readers of text go by that.
+    The result keeps the polygon's direction and starts at or near its first point, because these give the reading direction.
     """
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     if low[0] >= 0 and low[1] >= 0 and high[0] <= width and high[1] <= height:
@@ -157,10 +163,10 @@ def clip_polygon(polygon: Polygon, width: float, height: float) -> NDArray[np.fl
 
 
 def mask_crop(polygon: Polygon, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The polygon as a 0/1 bitmap of its own box.
+    """Draw the polygon as a 0/1 bitmap of its own box.
 
-    Returns the (h, w) uint8 crop and its (2,) int64 x, y origin, rasterised as pycocotools does it (a pixel is set when its
-    centre is inside). The box is limited to the image of `height` x `width` pixels and is at least 1 x 1.
+    Returns the (h, w) uint8 crop and its (2,) int64 x, y origin. Pixels are set as pycocotools sets them: when their centre is
+    inside. The box is limited to the image of `height` x `width` pixels and is at least 1 x 1.
     """
     x0, y0 = np.clip(np.floor(polygon.min(axis=0)), 0, [width - 1, height - 1]).astype(np.int64)
     x1, y1 = np.clip(np.ceil(polygon.max(axis=0)), [x0 + 1, y0 + 1], [width, height]).astype(np.int64)
@@ -172,11 +178,12 @@ def mask_crop(polygon: Polygon, height: int, width: int) -> tuple[NDArray[np.uin
 def outlines_from_masks(
     masks: NDArray[np.float32], boxes: NDArray[np.float32], threshold: float = 0.5, tolerance: float = 0.005
 ) -> list[NDArray[np.float32] | None]:
-    """Outlines of box-framed probability masks, in the pixels of the boxes, without ever making a full-size bitmap.
+    """Trace the outlines of probability masks that each fill a box, in image pixels, without making a full-size bitmap.
 
-    masks: (N, S, S) float32 in 0-1, the frame of each box; boxes: (N, 4) float32. Each mask is bordered with zeros (as pasting
-    it into an image does), enlarged four times bilinearly and cut at `threshold`, so that the outline is true to an eighth of
-    a mask cell; the largest outer contour is taken and simplified with `tolerance` x perimeter. None where nothing is above.
+    masks: (N, S, S) float32 in 0-1, stretched over its box; boxes: (N, 4) float32. Each mask gets a border of zeros (as pasting
+    it into an image does), is enlarged four times bilinearly and cut at `threshold`, so that the outline is accurate to an eighth
+    of a mask cell. The largest outer contour is taken and simplified with `tolerance` x perimeter. None where no value reaches
+    the threshold.
     """
     grow = 4
     result: list[NDArray[np.float32] | None] = []
@@ -197,19 +204,19 @@ def outlines_from_masks(
 
 
 def intersection_areas(polygons: Sequence[Polygon], first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(K,) areas, in square pixels, that K pairs of simple polygons have in common; a tenth of the time of exact overlay.
+    """Intersection areas, (K,) in square pixels, of K pairs of simple polygons; takes a tenth of the time of an exact overlay.
 
     polygons: N valid rings (P, 2) without self-intersections; first, second: (K,) indices of the pairs.
 
-    A ring's indicator is the signed sum of the strips under its edges, so that |A n B| = sum over edge pairs of s_a s_b times the
-    integral of min(y_a, y_b) over their common x. min is half of sum less difference, the sums cancel because a ring is
-    closed, and what is left is |A n B| = |sum of s_a s_b times the integral of |y_a - y_b|| / 2.
+    A ring's area is the signed sum of the strips under its edges, so |A n B| = the sum over pairs of edges of s_a s_b times the
+    integral of min(y_a, y_b) over their common x. min(y_a, y_b) = (y_a + y_b - |y_a - y_b|) / 2; the sums cancel because a ring
+    is closed, which leaves |A n B| = |sum of s_a s_b times the integral of |y_a - y_b|| / 2.
     """
     areas = np.zeros(len(first))
     if not len(first):
         return areas
     lengths = np.array([len(polygon) for polygon in polygons])
-    # Rings of like length are measured together; the shorter ones repeat their first point, an edge that has no strip.
+    # Rings of similar length are measured together; shorter ones repeat their first point, which adds edges without area.
     sizes = -(-lengths // 4) * 4
     stacks: dict[int, NDArray[np.float64]] = {}
     place = np.zeros(len(polygons), np.int64)
@@ -226,7 +233,7 @@ def intersection_areas(polygons: Sequence[Polygon], first: NDArray[np.int64], se
     for group in np.split(order, np.flatnonzero(np.diff(shape[order])) + 1):
         one, other = first[group], second[group]
         size_a, size_b = int(sizes[one[0]]), int(sizes[other[0]])
-        step = max(1, 16384 // (size_a * size_b))  # small enough for the processor's cache
+        step = max(1, 16384 // (size_a * size_b))  # fits into the processor's cache
         for start in range(0, len(group), step):
             part = slice(start, start + step)
             areas[group[part]] = _common_areas(stacks[size_a][place[one[part]]], stacks[size_b][place[other[part]]])
@@ -234,8 +241,8 @@ def intersection_areas(polygons: Sequence[Polygon], first: NDArray[np.int64], se
 
 
 def _common_areas(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(K,) common areas of closed rings, (K, S + 1, 2) and (K, T + 1, 2)."""
-    # Relative to a point of the pair: far from the origin the products would cancel.
+    """Intersection areas, (K,), of closed rings, (K, S + 1, 2) and (K, T + 1, 2)."""
+    # Relative to a point of the pair, because far from the origin the products would lose precision.
     origin = one[:, :1]
     low_a, high_a, slope_a, rise_a, sign_a = _edges(one - origin)
     low_b, high_b, slope_b, rise_b, sign_b = _edges(other - origin)
@@ -253,7 +260,8 @@ def _common_areas(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArr
     crossing = np.minimum(low * high, 0, out=rise)
     both = np.abs(low, out=low)
     both += np.abs(high, out=high)
-    # Of a line from d0 to d1 over a width w: w (|d0| + |d1|) / 2, less w |d0 d1| / (|d0| + |d1|) where it changes sign.
+    # The integral of |d| along a line from d0 to d1 over a width w is w (|d0| + |d1|) / 2; where the sign changes, subtract
+    # w |d0 d1| / (|d0| + |d1|).
     crossing /= np.maximum(both, 1e-300, out=slope)
     both *= 0.5
     both += crossing
@@ -263,7 +271,7 @@ def _common_areas(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArr
 
 
 def _edges(rings: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """(K, S) lower and upper x, slope, y at x = 0 and direction of the edges; a vertical edge has no strip."""
+    """Lower x, upper x, slope, y at x = 0 and direction of the edges, each (K, S); a vertical edge has no strip."""
     x, y = rings[..., 0], rings[..., 1]
     run = np.diff(x, axis=1)
     slope = np.divide(np.diff(y, axis=1), run, out=np.zeros_like(run), where=run != 0)

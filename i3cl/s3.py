@@ -1,7 +1,7 @@
-"""S3 through s3fs: its settings, whole calls done anew for a limited time, errors in words; pyarrow's client alike.
+"""S3 through s3fs and through pyarrow: settings, retries of whole calls for a limited time, and plain error messages.
 
-Endpoint, region, credentials and certificates come from the environment, the AWS profile or the machine's role. `storage` is
-for everybody else; nothing else of the package imports this.
+Endpoint, region, credentials and certificates come from the environment, the AWS profile or the machine's role. Only `storage`
+imports this module; everything else uses `storage`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 from i3cl.errors import UserError
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
-"""A connection that takes longer, or an answer of which nothing comes for so long, has failed."""
+"""Time limits for making a connection, and for the next bytes of an answer."""
 ATTEMPTS = 5
-"""Of one request by botocore, which waits up to 1, 2, 4 and 8 seconds between them; fewer where patience is shorter."""
+"""Attempts of botocore for one request, with waits of up to 1, 2, 4 and 8 seconds between them; fewer if patience is shorter."""
 PATIENCE = "120"
-"""Seconds: a call that fails nevertheless is done anew for so long after its first failure; I3CL_S3_PATIENCE sets another."""
+"""Seconds after its first failure for which a call that still fails is repeated; I3CL_S3_PATIENCE sets another value."""
 PYARROW_ATTEMPTS = 12
-"""Of one request by pyarrow's own client, which has no limit in seconds: about a minute and a half of waits."""
+"""Attempts of pyarrow's own client for one request: about a minute and a half of waiting. It has no limit in seconds."""
 PART, PARTS = 8 << 20, 4
-"""Bytes of a part of a large object, and how many of them travel at a time."""
+"""Bytes of one part of a large object, and how many parts are transferred at the same time."""
 T = TypeVar("T")
 
 _log = logging.getLogger("i3cl.s3")
@@ -43,18 +43,18 @@ _BROKEN = (
     *(*S3_RETRYABLE_ERRORS, aiohttp.ClientError, ConnectionError, failures.ConnectionError, failures.FlexibleChecksumError),
     *(failures.CredentialRetrievalError, failures.MetadataRetrievalError),
 )
-# Beside every status of 500 and more. No such upload: it was ended, the answer lost, and botocore asked again.
+# Besides every status from 500 on. NoSuchUpload: the upload was completed, the answer got lost, and botocore asked again.
 _PASSING = {"RequestTimeout", "OperationAborted", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
 _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 _HINT = "check AWS_* in the environment"
 
 
 class NoAnswer(RuntimeError):
-    """S3 gave no right answer for as long as calls are repeated: the network's or the server's fault, not the user's."""
+    """S3 gave no valid answer for as long as calls are repeated: the network's or the server's fault, not the user's."""
 
 
 class AccessError(UserError):
-    """S3 refuses everything (credentials, bucket, region, certificate): no fault of the one object that was asked for."""
+    """S3 refuses all access (credentials, bucket, region, certificate), not only access to the requested object."""
 
 
 class Missing(UserError):
@@ -62,11 +62,11 @@ class Missing(UserError):
 
 
 class Changed(RuntimeError):
-    """The object was written anew while it was read."""
+    """The object was changed while it was read."""
 
 
 def split(url: str) -> tuple[str, str]:
-    """Bucket and key ('' for the bucket itself) of an s3:// URL. UserError when it names no bucket."""
+    """Split an s3:// URL into bucket and key; the key is '' for the bucket itself. UserError when it names no bucket."""
     bucket, _, key = url.split("://", 1)[-1].strip("/").partition("/")
     if not bucket:
         raise UserError(f"{url}: names no bucket; write s3://bucket/path")
@@ -74,18 +74,19 @@ def split(url: str) -> tuple[str, str]:
 
 
 def ask(url: str, call: Callable[[S3FileSystem], T]) -> T:
-    """What a call of s3fs gives, done anew as a whole while it fails of the network or the server.
+    """Call s3fs, and repeat the whole call while the network or the server fails.
 
-    NoAnswer when that goes on for too long; at once Missing, AccessError, another UserError or Changed, or the error as it is.
+    Raises NoAnswer when that goes on for too long. Raises at once, without repeating: Missing, AccessError, another UserError,
+    Changed, or an error that is none of these as it is.
     """
     given = os.environ.get("I3CL_S3_PATIENCE") or PATIENCE
     if not re.fullmatch(r"\d{1,6}(\.\d*)?", given):
-        raise UserError(f"I3CL_S3_PATIENCE: {given!r} is no number of seconds from 0; correct it")
+        raise UserError(f"I3CL_S3_PATIENCE: {given!r} is not a number of seconds, 0 or more; correct it")
     patience, failed = float(given), list[float]()
     environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
 
     def over(state: tenacity.RetryCallState) -> bool:
-        # Counted from the first failure: a large transfer takes long before it.
+        # Counted from the first failure, because a large transfer may run long before it fails.
         failed.append(time.monotonic())
         return failed[-1] - failed[0] + state.upcoming_sleep > patience
 
@@ -100,7 +101,7 @@ def ask(url: str, call: Callable[[S3FileSystem], T]) -> T:
     except (OSError, ValueError, failures.BotoCoreError, *_BROKEN) as error:
         if _passes(error):
             tried = f"in {len(failed)} tries over {failed[-1] - failed[0]:.0f} s ({_reason(error)})"
-            raise NoAnswer(f"{url}: S3 gave no right answer {tried}; the same command continues when it is back") from error
+            raise NoAnswer(f"{url}: S3 gave no valid answer {tried}; run the same command again to continue") from error
         if told := _told(url, error):
             raise told from error
         raise
@@ -108,7 +109,7 @@ def ask(url: str, call: Callable[[S3FileSystem], T]) -> T:
 
 @lru_cache(maxsize=4)
 def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: int) -> S3FileSystem:
-    """One for all threads of a process, as long as the environment says the same; fsspec would keep one for each thread."""
+    """Make one client for all threads of a process, as long as the environment stays the same; fsspec makes one per thread."""
     given = dict(environment)
     retries = {"mode": "standard", "total_max_attempts": attempts}
     timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS, "tcp_keepalive": True}
@@ -121,12 +122,12 @@ def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: in
         use_listings_cache=False,
         skip_instance_cache=True,
     )
-    # s3fs's own repeats are around botocore's and in some calls around themselves; `ask` does the same with a limit in time.
+    # s3fs repeats what botocore repeats already, in some calls twice over; `ask` does it once, with a time limit.
     client.retries = 1
     certificates = given.get("AWS_CA_BUNDLE")
     try:
         if certificates and not os.path.exists(certificates):
-            raise ValueError(f"AWS_CA_BUNDLE names {certificates}, which is not there")
+            raise ValueError(f"AWS_CA_BUNDLE names {certificates}, which does not exist")
         client.connect()
     except ValueError as error:
         raise failures.InvalidConfigError(error_msg=f"{error}") from error
@@ -134,14 +135,14 @@ def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: in
 
 
 def _refusal(error: BaseException | None) -> failures.ClientError | None:
-    """S3's own answer, from which s3fs made an error."""
+    """Return S3's own answer, which s3fs turned into another error."""
     while error is not None and not isinstance(error, failures.ClientError):
         error = error.__cause__
     return error
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Whether the same call may succeed when it is repeated."""
     if refused := _refusal(error):
         status = refused.response["ResponseMetadata"]["HTTPStatusCode"]
         return refused.response["Error"]["Code"] in _PASSING or status == 429 or (status >= 500 and status != 501)
@@ -149,7 +150,7 @@ def _passes(error: BaseException) -> bool:
 
 
 def _told(url: str, error: Exception) -> Exception | None:
-    """In words what the user can mend, None for anything else."""
+    """Make a plain error of what the user can fix; None for anything else."""
     refused, reason = _refusal(error), _reason(error)
     if refused is None:
         if isinstance(error, FileNotFoundError) and error.errno is None:
@@ -160,21 +161,21 @@ def _told(url: str, error: Exception) -> Exception | None:
         return AccessError(f"{url}: {reason}; {hint}") if isinstance(error, (failures.BotoCoreError, *_BROKEN)) else None
     code, status = refused.response["Error"]["Code"], refused.response["ResponseMetadata"]["HTTPStatusCode"]
     if status in (400, 403) and refused.operation_name == "HeadObject":
-        # This answer has no body that would tell bad credentials from a missing right.
+        # This answer has no body, so bad credentials cannot be told from a missing permission; ask again in another way.
         ask(url, lambda fs: fs.cat_file(url, 0, 1))
     if code == "NoSuchBucket":
-        return AccessError(f"{url}: there is no bucket {split(url)[0]}; create it or correct the URL")
+        return AccessError(f"{url}: the bucket {split(url)[0]} does not exist; create it or correct the URL")
     if code in _REGION:
         return AccessError(f"{url}: the bucket is in another region ({reason}); set AWS_REGION to it")
     if "Token" in code or (status == 403 and code not in ("AccessDenied", "InvalidObjectState", "403")):
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role"
         return AccessError(f"{url}: S3 refuses the credentials ({reason}); check {keys}")
     if status == 403:
-        return UserError(f"{url}: permission denied; check the rights on it ({reason})")
+        return UserError(f"{url}: permission denied; check its permissions ({reason})")
     if status == 404:
         return Missing(f"{url}: no such file or folder; check the path")
     if status == 412:
-        return Changed(f"{url}: was written anew while it was read")
+        return Changed(f"{url}: was changed while it was read")
     return UserError(f"{url}: S3 refuses it ({reason})") if status in (400, 405) else None
 
 
@@ -185,14 +186,14 @@ def _reason(error: BaseException) -> str:
 
 
 class ArrowS3(pyarrow.fs.S3FileSystem):
-    """pyarrow's own client with our timeouts and retries, kept when Ray ships it: the plain class loses its retries."""
+    """pyarrow's own client with our timeouts and retries, which the plain class loses when Ray sends it to another process."""
 
     def __init__(self, options: dict[str, str]) -> None:
         super().__init__(
             **options,
-            # A small file is then one request instead of three.
+            # So that a small file takes one request instead of three.
             allow_delayed_open=True,
-            # Else every copy puts an object for each folder above, where it may have no right to write.
+            # Otherwise every copy writes an object for each parent folder, where writing may not be permitted.
             check_directory_existence_before_creation=True,
             connect_timeout=CONNECT_SECONDS,
             request_timeout=ANSWER_SECONDS,
@@ -201,7 +202,7 @@ class ArrowS3(pyarrow.fs.S3FileSystem):
         self._options = options
 
     def create_dir(self, path: str, *, recursive: bool = True) -> None:
-        """Nothing: a folder is there as soon as something lies in it."""
+        """Do nothing: on S3, a folder exists as soon as it contains something."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without credentials: each machine finds its own.
@@ -209,7 +210,7 @@ class ArrowS3(pyarrow.fs.S3FileSystem):
 
 
 def arrow(url: str) -> tuple[ArrowS3, str]:
-    """pyarrow's filesystem for a URL and the path in it (bucket/key). AccessError for what the environment has wrong."""
+    """Return pyarrow's filesystem for a URL and the path in it (bucket/key). AccessError when the environment is wrong."""
     bucket, key = split(url)
     options: dict[str, str] = {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

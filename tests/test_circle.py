@@ -5,7 +5,7 @@ import pytest
 
 from i3cl.circle import verdict
 from i3cl.config import with_overrides
-from i3cl.data.formats.predictions import member_predictions, to_table
+from i3cl.data.formats.predictions import member_predictions, prediction_table
 from i3cl.data.formats.records import Dataset, ImageRecord, Instance
 from i3cl.evaluation.metrics.model_score import score_predictions
 from i3cl.labelling.pseudo import with_pseudo_labels, without_pseudo_labels
@@ -80,7 +80,7 @@ def two_models(tmp_path, tiny_settings):
             polygons, scores = ([box(10)], [0.9]) if seen else ([], [])
             rows.append(row | {"view": "default", "polygons": polygons, "scores": np.array(scores, np.float32), "error": None})
     (tmp_path / "found").mkdir()
-    pq.write_table(to_table(rows), tmp_path / "found" / "part-00-000000.parquet")
+    pq.write_table(prediction_table(rows), tmp_path / "found" / "part-00-000000.parquet")
     found = str(tmp_path / "found")
     members = {m: score_predictions(m, records, member_predictions(found, m), tiny_settings.evaluate) for m in "ab"}
     return truth, Scores(found, members)

@@ -73,7 +73,7 @@ def test_select_with_other_thresholds_does_not_slip_under_a_student(student, tmp
     import pyarrow.parquet as pq
 
     from i3cl.config import LabelSettings
-    from i3cl.data.formats.predictions import to_table
+    from i3cl.data.formats.predictions import prediction_table
     from i3cl.labelling.label import select_labels
 
     settings, pseudo, run = student
@@ -81,7 +81,7 @@ def test_select_with_other_thresholds_does_not_slip_under_a_student(student, tmp
     head = {"image_id": 1, "file_name": "0.jpg", "height": 96, "width": 96, "member": "a", "view": "default"}
     (tmp_path / "predictions").mkdir()
     rows = [{**head, "polygons": [square, square + 35], "scores": [0.9, 0.5]}]
-    pq.write_table(to_table(rows), tmp_path / "predictions" / "part-00-000000.parquet")
+    pq.write_table(prediction_table(rows), tmp_path / "predictions" / "part-00-000000.parquet")
 
     def select(low):
         label = LabelSettings.model_validate({"select": {"low": low, "ignore": 0.1}})

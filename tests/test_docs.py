@@ -48,7 +48,7 @@ OPTIONS["pre-commit"] = set()
 """Options of other tools that the pages use, looked up by hand."""
 OUTSIDE = {"aws", "gcloud", "gsutil", "helm", "docker", "ssh", "scp", "rsync", "kubectl", "curl", "openssl", "git", "sudo"}
 OUTSIDE |= {"systemctl", "iptables", "ufw", "mount", "apt-get", "podman", "kind"}
-NEEDS = re.compile(r"(<!-- )?Needs [^.]+\.( -->)?")
+NEEDS = re.compile(r"<!-- Needs [^.]+\. -->")
 ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
@@ -61,7 +61,7 @@ class Block:
     """Language of the fence; "" for an indented block."""
     text: str
     needs: bool
-    """Whether a line `Needs X.` stands right above it."""
+    """Whether a comment `<!-- Needs X. -->` stands right above it."""
 
 
 def blocks(page: Path) -> list[Block]:
@@ -179,10 +179,10 @@ def check_words(words: list[str], needs: bool, monkeypatch) -> None:
     elif name in OPTIONS:
         assert {word for word in words[1:] if word.startswith("-")} <= OPTIONS[name], words
     elif name == "kubectl" and shutil.which("kubectl"):
-        assert needs, "kubectl: put a line `Needs Kubernetes.` above the block"
+        assert needs, "kubectl: put a line `<!-- Needs Kubernetes. -->` above the block"
         check_kubectl(words[1:])
     elif name in OUTSIDE:
-        assert needs, f"{name}: nobody can run it here; put a line such as `Needs AWS.` above the block"
+        assert needs, f"{name}: nobody can run it here; put a line such as `<!-- Needs AWS. -->` above the block"
 
 
 def dry_run(words: list[str], monkeypatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import subprocess
 import sys
@@ -41,7 +43,7 @@ def expressions() -> list[str]:
 
 def test_without_ray_nothing_happens_and_ray_is_not_imported():
     code = f"""
-import sys
+import logging, sys
 from i3cl import observe
 observe.training("/runs/a", 0, {ROW!r})
 observe.training_started("/runs/a", 2)
@@ -53,12 +55,14 @@ observe.search(["running", "broken"], None)
 observe.evaluation("a", hmean=0.5, recall=0.5, precision=0.5)
 observe.note("only for workers")
 with observe.stage("student"):
-    observe.say("hello")
+    observe.say("a library is silent")
+    with observe.console():
+        observe.say("hello")
+logging.getLogger("i3cl.any").warning("silent again")
 assert "ray" not in sys.modules and not observe._made
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "hello\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
 
 
 @pytest.mark.parametrize(
@@ -78,21 +82,65 @@ def test_labels_of_a_directory(monkeypatch, run, directory, expected):
 
 
 def test_a_line_for_people_is_the_message_alone(capsys):
-    observe.say("\n== labels", stage="labels", seconds=1.5)
+    with observe.console():
+        observe.say("\n== labels", stage="labels", seconds=1.5)
     assert capsys.readouterr().out == "\n== labels\n"
+
+
+def test_a_module_logs_info_on_stdout_and_warnings_on_stderr(capsys):
+    logger = logging.getLogger("i3cl.data.formats.records")
+    with observe.console():
+        logger.info("%d images", 3)
+        logger.debug("for nobody")
+        logger.warning("a.jpg: left out")
+    logger.info("after it")
+    assert capsys.readouterr() == ("3 images\n", "a.jpg: left out\n")
+
+
+def test_a_module_logs_as_json(as_json, capsys):
+    observe.begin("toy", "train")
+    with observe.console():
+        logging.getLogger("i3cl.data").info("read", extra={"images": 3})
+        logging.getLogger("i3cl.data").warning("a.jpg: left out", extra={"stage": "labels"})
+    out, err = map(json.loads, capsys.readouterr())
+    assert (out["level"], out["run"], out["stage"], out["message"], out["images"]) == ("INFO", "toy", "train", "read", 3)
+    assert (err["level"], err["stage"], err["message"]) == ("WARNING", "labels", "a.jpg: left out")
+    assert list(out) == ["time", "level", "run", "stage", "message", "images"]
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_name_that_is_not_utf8_is_shown_with_an_escape(form):
+    code = """
+import os, sys
+from i3cl import observe
+with observe.console():
+    observe.say(os.fsdecode(b"z\\xe9.jpg"))
+    print(os.fsdecode(b"z\\xe8.jpg"))
+    observe.say("\\u6587", level="WARNING")
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", observe.FORMAT: form, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines() + done.stderr.splitlines()
+    if form == "json":
+        assert [json.loads(line)["message"] for line in lines] == ["z\udce9.jpg", "z\udce8.jpg", "\u6587"]
+    else:
+        assert lines == [r"z\udce9.jpg", r"z\udce8.jpg", r"\u6587"]
 
 
 def test_a_line_as_json(as_json, monkeypatch, capsys):
     observe.begin("toy", "selftrain")
-    observe.say("\n== labels", stage="labels", seconds=1.5, images=3, loss=float("nan"))
-    with observe.stage("student"):
-        observe.say("inside")
-    observe.say("of another", run="other")
+    with observe.console():
+        observe.say("\n== labels", stage="labels", seconds=1.5, images=3, loss=float("nan"), name="a", module="b")
+        with observe.stage("student"):
+            observe.say("inside")
+        observe.say("of another", run="other")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     first = lines[0]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
     assert first == {
-        "level": "INFO", "run": "toy", "stage": "labels", "message": "== labels", "seconds": 1.5, "images": 3, "loss": "nan"
+        "level": "INFO", "run": "toy", "stage": "labels", "message": "== labels", "seconds": 1.5, "images": 3, "loss": "nan",
+        "name": "a", "module": "b",
     }  # fmt: skip
     assert [(line["run"], line["stage"]) for line in lines[1:]] == [("toy", "student"), ("other", "selftrain")]
 
@@ -104,7 +152,7 @@ def test_everything_printed_becomes_json(texts):
         env.setenv(observe.FORMAT, "json")
         stream = _Collect()
         env.setattr(sys, "stdout", stream)
-        with observe.only_json():
+        with observe.console():
             for text in texts:
                 print(text, end="")
             print("last", end="")
@@ -127,7 +175,7 @@ class _Collect:
 
 
 def test_lines_of_several_threads_do_not_mix(as_json, capsys):
-    with observe.only_json():
+    with observe.console():
         threads = [threading.Thread(target=lambda k=k: [print("x" * 50, k) for _ in range(50)]) for k in range(4)]
         for thread in threads:
             thread.start()

@@ -1,4 +1,6 @@
+import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -253,3 +255,120 @@ def test_a_relative_path_means_the_same_when_the_working_folder_was_laid_anew(tm
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(folder / "runs"), "a"], done.stderr
+
+
+def _write(path: str, data: bytes, how: str) -> None:
+    if how == "whole":
+        storage.write_bytes_atomic(path, data)
+        return
+    with storage.atomic_file(path) as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("how", ["whole", "pieces"])
+def test_writing_follows_symbolic_links(tmp_path, how):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("there/real.json")
+    (tmp_path / "again.json").symlink_to("link.json")
+    (tmp_path / "new.json").symlink_to("there/missing.json")
+    _write(str(tmp_path / "again.json"), b"new", how)
+    _write(str(tmp_path / "new.json"), b"made", how)
+    assert (tmp_path / "there" / "real.json").read_text() == "new"
+    assert (tmp_path / "there" / "missing.json").read_text() == "made"
+    assert all((tmp_path / name).is_symlink() for name in ("link.json", "again.json", "new.json"))
+    assert sorted(os.listdir(tmp_path / "there")) == ["missing.json", "real.json"]
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(UserError, match="form a loop"):
+        _write(str(tmp_path / "round"), b"", how)
+
+
+def test_a_folder_is_written_behind_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for text in ("first", "second"):
+        with storage.atomic_directory(str(tmp_path / "out"), replace=text == "second") as folder:
+            (folder / "a.txt").write_text(text)
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "a.txt").read_text() == text
+
+
+@pytest.mark.parametrize("how", ["whole", "pieces"])
+def test_a_pipe_is_written_through(tmp_path, how):
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("pipe")
+    data = b"numbers" * 100_000
+    for name in ("pipe", "link"):
+        with open(tmp_path / "read", "wb") as out, subprocess.Popen(["cat", pipe], stdout=out) as reader:
+            _write(str(tmp_path / name), data, how)
+            assert reader.wait(timeout=60) == 0
+        assert (tmp_path / "read").read_bytes() == data
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode) and sorted(os.listdir(tmp_path)) == ["link", "pipe", "read"]
+
+
+@pytest.mark.parametrize("how", ["whole", "pieces"])
+def test_devices_are_written_through_and_never_replaced(how):
+    _write("/dev/null", b"nothing", how)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(UserError, match="/dev/full: no space left"):
+        _write("/dev/full", b"nothing", how)
+    with pytest.raises(UserError, match="not removed"):
+        storage.remove_tree("/dev/null")
+    with pytest.raises(UserError, match="not a folder"), storage.atomic_directory("/dev/null", replace=True):
+        pytest.fail("the work must not begin")
+
+
+@pytest.mark.parametrize("how", ["whole", "pieces"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_an_open_descriptor_is_written_through(tmp_path, how, name):
+    code = f"""
+import sys
+from tests.test_storage import _write
+print("before", flush=False)
+_write({name!r}, b"numbers\\n", {how!r})
+print("after")
+"""
+    run = [sys.executable, "-c", code]
+    root = Path(__file__).parents[1]
+    with open(tmp_path / "out.txt", "wb") as out:
+        subprocess.run(run, stdout=out, check=True, cwd=root)
+    # The same file, not one that replaced it: what was printed is still there.
+    assert (tmp_path / "out.txt").read_text() == "before\nnumbers\nafter\n"
+    assert os.listdir(tmp_path) == ["out.txt"]
+    if name == "/dev/fd/1":
+        # Bash hands the command /dev/fd/63, a pipe that the command inherits.
+        code = f"import sys; from tests.test_storage import _write; _write(sys.argv[1], b'x', {how!r})"
+        shell = f'{sys.executable} -c "$1" >(cat); sleep 1'
+        done = subprocess.run(["bash", "-c", shell, "bash", code], capture_output=True, check=True, cwd=root)
+        assert done.stdout == b"x"
+
+
+def test_a_socket_is_refused(tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        with pytest.raises(UserError, match="is a socket, not a file"):
+            storage.write_bytes_atomic(str(tmp_path / "s"), b"")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"z\xe9.jpg")
+    path = storage.join(str(tmp_path), name)
+    storage.write_bytes_atomic(path, b"data")
+    assert storage.list_dir(str(tmp_path)) == [name] and storage.list_files(str(tmp_path)) == {name}
+    assert storage.read_bytes(path) == b"data"
+    table = str(tmp_path / "table.json")
+    storage.write_text_atomic(table, json.dumps({"file_name": name}, ensure_ascii=False))
+    assert json.loads(storage.read_text(table)) == {"file_name": name}
+    with pytest.raises(UserError, match="no such file") as told:
+        storage.read_bytes(path + "x")
+    assert name in str(told.value)
+
+
+def test_what_stands_in_for_a_file_is_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "train.json").write_bytes(pointer)
+    with pytest.raises(UserError, match=r"train\.json: is a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        storage.read_text(str(tmp_path / "train.json"))
+    assert "git lfs pull" in str(storage.stand_in(pointer))
+    assert "web page" in str(storage.stand_in(b"\xef\xbb\xbf\n <!DOCTYPE HTML><html>"))
+    assert storage.stand_in(b"PK\x03\x04") is None and storage.stand_in(b"") is None

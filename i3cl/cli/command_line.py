@@ -122,7 +122,7 @@ def run(
         from i3cl import observe
 
         observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
-        with observe.only_json():
+        with observe.console():
             work(settings, options)
 
 
@@ -136,9 +136,6 @@ def exit_status(prog: str, resumes: bool) -> Iterator[None]:
             # `ray job stop`, and a machine that goes down, send SIGTERM some seconds before they kill.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             yield
-    except UserError as error:
-        _complain(f"{prog}: {error}")
-        sys.exit(2)
     except KeyboardInterrupt:
         then = "the same command continues where it stopped" if resumes else "the same command starts from the beginning"
         _complain(f"{prog}: interrupted; {then}")
@@ -146,6 +143,10 @@ def exit_status(prog: str, resumes: bool) -> Iterator[None]:
     except Exception as error:
         from i3cl.storage import NoAnswer
 
+        # Also one that Ray wrapped on its way from a worker.
+        if mistake := inside(error, UserError):
+            _complain(f"{prog}: {mistake}")
+            sys.exit(2)
         lost = inside(error, NoAnswer)
         if lost is None:
             raise

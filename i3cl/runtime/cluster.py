@@ -10,18 +10,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from i3cl import observe
-from i3cl.runtime.ray_private import check_answers, cluster_address, this_machine_only
+from i3cl.errors import UserError
+from i3cl.runtime.ray_private import check_answers, cluster_address, local_places, this_machine_only
+
+logger = logging.getLogger(__name__)
 
 TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-"""Variables of a job that joins a cluster which its workers get too, besides I3CL_*, RAY_DATA_*, GLOO_* and NCCL_*. Never a
-secret: Ray shows them to everybody who may look at the cluster. Keys and tokens come from each node's own environment or role."""
+"""Environment variables copied to the workers when a job joins an existing cluster, besides I3CL_*, RAY_DATA_*, GLOO_* and
+NCCL_*. Never secrets, because Ray shows them to everybody who may look at the cluster: keys and tokens come from each node's own
+environment or role."""
 
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS or a running one, else start a local Ray. Safe to call twice.
 
-    Sets the environment that Ray reads on the driver: no chatter between a job's own lines. What workers print is shown with
-    I3CL_WORKER_LOGS=1; with I3CL_LOG=json what they log is JSON (docs/observe.md).
+    Sets environment variables that keep Ray's own messages out of the job's output. I3CL_WORKER_LOGS=1 shows what the workers
+    print; with I3CL_LOG=json the workers log JSON (docs/observe.md). UserError when the cluster cannot be reached or a local Ray
+    cannot start.
     """
     defaults = {
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -45,19 +50,15 @@ def connect() -> None:
     address = cluster_address()
     if address:
         check_answers(address)
-        # What `ray job submit --runtime-env-json` set is in this environment too, and equal keys are a conflict without this.
+        # `ray job submit --runtime-env-json` has set some of these too; without this, Ray refuses a variable that is set twice.
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         ray.init(runtime_env={"env_vars": travelling(os.environ)}, **silent)
     else:
-        # More logical CPUs than cores: on a laptop Ray Data's decoding shares the cores with a training worker that reserves
-        # them, and a cluster without a free logical CPU would wait for ever. Workers inherit this process's environment.
-        cpus = max(8, 2 * (os.cpu_count() or 1))
-        with this_machine_only():
-            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=1 << 30, **silent)
+        _start(silent)
     if on_stop is signal.default_int_handler:
-        signal.signal(signal.SIGTERM, on_stop)  # ray.init puts its own there
+        signal.signal(signal.SIGTERM, on_stop)  # ray.init installs its own handler
     if observe.wants_json():
-        # In this process the logging_config would have put Ray's own lines between the job's.
+        # In this process the logging_config would show Ray's own INFO lines between the job's lines.
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger().setLevel(logging.WARNING)
     observe.joined()
@@ -70,14 +71,46 @@ def connect() -> None:
     )
 
 
+def _start(silent: Mapping[str, Any]) -> None:
+    """Start a Ray on this machine, for this job alone. Its workers inherit the environment of this process."""
+    import ray
+
+    places = local_places()
+    if places.told:
+        logger.info("Ray: %s", places.told)
+    # More logical CPUs than cores: on a laptop Ray Data decodes images on the same cores that a training worker has reserved, and
+    # without a free logical CPU it would wait for ever.
+    cpus = max(8, 2 * (os.cpu_count() or 1))
+    try:
+        with this_machine_only():
+            ray.init(
+                "local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=1 << 30,
+                **places.arguments,  # type: ignore[arg-type]
+                **silent,
+            )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"Ray cannot start here ({reason}); set RAY_TMPDIR to a short path of a folder that you may write in"
+        ) from error
+
+
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of the variables that go with a job to the workers of a cluster: addresses and regions, never keys."""
+    """Select the variables that go with a job to the workers of a cluster: addresses and regions, never keys."""
     families = ("I3CL_", "RAY_DATA_", "GLOO_", "NCCL_")
     return {key: value for key, value in environment.items() if key in TRAVELLING or key.startswith(families)}
 
 
 def quiet(context: Any) -> None:
-    """Keep a Ray Data context from printing: jobs show progress of their own."""
+    """Stop a Ray Data context from printing progress, which jobs show themselves, and from wrapping the errors of tasks.
+
+    The wrapper would lose the original error, and with it the file and the reason, on the way to the driver. Ray Data also logs
+    every error that it raises; the job reports it once.
+    """
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

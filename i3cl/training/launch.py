@@ -15,7 +15,7 @@ from i3cl import observe, storage
 from i3cl.claims import claim_run
 from i3cl.config import Settings, with_overrides
 from i3cl.data.loading.ingest import mix, read_source
-from i3cl.errors import UserError
+from i3cl.errors import UserError, inside
 from i3cl.runtime.cluster import connect
 from i3cl.runtime.pace import Pace
 from i3cl.runtime.resources import cluster_gpus, machine_cores, use_gpu
@@ -171,10 +171,8 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
             result = _trainer(settings, callbacks).fit()
             break
         except ray.train.WorkerGroupError as error:
-            for failure in error.worker_failures.values():
-                cause = getattr(failure, "cause", failure)
-                if isinstance(cause, UserError):
-                    return str(cause)
+            if mistake := inside(error, UserError):
+                return str(mistake)
             # Ray counts the failures of a whole run, which on machines that vanish grow with its length.
             if _last_step(run) <= step:
                 raise

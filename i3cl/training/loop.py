@@ -29,7 +29,7 @@ from i3cl import observe, storage
 from i3cl.config import Settings, to_yaml
 from i3cl.data.loading.ingest import mix, read_source, training_batches
 from i3cl.data.loading.transforms import TrainingImage, to_target
-from i3cl.errors import UserError
+from i3cl.errors import UserError, inside
 from i3cl.evaluation.formats.sets import check_size
 from i3cl.evaluation.metrics.batch import EvalImage, mark_small
 from i3cl.evaluation.metrics.metric import DetectionMetric
@@ -127,7 +127,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         if workers > 1:
             # The other workers wait for this one's gradients: only its failure ends them.
             raise
-        return {"stopped": str(error)}
+        # From a Ray Data task the error comes in a wrapper of Ray's, whose text is a traceback.
+        return {"stopped": str(inside(error, UserError))}
     return {}
 
 

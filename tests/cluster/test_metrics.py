@@ -25,6 +25,8 @@ from i3cl import observe
 from i3cl.runtime import cluster
 observe.REFRESH = 0.5
 observe.begin("toy", "selftrain")
+console = observe.console()
+console.__enter__()
 circle = observe.stage("teachers")
 circle.__enter__()
 cluster.connect()
@@ -51,11 +53,11 @@ observe.pseudo_labels("/runs/toy/pseudo.json", 3, 2)
 observe.search(["running", "finished", "finished"], 0.5)
 with observe.stage("evaluation"):
     observe.evaluation("teacher-a", hmean=0.5, recall=0.4, precision=0.6)
-print("emitted", flush=True)
+print("emitted")
 sys.stdin.readline()
 ray.kill(worker)
 observe.labelling_ended("labels")
-print("killed", flush=True)
+print("killed")
 sys.stdin.readline()
 """
 
@@ -101,7 +103,7 @@ def test_metrics_and_logs_on_a_cluster(cluster):
     try:
         first = json.loads(driver.stdout.readline())
         assert (first["run"], first["cpus"]) == ("toy", 2) and first["message"].startswith("Ray: ")
-        assert driver.stdout.readline() == "emitted\n"
+        assert json.loads(driver.stdout.readline())["message"] == "emitted"
         until(lambda: shown - NEEDS_GPU <= names(scrape(folder)), 30, f"all metrics of the dashboard: {sorted(shown)}")
 
         # Ray alone would forget a gauge after two report intervals, 2 s here.
@@ -118,7 +120,7 @@ def test_metrics_and_logs_on_a_cluster(cluster):
 
         driver.stdin.write("\n")
         driver.stdin.flush()
-        assert driver.stdout.readline() == "killed\n"
+        assert json.loads(driver.stdout.readline())["message"] == "killed"
         gone = {"ray_i3cl_train_step", "ray_i3cl_label_remaining_images"}
         until(lambda: not gone & names(scrape(folder)), 20, "the gauges of a dead worker and of an ended job to go")
         left = names(scrape(folder))

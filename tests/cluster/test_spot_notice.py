@@ -140,7 +140,7 @@ def test_the_watch_outlasts_a_failing_service_and_a_strange_answer(metadata, cap
 def test_no_watch_on_a_machine_at_full_price(metadata):
     metadata.pages["/latest/meta-data/instance-life-cycle"] = "on-demand"
     done = run("aws", f"--address={ADDRESS}")
-    assert done.returncode == 0 and "no spot machine" in done.stdout
+    assert done.returncode == 0 and "not a spot machine" in done.stdout
 
 
 def test_a_machine_without_a_metadata_service_is_told(metadata):

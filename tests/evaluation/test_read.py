@@ -130,7 +130,7 @@ def test_what_macos_adds_is_passed_over(tmp_path):
         assert [image.name for image in read_results(str(tmp_path / name)).images] == ["res_1.txt"]
     (tmp_path / "t").mkdir()
     row = {"image_id": 1, "file_name": "a.jpg", "height": 50, "width": 120, "polygons": [RING], "scores": [0.5], "member": "m"}
-    predictions.pq.write_table(predictions.to_table([row]), tmp_path / "t" / "part.parquet")
+    predictions.pq.write_table(predictions.prediction_table([row]), tmp_path / "t" / "part.parquet")
     (tmp_path / "t" / "._part.parquet").write_bytes(b"\x00\x05\x16\x07")
     assert len(read_results(str(tmp_path / "t")).images) == 1
 
@@ -361,7 +361,7 @@ def test_image_sizes_are_compared(tmp_path):
     ring = np.array(RING, np.float32)
     write_coco(str(tmp_path / "t.json"), [ImageRecord(1, "a.jpg", 427, 640, (Instance(ring),))])
     row = {"image_id": 1, "file_name": "a.jpg", "height": 640, "width": 427, "polygons": [RING], "scores": [0.5], "member": "m"}
-    predictions.pq.write_table(predictions.to_table([row]), tmp_path / "p.parquet")
+    predictions.pq.write_table(predictions.prediction_table([row]), tmp_path / "p.parquet")
     mask = {"size": [640, 427], "counts": [0, 40, 640 * 427 - 40]}
     results = write(tmp_path / "r.json", [{"image_id": 1, "segmentation": mask, "score": 0.5}])
     truth = read_truth(str(tmp_path / "t.json"))

@@ -171,7 +171,7 @@ def _parts(path: str) -> list[str]:
     if not storage.exists(path):
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
-        raise UserError(f"{path}: its upload was stopped half-way; write it again")
+        raise UserError(f"{path}: its upload was stopped half-way; run the command that writes it again")
     found = sorted(n for n in storage.list_files(path) if n.endswith(".parquet") and not is_companion(n))
     names = [name for name in found if not posixpath.basename(name).startswith("_")]
     if not names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from i3cl.data.formats.checks import MAX_SIDE, BadItem, Faults
-from i3cl.data.importers import read_labels
+from i3cl.data.importers.registry import read_labels
 from i3cl.evaluation.formats.sets import ImageTruth, PolygonSet
 
 
