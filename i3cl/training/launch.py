@@ -328,6 +328,8 @@ class Progress:
             pace = (now - self._started[0]) / (row["step"] - self._started[1])
             left = f"  {duration(pace * (row['steps'] - row['step']))} left"
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+        sources = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))
+        parts += f"; {sources}" if sources else ""
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
         observe.say(
             f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "

@@ -69,7 +69,7 @@ class TrainTransform:
 
         ImageError when the image does not have the record's size.
         """
-        _check_size(image, record)
+        check_size(image.shape[0], image.shape[1], record)
         settings = self.settings
         height, width = image.shape[:2]
         flip_x = rng.random() < settings.flip_horizontal
@@ -169,7 +169,7 @@ class EvalTransform:
 
         ImageError when the image does not have the record's size.
         """
-        _check_size(image, record)
+        check_size(image.shape[0], image.shape[1], record)
         height, width = image.shape[:2]
         pixels = resize(image, test_scale(height, width, self.short_side, self.long_side, self.upscale))
         matrix = np.diag([pixels.shape[1] / width, pixels.shape[0] / height, 1.0])
@@ -208,8 +208,8 @@ def to_target(sample: TrainingImage) -> tuple[torch.Tensor, dict[str, Any]]:
     return torch.from_numpy(sample.image.transpose(2, 0, 1).astype(np.float32, order="C")), target
 
 
-def _check_size(image: NDArray[np.uint8], record: ImageRecord) -> None:
-    height, width = image.shape[:2]
+def check_size(height: int, width: int, record: ImageRecord) -> None:
+    """ImageError when an image of height x width pixels is not of the size that its record says."""
     if (height, width) != (record.height, record.width):
         turned = " (turned: pixels count as stored, without EXIF rotation)" if height == record.width else ""
         raise ImageError(
@@ -302,7 +302,9 @@ def change_colours(image: NDArray[np.uint8], settings: TransformSettings, rng: n
     if settings.jpeg and rng.random() < settings.jpeg:
         quality = int(rng.integers(settings.jpeg_quality[0], settings.jpeg_quality[1] + 1))
         coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB).astype(np.uint8, copy=False)
+        decoded = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
+        assert decoded is not None, "what was encoded a line above"
+        image = decoded.astype(np.uint8, copy=False)
     return image
 
 
