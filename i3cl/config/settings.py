@@ -315,7 +315,8 @@ class TrainSettings(_Settings):
     """Images per worker and step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive = 0.01
-    """At reference_batch images a step; scaled linearly with (workers x batch) / reference_batch."""
+    """At reference_batch images a step. With (workers x batch) / reference_batch it scales linearly for sgd, by the square root
+    for adamw."""
     reference_batch: PositiveInt | None = None
     """Images a step that learning_rate and warmup_steps are meant for; null: neither is scaled."""
     momentum: Fraction = 0.9
@@ -324,7 +325,9 @@ class TrainSettings(_Settings):
     """SGD: on every trained parameter; adamw: none on norms, biases and position tables."""
     warmup_steps: NonNegativeInt = 1000
     """Linear warm-up from warmup_factor x learning_rate, over warmup_steps x reference_batch images: at twice the images a step
-    it takes half the steps. Capped at a fifth of the run."""
+    it takes half the steps, but never fewer than warmup_min_steps. Capped at a fifth of the run."""
+    warmup_min_steps: NonNegativeInt = 500
+    """Fewest steps to which many images a step may shorten the warm-up; a warmup_steps below it stays as it is."""
     warmup_factor: Fraction = 0.001
     schedule: Literal["steps", "cosine"] = "steps"
     milestones: tuple[Fraction, ...] = (0.5, 0.8)
@@ -332,9 +335,11 @@ class TrainSettings(_Settings):
     gradient_clip: NonNegative = 35.0
     """Largest gradient norm; 0 = no clipping."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on GPU, float32 on CPU."""
+    """auto: bfloat16 autocast on a GPU that computes in it, else float32. float32: in full, without TF32."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; validation runs at the same points."""
+    patience: NonNegativeInt = 0
+    """Stop when F on the validation set has not risen for this many checkpoints; the best checkpoint is the result. 0 = off."""
     keep: PositiveInt = 2
     """Checkpoints kept: the best by F, and always the latest."""
     validate_images: NonNegativeInt = 0

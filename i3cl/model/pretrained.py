@@ -67,12 +67,12 @@ def to_body_names(tensors: Mapping[str, Tensor], body: Mapping[str, Tensor]) -> 
 
 
 def _timm_whole(name: str) -> str:
-    """timm's features_only joins the first two parts of some names: stages_0.blocks of it is stages.0.blocks of the model."""
+    """Timm's features_only joins the first two parts of some names: stages_0.blocks of it is stages.0.blocks of the model."""
     return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name)
 
 
 def _mmdetection_deep_stem(name: str) -> str:
-    """mmdetection numbers the three convolutions and norms of a deep stem through."""
+    """Mmdetection numbers the three convolutions and norms of a deep stem through."""
     return re.sub(r"^bn1\.", "stem.7.", re.sub(r"^conv1\.(\d)\.", r"stem.\1.", name))
 
 

@@ -11,10 +11,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.data.loading.images import decode_image
+from i3cl.data.loading.images import check_size, decode_image
 from i3cl.errors import UserError
 from i3cl.evaluation.analysis.error_kinds import DETECTION_KINDS, TRUTH_KINDS, kinds
-from i3cl.evaluation.formats.sets import check_size
 from i3cl.evaluation.metrics.batch import EvalImage
 from i3cl.evaluation.outcome import details
 from i3cl.evaluation.scoring import Scored, sweep

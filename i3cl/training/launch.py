@@ -83,7 +83,8 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
 
 def located(settings: Settings) -> Settings:
     """With absolute paths, because a worker's working directory is not the driver's, and with a run's name in train.start_from
-    replaced by that run's best checkpoint."""
+    replaced by that run's best checkpoint.
+    """
     root = storage.absolute(settings.storage)
     start, weights = settings.train.start_from, settings.model.backbone.weights
     changes: dict[str, Any] = {"storage": root, "data_root": storage.absolute(settings.data_root)}
@@ -284,6 +285,8 @@ class Progress:
             self._pace.done, self._pace.total = row["step"], row["steps"]
             left = f"  {self._pace.left()}".rstrip()
         parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+        sources = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in row.items() if k.startswith("loss/"))
+        parts += f"; {sources}" if sources else ""
         score = f"  F {row['hmean']:.3f} (R {row['recall']:.3f} P {row['precision']:.3f})" if "hmean" in row else ""
         observe.say(
             f"{self.name}: step {row['step']}/{row['steps']}  loss {row['loss']:.3f} ({parts})  "

@@ -7,19 +7,20 @@ running statistics of its norms, which are of the shares that worker 0 saw).
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +28,12 @@ from torch import nn
 
 from i3cl import observe, storage
 from i3cl.config import Settings, to_yaml
-from i3cl.data.loading.ingest import mix, read_source, training_batches
+from i3cl.data.formats.records import ImageRecord
+from i3cl.data.loading.images import ImageError, check_size, decode_image
+from i3cl.data.loading.ingest import mix, read_source, source_names, training_batches
 from i3cl.data.loading.transforms import TrainingImage, to_target
+from i3cl.detections import Detections
 from i3cl.errors import UserError, inside
-from i3cl.evaluation.formats.sets import check_size
 from i3cl.evaluation.metrics.batch import EvalImage, mark_small
 from i3cl.evaluation.metrics.metric import DetectionMetric
 from i3cl.evaluation.metrics.protocols import iou_rules
@@ -43,8 +46,10 @@ from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 REMOTE_EVERY = 30.0
 """Seconds between two versions of the log on S3; a checkpoint brings one of its own."""
-_WARNED_EVERY = 5
-"""Steps between two questions whether a machine's end has been announced; each is a round trip that all workers wait for."""
+_ASK_EVERY = 2.0
+"""Seconds between two questions whether a machine's end has been announced; each is a round trip that all workers wait for."""
+_SHOWN = 20
+"""Unusable images that a run names one by one."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
 """What the network trains on: an image and its target."""
 T = TypeVar("T")
@@ -55,13 +60,16 @@ class MachineLeaves(Exception):
 
 
 class TrainingStopped(RuntimeError):
-    """The loss is no number any more. Carries the step, the loss part and the images of the batch."""
+    """Training cannot go on, and would fail again: a loss that is not a number, an unusable image, too little memory.
+
+    The message is one line for the user. Raised on every rank.
+    """
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's per-worker function. `config`: {'settings': the resolved tree as a dict, 'run': run directory}.
 
-    Returns {'stopped': message} when the loss turned NaN (so that Ray does not retry what would fail again), else {}.
+    Returns {'stopped': message} when training cannot go on (so that Ray does not retry what would fail again), else {}.
     """
     import ray.train
     from ray.exceptions import RayActorError
@@ -98,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         observe.training_started(config["run"], workers)
     where = observe.place(config["run"], "train")
     observe.note(f"rank {rank} of {workers} on {device}: from step {trainer.step}", **where, rank=rank, step=trainer.step)
-    trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs=exchange_options())
 
     def report(metrics: dict[str, Any], step: int) -> None:
         if rank:
@@ -132,11 +140,26 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def exchange_options() -> dict[str, bool]:
+    """Arguments of DistributedDataParallel for this network.
+
+    Every trained parameter has a gradient at every step, so none has to be searched for. Statistics are not sent at every step:
+    training does not read them, and before validation every rank takes those of rank 0.
+    """
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    statistics = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, statistics: False}
+
+
 def prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
     """A trainer at step 0 with the network's initial weights; what was loaded and what is new stands in its log's notes.
 
     settings: as `launch.located` gives them. UserError for weights that are missing or another network's.
     """
+    if settings.train.precision == "float32":
+        # A GPU would compute convolutions with 10 bits of mantissa otherwise.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     model = I3CL(settings.model)
     notes = []
     if model.backbone.report is not None:
@@ -205,6 +228,38 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
+class _SourceLosses:
+    """Mean loss of the images of each training set since the last row of the log."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._sums: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, images: list[TrainingImage], shares: list[float]) -> None:
+        """shares: what each image of a batch added to the batch's loss."""
+        for image, share in zip(images, shares, strict=True):
+            self._sums[image.source] = self._sums.get(image.source, 0.0) + share * len(images)
+            self._counts[image.source] = self._counts.get(image.source, 0) + 1
+
+    def row(self) -> dict[str, float]:
+        """loss/NAME of every set that had an image; begins again at nothing."""
+        row = {f"loss/{self.names[source]}": self._sums[source] / self._counts[source] for source in sorted(self._sums)}
+        self._sums, self._counts = {}, {}
+        return row
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _stand_in() -> Pair:
+    """What a rank without usable images puts through the network, so that it keeps step until all ranks stop together."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    target = {"boxes": torch.zeros(0, 4), "labels": nothing, "masks": [], "image_weight": 0.0}
+    return torch.zeros(3, 64, 64), target
+
+
 def _not_finite(losses: dict[str, float], samples: list[TrainingImage]) -> list[str]:
     """What is wrong with the losses of one batch, at most one line."""
     parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
@@ -225,6 +280,13 @@ class Trainer:
         self.shares = range(rank, settings.cluster.workers, workers)
         self.step = 0
         self.log = MetricsLog(run, rank == 0)
+        self.by_source = _SourceLosses(source_names(settings.data.train))
+        model.keep_image_losses = len(settings.data.train) > 1
+        self.skipped: dict[str, None] = {}
+        """Why images were left out, each once, in the order in which they were met."""
+        self._told = 0
+        self._asked = time.monotonic()
+        self._ask = False
         self.optimizer = make_optimizer(model, settings.train)
         self.average = WeightAverage(model, settings.train.average_decay) if settings.train.average_decay else None
         data = settings.data
@@ -233,7 +295,8 @@ class Trainer:
         self.steps = settings.train.steps
         if settings.train.epochs is not None:
             self.steps = self.mixture.steps(settings.train.epochs, self.images_per_step)
-        self.validation = None
+        self.validation: tuple[Sequence[ImageRecord], str] | None = None
+        self._validation_checked = False
         if settings.data.validation is not None:
             records = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad, check_files=False)
             kept = records.records[: settings.train.validate_images or None]
@@ -280,7 +343,7 @@ class Trainer:
         batches = self._ready_batches()
         sums: dict[str, float] = {}
         since, images, data_time = time.perf_counter(), 0, 0.0
-        while self.step < self.steps:
+        while self.step < self.steps and not self.stalled():
             losses, rate, waited = self._train_step(batches)
             self.step += 1
             images += self.images_per_step
@@ -289,16 +352,23 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             last = self.step == self.steps
             checkpoint = last or self.step % train.checkpoint_every == 0
-            warned = not last and self.step % _WARNED_EVERY == 0 and leaving()
+            warned = not last and self._ask and leaving()
             if checkpoint or warned or self.step % train.log_every == 0:
                 elapsed = time.perf_counter() - since
                 count = images / self.images_per_step
                 row: dict[str, Any] = {"step": self.step, "steps": self.steps}
                 row |= {name: value / count for name, value in sums.items()}
+                if len(self.by_source.names) > 1:
+                    row |= self.by_source.row()
                 row |= {"learning_rate": rate, "images_per_second": images / elapsed, "data_wait": data_time / elapsed}
                 if checkpoint and not warned:
                     row |= self.validate()
+                    row |= self._left_out()
                 self.log.add(row)
+                if not last and self.stalled():
+                    best = max(past["hmean"] for past in self.log.rows if "hmean" in past)
+                    note = f"stopped at step {self.step}: F has not risen above {best:.3f} for {train.patience} checkpoints"
+                    row["notes"] = [*row.get("notes", ()), f"{note} (train.patience)"]
                 self.log.flush(checkpoint or warned)
                 observe.training(self.log.run, self.rank, row)
                 if checkpoint or warned:
@@ -306,6 +376,29 @@ class Trainer:
                 since, images, sums, data_time = time.perf_counter(), 0, {}, 0.0
             if warned:
                 raise MachineLeaves(f"step {self.step}: a machine of this run will be taken away; saved, and going on without it")
+
+    def stalled(self) -> bool:
+        """Whether the last train.patience validations brought no better F than those before; the same on every rank."""
+        patience = self.settings.train.patience
+        scores = [row["hmean"] for row in self.log.rows if "hmean" in row]
+        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+
+    def _left_out(self) -> dict[str, Any]:
+        """How many images data.skip_bad has left out so far on all ranks, with lines about the new ones; {} for none."""
+        if not self.settings.data.skip_bad:
+            return {}
+        if self.workers > 1:
+            gathered: list[Any] = [None] * self.workers
+            torch.distributed.all_gather_object(gathered, list(self.skipped))
+            self.skipped |= dict.fromkeys(reason for part in gathered for reason in part)
+        if not self.skipped:
+            return {}
+        row: dict[str, Any] = {"skipped_images": len(self.skipped)}
+        new = list(self.skipped)[self._told : _SHOWN]
+        if len(self.skipped) > self._told:
+            row["notes"] = [f"left out: {reason}" for reason in new] + [f"left out so far: {len(self.skipped)} images"]
+        self._told = len(self.skipped)
+        return row
 
     def _batches(self) -> Iterator[list[TrainingImage]]:
         return training_batches(
@@ -332,7 +425,11 @@ class Trainer:
         return _one_ahead(map(pinned, self._batches())) if gpu else map(ready, self._batches())
 
     def _train_step(self, batches: Iterator[tuple[list[TrainingImage], list[Pair]]]) -> tuple[dict[str, float], float, float]:
-        """One step over this worker's shares: mean losses, learning rate, seconds spent waiting for data."""
+        """One step over this worker's shares: mean losses, learning rate, seconds spent waiting for data.
+
+        TrainingStopped, on every rank, for what is wrong on any of them before gradients are exchanged; UserError for memory
+        that ran out while they were.
+        """
         train = self.settings.train
         self.parallel.train()
         rate = learning_rate(self.step, self.steps, self.images_per_step, train)
@@ -344,27 +441,74 @@ class Trainer:
         waited = 0.0
         for share in self.shares:
             waiting = time.perf_counter()
-            samples, pairs = next(batches)
+            try:
+                samples, pairs = next(batches) if not bad else ([], [_stand_in()])
+            except UserError as error:
+                bad.append(str(error))
+                samples, pairs = [], [_stand_in()]
             waited += time.perf_counter() - waiting
+            self.skipped |= dict.fromkeys(sample.problem for sample in samples if sample.problem)
             last = share == self.shares[-1]
             with nullcontext() if last else self._without_exchange():
-                losses = self._losses(share, pairs)
-                stacked = torch.stack(list(losses.values()))
-                # One transfer of all numbers: every look at a single one would stop the GPU's queue.
-                numbers = dict(zip(losses, stacked.detach().tolist(), strict=True))
-                bad += _not_finite(numbers, samples)
+                stacked, numbers = self._forward(share, samples, pairs, bad)
                 if last:
-                    self._check_finite(bad)
-                # The exchange of gradients takes the mean over the workers; what is wanted is the mean over the shares.
-                (stacked.sum() * (self.workers / self.settings.cluster.workers)).backward()
+                    self._agree(bad)
+                if stacked is not None and not bad:
+                    self._backward(stacked, pairs)
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value / len(self.shares)
         if train.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update()
         return {"loss": sum(sums.values())} | sums, rate, waited
+
+    def _forward(
+        self, share: int, samples: list[TrainingImage], pairs: list[Pair], bad: list[str]
+    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+        """The losses of one share, as one tensor and as numbers; what is wrong with them goes into `bad`."""
+        try:
+            losses = self._losses(share, pairs)
+            stacked = torch.stack(list(losses.values()))
+            of_images = self.model.image_losses if self.model.keep_image_losses else None
+            # One transfer of all numbers: every look at a single one would stop the GPU's queue.
+            flat = stacked.detach() if of_images is None else torch.cat([stacked.detach(), of_images])
+            values = flat.tolist()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            # Text alone: the error holds the whole failed pass in memory.
+            bad.append(self._too_large(pairs))
+            return None, {}
+        numbers = dict(zip(losses, values, strict=False))
+        if samples and of_images is not None:
+            self.by_source.add(samples, values[len(numbers) :])
+        problems = _not_finite(numbers, samples)
+        bad += [f"step {self.step + 1}: {problem}; lower train.learning_rate or check them" for problem in problems]
+        return stacked, numbers
+
+    def _backward(self, losses: torch.Tensor, pairs: list[Pair]) -> None:
+        # The exchange of gradients takes the mean over the workers; what is wanted is the mean over the shares.
+        try:
+            (losses.sum() * (self.workers / self.settings.cluster.workers)).backward()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(self._too_large(pairs)) from None
+
+    def _too_large(self, pairs: list[Pair]) -> str:
+        """A line for the user about the images that the memory of this worker did not hold."""
+        sizes = ", ".join(
+            f"{image.shape[2]} x {image.shape[1]} with {len(target['labels'])} instances" for image, target in pairs
+        )
+        where = "this machine"
+        if self.device.type == "cuda":
+            where = f"{torch.cuda.get_device_name(self.device)}, {torch.cuda.mem_get_info(self.device)[1] / 2**30:.0f} GiB"
+        return (
+            f"step {self.step + 1}: out of memory ({where}) for a batch of {len(pairs)} images of {sizes}; lower train.batch, "
+            "data.transform.crop, short_sides or long_cap, or set model.backbone.checkpointing=true or train.precision=bfloat16"
+        )
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         """Where gradients only add up in this worker."""
@@ -381,21 +525,28 @@ class Trainer:
             return self.parallel(images, targets)
 
     def _move(self, value: Any) -> Any:
+        if isinstance(value, float):
+            return value
         if isinstance(value, list):
             return [v.to(self.device, non_blocking=True) for v in value]
         return value.to(self.device, non_blocking=True)
 
-    def _check_finite(self, bad: list[str]) -> None:
-        """TrainingStopped, on every rank, when any has a `bad` loss."""
-        stop = bool(bad)
+    def _agree(self, bad: list[str]) -> None:
+        """TrainingStopped, on every rank, when any has something `bad`; else all know whether it is time to ask for notices."""
+        stop, ask = bool(bad), self.rank == 0 and time.monotonic() - self._asked >= _ASK_EVERY
         if self.workers > 1:
-            # All ranks must stop together, or the others would wait in the gradient exchange.
-            flag = torch.tensor(float(stop), device=self.device)
-            torch.distributed.all_reduce(flag)
-            stop = bool(flag.item())
-        if not stop:
-            return
-        message = f"step {self.step + 1}: {bad[0]}; lower train.learning_rate or check them" if bad else None
+            # All ranks must stop together, or the others would wait in the gradient exchange; and ask together.
+            flags = torch.tensor([float(stop), float(ask)], device=self.device)
+            torch.distributed.all_reduce(flags)
+            stop, ask = (flag > 0 for flag in flags.tolist())
+        self._ask = ask
+        if ask:
+            self._asked = time.monotonic()
+        if stop:
+            self._stop_all(bad[0] if bad else None)
+
+    def _stop_all(self, message: str | None) -> NoReturn:
+        """TrainingStopped with the first message of any rank; called on every rank."""
         if self.workers > 1:
             messages: list[str | None] = [None] * self.workers
             torch.distributed.all_gather_object(messages, message)
@@ -408,29 +559,49 @@ class Trainer:
             for buffer in self._best_model().buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
+    def _detect(self, records: Sequence[ImageRecord], root: str) -> Iterator[tuple[ImageRecord, Detections]]:
+        """Detections of the validation images; with data.skip_bad unusable ones are left out, from the first time on."""
+        if self.settings.data.skip_bad and not self._validation_checked:
+            usable = []
+            for record in records:
+                try:
+                    image = decode_image(storage.join(root, record.file_name))
+                    check_size(record.file_name, image.shape[:2], (record.height, record.width))
+                    usable.append(record)
+                except ImageError as error:
+                    self.skipped[str(error)] = None
+            records = usable
+            self.validation, self._validation_checked = (records, root), True
+        return Predictor(self._best_model(), self.settings).detect_records(records, root)
+
     def validate(self) -> dict[str, float]:
         """hmean, recall, precision at the best threshold over the whole validation set, on every rank; {} without one."""
         if self.validation is None:
             return {}
-        records, root = self.validation
         self._share_statistics()
-        found = []
-        for record, detections in Predictor(self._best_model(), self.settings).detect_records(records, root):
-            check_size(record.file_name, (detections.height, detections.width), (record.height, record.width))
-            found.append(
-                (
-                    str(record.id),
-                    [i.polygon for i in record.instances],
-                    np.array([i.ignore for i in record.instances], bool),
-                    detections.polygons,
-                    detections.scores,
+        found, fault = [], None
+        try:
+            for record, detections in self._detect(*self.validation):
+                check_size(record.file_name, (detections.height, detections.width), (record.height, record.width))
+                found.append(
+                    (
+                        str(record.id),
+                        [i.polygon for i in record.instances],
+                        np.array([i.ignore for i in record.instances], bool),
+                        detections.polygons,
+                        detections.scores,
+                    )
                 )
-            )
+        except UserError as error:
+            fault = str(error)
         self.parallel.train()
         if self.workers > 1:
             gathered: list[Any] = [None] * self.workers
-            torch.distributed.all_gather_object(gathered, found)
-            found = [item for part in gathered for item in part]
+            torch.distributed.all_gather_object(gathered, (found, fault))
+            found = [item for part, _ in gathered for item in part]
+            fault = next((text for _, text in gathered if text), None)
+        if fault:
+            raise TrainingStopped(fault)
         evaluate = self.settings.evaluate
         rules, images = iou_rules(evaluate.iou, evaluate.matching), [EvalImage(*item) for item in found]
         every, large = DetectionMetric(rules), DetectionMetric(rules)

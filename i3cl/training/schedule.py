@@ -32,12 +32,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
 def learning_rate(step: int, steps: int, images_per_step: int, settings: TrainSettings) -> float:
     """Rate of 0-based `step` of `steps`, for a total batch of `images_per_step` images over all workers.
 
-    Linear scaling with the total batch (Goyal et al., arXiv 1706.02677), linear warm-up over the same number of images at any
-    batch, then tenfold falls at the milestones or a half cosine to a hundredth.
+    With the ratio of the total batch to reference_batch, SGD's rate grows linearly (Goyal et al., arXiv 1706.02677) and AdamW's
+    by the square root (Malladi et al., arXiv 2205.10287). Linear warm-up over the same number of images at any batch, but over
+    warmup_min_steps steps at least; then tenfold falls at the milestones or a half cosine to a hundredth.
     """
-    scale = 1.0 if settings.reference_batch is None else images_per_step / settings.reference_batch
-    rate = settings.learning_rate * scale
-    warmup = min(round(settings.warmup_steps / scale), steps // 5)
+    ratio = 1.0 if settings.reference_batch is None else images_per_step / settings.reference_batch
+    rate = settings.learning_rate * (ratio if settings.optimizer == "sgd" else math.sqrt(ratio))
+    fewest = min(settings.warmup_steps, settings.warmup_min_steps)
+    warmup = min(max(round(settings.warmup_steps / ratio), fewest), steps // 5)
     if step < warmup:
         return rate * (settings.warmup_factor + (1 - settings.warmup_factor) * step / warmup)
     if settings.schedule == "cosine":
@@ -53,16 +55,25 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts at the weights of `model`, whose tensors `update` reads: it must keep them (load_state_dict does)."""
         self.decay = decay
         self.updates = 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # Named once: to gather a thousand tensors by name at every step would take longer than to average them. Frozen
+        # parameters stay equal by themselves; statistics are buffers and may move.
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        average = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+        pairs = [(tensor, model.state_dict()[name]) for name, tensor in average.items()]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
+        """Move the average towards the weights as they are now."""
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average, current = self.model.state_dict(), model.state_dict()
-        floats = [name for name, tensor in average.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([average[name] for name in floats], [current[name] for name in floats], 1 - keep)
-        for name in average.keys() - set(floats):
-            average[name].copy_(current[name])
+        averages, currents = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(averages, currents, 1 - keep)
+        if self._copied:
+            averages, currents = zip(*self._copied, strict=True)
+            torch._foreach_copy_(averages, currents)

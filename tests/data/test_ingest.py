@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from i3cl.config import Settings, SourceSettings, with_overrides
-from i3cl.data.loading.ingest import Mixture, mix, training_batches
+from i3cl.data.loading.ingest import Mixture, mix, source_names, training_batches
+from i3cl.data.loading.transforms import to_target
 from i3cl.errors import UserError
 
 
@@ -73,6 +74,33 @@ def test_per_step_and_train_batch_must_agree(tiny_set, tmp_path):
     (tmp_path / "empty.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(UserError, match=r"empty\.json: has no images, but its per_step is 1"):
         mix([three, SourceSettings(annotations=str(tmp_path / "empty.json"), images=".", per_step=1)], ".")
+
+
+def test_names_of_training_sets_differ():
+    def source(annotations, **more):
+        return SourceSettings(annotations=annotations, images="x", **more)
+
+    assert source_names([source("a/train.json"), source("b/pseudo/")]) == ["train", "pseudo"]
+    same = [source("a/train.json"), source("s3://x/b/train.json"), source("b/train.json"), source("c.json", name="own")]
+    assert source_names(same) == ["a-train", "b-train", "b-train-2", "own"]
+
+
+def test_augmentation_of_a_source_overrides_single_settings():
+    sources = [
+        {"annotations": "a", "images": "b"},
+        {"annotations": "c", "images": "b", "transform": {"jitter": 0.8, "crop": 64}},
+    ]
+    data = with_overrides(Settings(), {"data.train": sources, "data.transform.crop": 32}, "test").data
+    assert data.transform_of(0) is data.transform
+    own = data.transform_of(1)
+    assert (own.jitter, own.crop, own.short_sides) == (0.8, 64, data.transform.short_sides)
+    for change, message in (
+        ({"jiter": 1}, r"train\.1\.transform\.jiter: unknown key; did you mean jitter\?"),
+        ({"jitter": 2}, r"train\.1\.transform\.jitter: Input should be less than or equal to 1"),
+        ({"blur_sigma": [2, 1]}, r"train\.1\.transform: blur_sigma"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_overrides(Settings(), {"data.train": [sources[0], {**sources[1], "transform": change}]}, "test")
 
 
 def test_lossweight_override_and_several_sources(tiny_set):
@@ -146,14 +174,16 @@ def test_skip_bad_lists_and_counts(tiny_set, tmp_path, caplog):
     assert len(dataset.problems) == 1 and printed.count("left out") == 2 and "12 images" in printed
 
 
-def test_an_unreadable_image_stops_or_is_passed_over(tiny_settings, tiny_set, tmp_path):
+def test_an_unreadable_image_stops_or_is_passed_over(tiny_settings, tiny_set, tmp_path, ray_cluster):
     import shutil
 
     shutil.copytree(tiny_set / "images", tmp_path / "images")
     (tmp_path / "images" / "3.jpg").write_bytes(b"no image")
     source = {"annotations": str(tiny_set / "set.json"), "images": str(tmp_path / "images")}
     broken = with_overrides(tiny_settings, {"data.train": [source]}, "test")
-    with pytest.raises(UserError, match=r"3\.jpg"):
-        batches(broken, range(3))
+    for ray_data in (False, True):
+        with pytest.raises(UserError, match=r"^[^\n]*3\.jpg: not an image in a known format[^\n]*$"):
+            batches(with_overrides(broken, {"data.ray_data": ray_data}, "test"), range(3))
     samples = [s for batch in batches(with_overrides(broken, {"data.skip_bad": True}, "test"), range(3)) for s in batch]
-    assert sum(not s.record.instances for s in samples) == 1
+    (skipped,) = [s for s in samples if not s.record.instances]
+    assert "3.jpg: not an image" in skipped.problem and skipped.weight == 0 and to_target(skipped)[1]["image_weight"] == 0

@@ -1,6 +1,9 @@
 """The training loop in one process: it learns, it continues exactly, it stops on NaN, it survives empty images."""
 
 import json
+import re
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from i3cl.config import with_overrides
 from i3cl.data.formats.records import record_from_row
 from i3cl.data.loading.images import decode_image
 from i3cl.data.loading.transforms import EvalTransform, to_target
+from i3cl.errors import UserError
 from i3cl.model.network import I3CL
 from i3cl.model.targets import read_truths
-from i3cl.training.loop import Trainer, TrainingStopped
+from i3cl.training import loop
+from i3cl.training.loop import Trainer, TrainingStopped, exchange_options
 
 
 def make_trainer(settings, run, **overrides):
@@ -124,7 +129,7 @@ def train_in_a_group(rank, workers, settings, run, rendezvous):
     torch.set_num_threads(1)
     torch.manual_seed(settings.train.seed)
     trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
-    trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, find_unused_parameters=True)
+    trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **exchange_options())
     trainer.run(lambda metrics, step: None)
     if rank == 0:
         torch.save(trainer.model.state_dict(), run / "weights.pt")
@@ -155,9 +160,10 @@ def test_a_run_does_not_depend_on_how_many_workers_are_there(tiny_settings, tmp_
     assert [row["step"] for row in rows] == [1, 2, 3]
 
 
-def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path):
+def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path, monkeypatch):
     from i3cl.training.loop import MachineLeaves
 
+    monkeypatch.setattr(loop, "_ASK_EVERY", 0.0)
     settings = with_overrides(tiny_settings, {"train.steps": 12, "train.checkpoint_every": 12, "train.log_every": 6}, "test")
     whole = make_trainer(settings, tmp_path / "whole")
     whole.run(lambda metrics, step: None)
@@ -174,7 +180,7 @@ def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path):
 
     with pytest.raises(MachineLeaves, match="step 10: a machine of this run will be taken away"):
         warned.run(keep, leaving)
-    assert asked == [5, 10]
+    assert asked == list(range(1, 11))
     assert [step for step, _ in reports] == [10]
     assert "hmean" not in reports[0][1], "there may be no time to validate"
     continued = make_trainer(settings, tmp_path / "continued")
@@ -182,3 +188,187 @@ def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path):
     continued.run(lambda metrics, step: None)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, continued.model.state_dict()[name]), name
+
+
+def test_notices_are_asked_for_by_the_clock(tiny_settings, tmp_path):
+    asked = []
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 3, "train.checkpoint_every": 3})
+    trainer._asked = float("-inf")
+    trainer.run(lambda metrics, step: None, lambda: bool(asked.append(trainer.step)))
+    assert asked[:1] == [1], "long ago: at once"
+    assert asked == sorted(set(asked))
+
+
+# ------------------------------------------------------------------------------------------- several training sets
+
+
+def two_sets(tiny_set):
+    labelled = {"annotations": str(tiny_set / "set.json"), "images": str(tiny_set / "images"), "per_step": 1}
+    strong = {"jitter": 1.0, "erase": 1.0, "policies": ["resize_only"]}
+    return [labelled, {**labelled, "name": "pseudo", "per_step": 2, "loss_scale": 0.5, "transform": strong}]
+
+
+def test_a_composed_step_continues_bit_for_bit_and_logs_losses_by_source(tiny_settings, tiny_set, tmp_path):
+    changes = {"data.train": two_sets(tiny_set), "train.batch": 3, "train.steps": 6, "train.checkpoint_every": 3}
+    changes |= {"train.average_decay": 0.9, "data.validation": None}
+    whole = make_trainer(tiny_settings, tmp_path / "whole", **changes)
+    whole.run(lambda metrics, step: whole.save(tmp_path / "checkpoint") if step == 3 else None)
+    continued = make_trainer(tiny_settings, tmp_path / "continued", **changes)
+    continued.restore(tmp_path / "checkpoint")
+    continued.run(lambda metrics, step: None)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, continued.model.state_dict()[name]), name
+    rows, again = ([row for row in t.log.rows if "loss" in row] for t in (whole, continued))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
+    for row in rows:
+        # One image of the first set and two of the second add up to the mean over the three.
+        assert (row["loss/set"] + 2 * row["loss/pseudo"]) / 3 == pytest.approx(row["loss"], rel=1e-4)
+
+
+def test_batches_know_their_source_its_weight_and_its_augmentation(tiny_settings, tiny_set, tmp_path):
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"data.train": two_sets(tiny_set), "train.batch": 3})
+    samples = next(trainer._batches())
+    assert [sample.source for sample in samples] == [0, 1, 1]
+    assert [to_target(sample)[1]["image_weight"] for sample in samples] == [1.0, 0.5, 0.5]
+    erased = [bool((sample.image == (124, 116, 104)).all(axis=2).mean() > 0.005) for sample in samples]
+    assert erased == [False, True, True]
+
+
+# --------------------------------------------------------------------------------------------------- early stopping
+
+
+def test_patience_stops_at_the_same_step_again_after_a_restart(tiny_settings, tmp_path, monkeypatch):
+    scores = {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9}
+    changes = {"train.steps": 5, "train.checkpoint_every": 1, "train.patience": 2}
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"hmean": scores[self.step]})
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **changes)
+    trainer.run(lambda metrics, step: trainer.save(tmp_path / f"at-{step}"))
+    assert trainer.step == 4, "3 and 4 are no better than 2"
+    assert "F has not risen above 0.500 for 2 checkpoints" in trainer.log.rows[-1]["notes"][0]
+    continued = make_trainer(tiny_settings, tmp_path / "continued", **changes)
+    continued.restore(tmp_path / "at-4")
+    continued.run(lambda metrics, step: pytest.fail("it has stopped"))
+    off = make_trainer(tiny_settings, tmp_path / "off", **{**changes, "train.patience": 0})
+    off.run(lambda metrics, step: None)
+    assert off.step == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def broken_set(tiny_set, tmp_path):
+    """The tiny set with one file cut off and one that lies on its side; what a recipe changes to train on it."""
+    shutil.copytree(tiny_set / "images", tmp_path / "images")
+    whole = (tmp_path / "images" / "3.jpg").read_bytes()
+    (tmp_path / "images" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    tree = json.loads((tiny_set / "set.json").read_text())
+    tree["images"][5]["height"] = 120
+    (tmp_path / "set.json").write_text(json.dumps(tree))
+    return {"annotations": str(tmp_path / "set.json"), "images": str(tmp_path / "images")}
+
+
+def test_an_unusable_image_stops_training_with_its_name(tiny_settings, broken_set, tmp_path):
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"data.train": [broken_set], "data.validation": None})
+    with pytest.raises(TrainingStopped, match=r"3\.jpg: cannot be decoded|5\.jpg: the image is 96 x 96 but .* 96 x 120"):
+        trainer.run(lambda metrics, step: None)
+    trainer = make_trainer(tiny_settings, tmp_path / "valid", **{"data.validation": broken_set, "train.steps": 1})
+    trainer.validation = (trainer.mixture._records[3:4], str(tmp_path / "images"))
+    with pytest.raises(TrainingStopped, match=r"3\.jpg: cannot be decoded"):
+        trainer.run(lambda metrics, step: None)
+
+
+@pytest.mark.parametrize("through_ray", [False, True])
+def test_skip_bad_leaves_unusable_images_out_and_counts_them(tiny_settings, broken_set, tmp_path, ray_cluster, through_ray):
+    changes = {"data.train": [broken_set], "data.validation": broken_set, "data.skip_bad": True, "train.validate_images": 0}
+    changes |= {"train.steps": 6, "train.checkpoint_every": 6, "data.ray_data": through_ray}
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **changes)
+    trainer.run(lambda metrics, step: None)
+    (row,) = [row for row in trainer.log.rows if "hmean" in row]
+    assert row["skipped_images"] == 2
+    assert "3.jpg: cannot be decoded" in "\n".join(row["notes"]) and "5.jpg: the image is 96 x 96" in "\n".join(row["notes"])
+    assert row["notes"][-1] == "left out so far: 2 images"
+
+
+def faulty_in_a_group(rank, workers, settings, run, rendezvous):
+    """Body of a process of a gloo group whose rank 1 meets an unusable image; writes what stopped it."""
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
+    torch.set_num_threads(1)
+    trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
+    trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **exchange_options())
+    mine = iter([next(trainer._ready_batches())] * 2)
+
+    def batches():
+        yield from mine
+        if rank:
+            raise UserError("cut.jpg: cannot be decoded")
+        yield from [next(trainer._ready_batches())] * 5
+
+    trainer._ready_batches_of_the_test = batches()
+    trainer._ready_batches = lambda: trainer._ready_batches_of_the_test
+    try:
+        trainer.run(lambda metrics, step: None)
+    except TrainingStopped as stop:
+        (run / f"{rank}.txt").write_text(str(stop))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_workers_stop_for_an_image_of_one(tiny_settings, tmp_path):
+    settings = with_overrides(tiny_settings, {"cluster.workers": 2, "data.validation": None}, "test")
+    torch.multiprocessing.spawn(faulty_in_a_group, (2, settings, tmp_path, tmp_path / "rendezvous"), nprocs=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["cut.jpg: cannot be decoded"] * 2
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_names_step_sizes_and_remedy(tiny_settings, tmp_path, monkeypatch, place):
+    trainer = make_trainer(tiny_settings, tmp_path / "run")
+    held = []
+
+    def full(*_, **__):
+        tensor = torch.zeros(8)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    if place == "forward":
+        monkeypatch.setattr(trainer, "_losses", full)
+    else:
+        monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pytest.raises((TrainingStopped, UserError)) as stopped:
+        trainer.run(lambda metrics, step: None)
+    assert re.match(
+        r"step 1: out of memory \(this machine\) for a batch of 2 images of 96 x 96 with \d+ instances, 96 x 96 with \d+ "
+        r"instances; lower train\.batch, .*short_sides",
+        str(stopped.value),
+    )
+    if place == "forward":
+        assert held[0]() is None, "the failed pass is not kept alive"
+
+
+def gradients_in_a_group(rank, workers, settings, out, rendezvous):
+    """Body of a process of a gloo group: the gradients of two steps with the old and the new options."""
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
+    torch.set_num_threads(1)
+    found = []
+    for options in ({"find_unused_parameters": True}, exchange_options()):
+        torch.manual_seed(0)
+        trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(out))
+        trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **options).train()
+        batches = trainer._ready_batches()
+        for _ in range(2):
+            trainer.optimizer.zero_grad(set_to_none=True)
+            sum(trainer._losses(rank, next(batches)[1]).values()).backward()
+            trainer.optimizer.step()
+            trainer.step += 1
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    if rank == 0:
+        torch.save(found, out / "gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_leaner_exchange_gives_equal_gradients(tiny_settings, tmp_path):
+    settings = with_overrides(tiny_settings, {"cluster.workers": 2, "data.validation": None}, "test")
+    torch.multiprocessing.spawn(gradients_in_a_group, (2, settings, tmp_path, tmp_path / "rendezvous"), nprocs=2)
+    old, new = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert old.keys() == new.keys() and len(old) > 50
+    assert all(torch.equal(gradient, new[name]) for name, gradient in old.items())
+    assert any(gradient.abs().max() > 1e-3 for gradient in old.values())

@@ -32,6 +32,16 @@ class ImageError(UserError):
     """An image file that cannot be read; the message names it and says why."""
 
 
+def check_size(name: str, found: tuple[int, ...], stated: tuple[int, int]) -> None:
+    """ImageError unless an image's (height, width) in pixels is the one that its annotation states."""
+    if tuple(found) != stated:
+        turned = " (turned: pixels count as stored, without EXIF rotation)" if found[0] == stated[1] else ""
+        raise ImageError(
+            f"{name}: the image is {found[1]} x {found[0]} but its annotation says {stated[1]} x {stated[0]}{turned}; "
+            "correct the annotation"
+        )
+
+
 def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image file (local path, s3:// URL) or of its bytes.
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from i3cl import storage
 from i3cl.config import DataSettings, SourceSettings
+from i3cl.data.formats.checks import set_name
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import (
     Dataset,
@@ -48,6 +49,22 @@ def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, 
     if skip_bad and check_files:
         dataset.list_problems()
     return dataset
+
+
+def source_names(sources: Sequence[SourceSettings]) -> list[str]:
+    """One name per training set, all different: its own, or its annotation file's, with the folder where files share a name."""
+    files = [source.name or set_name(source.annotations) for source in sources]
+    names: list[str] = []
+    for source, file in zip(sources, files, strict=True):
+        name = file
+        if files.count(file) > 1 and not source.name:
+            folder = source.annotations.rstrip("/").rpartition("/")[0].rpartition("/")[2]
+            name = f"{folder}-{file}" if folder else file
+        number = 1
+        while (unique := name if number == 1 else f"{name}-{number}") in names:
+            number += 1
+        names.append(unique)
+    return names
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from i3cl import geometry
 from i3cl.config import TransformSettings
 from i3cl.data.formats.records import ImageRecord, Instance
-from i3cl.data.loading.images import ImageError, resize, scaled_size, test_scale
+from i3cl.data.loading.images import check_size, resize, scaled_size, test_scale
 from i3cl.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class TrainTransform:
 
         ImageError when the image does not have the record's size.
         """
-        _check_size(image, record)
+        check_size(record.file_name, image.shape[:2], (record.height, record.width))
         settings = self.settings
         height, width = image.shape[:2]
         flip_x = rng.random() < settings.flip_horizontal
@@ -169,7 +169,7 @@ class EvalTransform:
 
         ImageError when the image does not have the record's size.
         """
-        _check_size(image, record)
+        check_size(record.file_name, image.shape[:2], (record.height, record.width))
         height, width = image.shape[:2]
         pixels = resize(image, test_scale(height, width, self.short_side, self.long_side, self.upscale))
         matrix = np.diag([pixels.shape[1] / width, pixels.shape[0] / height, 1.0])
@@ -206,16 +206,6 @@ def to_target(sample: TrainingImage) -> tuple[torch.Tensor, dict[str, Any]]:
     if any(i.outlineweight != 1 for i in instances):
         target["outlineweight"] = torch.tensor([i.outlineweight for i in instances], dtype=torch.float32)
     return torch.from_numpy(sample.image.transpose(2, 0, 1).astype(np.float32, order="C")), target
-
-
-def _check_size(image: NDArray[np.uint8], record: ImageRecord) -> None:
-    height, width = image.shape[:2]
-    if (height, width) != (record.height, record.width):
-        turned = " (turned: pixels count as stored, without EXIF rotation)" if height == record.width else ""
-        raise ImageError(
-            f"{record.file_name}: the image is {width} x {height} but its annotation says "
-            f"{record.width} x {record.height}{turned}; correct the annotation"
-        )
 
 
 def _flip(flip_x: bool, flip_y: bool, width: int, height: int) -> NDArray[np.float64]:
@@ -302,7 +292,9 @@ def change_colours(image: NDArray[np.uint8], settings: TransformSettings, rng: n
     if settings.jpeg and rng.random() < settings.jpeg:
         quality = int(rng.integers(settings.jpeg_quality[0], settings.jpeg_quality[1] + 1))
         coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB).astype(np.uint8, copy=False)
+        decoded = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
+        assert decoded is not None, "what was encoded a line above"
+        image = decoded.astype(np.uint8, copy=False)
     return image
 
 

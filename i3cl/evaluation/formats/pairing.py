@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from i3cl import storage
+from i3cl.data.loading.images import check_size
 from i3cl.errors import UserError
 from i3cl.evaluation.formats.coco import RESULTS
-from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet, check_size
+from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet
 from i3cl.evaluation.metrics.batch import EvalImage
 
 

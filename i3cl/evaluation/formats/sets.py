@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from i3cl.data.formats.checks import MAX_SIDE, BadItem, shown
 from i3cl.data.importers import parse
 from i3cl.data.importers.base import dont_care
-from i3cl.errors import UserError
 
 PointOrder = Literal["xy", "yx"]
 Ring = NDArray[np.float64]
@@ -115,13 +114,3 @@ def score_of(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise BadItem("score", f"score is {shown(value)}; write a number from 0 to 1")
     return float(value)
-
-
-def check_size(name: str, found: tuple[int, int], stated: tuple[int, int]) -> None:
-    """UserError unless an image's (height, width) in pixels is the one that its annotation states."""
-    if found != stated:
-        turned = " (turned: pixels count as stored, without EXIF rotation)" if found[0] == stated[1] else ""
-        raise UserError(
-            f"{name}: the image is {found[1]} x {found[0]} but its annotation says {stated[1]} x {stated[0]}{turned}; "
-            "correct the annotation"
-        )

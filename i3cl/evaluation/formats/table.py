@@ -10,8 +10,9 @@ import numpy as np
 from i3cl import storage
 from i3cl.data.formats.predictions import read_batches, read_predictions
 from i3cl.data.formats.records import ImageRecord
+from i3cl.data.loading.images import check_size
 from i3cl.errors import UserError
-from i3cl.evaluation.formats.sets import ImageDetections, PolygonSet, check_size
+from i3cl.evaluation.formats.sets import ImageDetections, PolygonSet
 
 FORMAT = "predictions table"
 
