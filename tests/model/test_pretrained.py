@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
-from i3cl.model.checkpoint import read_tensors
 from i3cl.model.original import to_original
 from i3cl.model.pretrained import to_body_names
+from i3cl.model.weights_file import read_tensors
 
 
 def loaded(name: str, path: Path) -> Backbone:
@@ -149,7 +149,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     for name, words in (
         ("objects.pth", "_Unknown"),
-        ("text.pth", "cannot be read"),
+        ("text.pth", "is a text file"),
         ("broken.safetensors", "safetensors"),
         ("empty.pth", "no named tensors"),
         ("absent.pth", "no such"),
