@@ -130,8 +130,9 @@ def _what_else(start: bytes, size: int) -> str | None:
 def _read_torch(path: Path, source: str, start: bytes) -> Any:
     """What torch.save stored. The texts of torch's own errors are not shown: they advise to unpickle everything."""
     try:
-        with torch.serialization.safe_globals(_PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # From an open file: torch judges a path by its ending.
+        with path.open("rb") as file, torch.serialization.safe_globals(_PLAIN):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error)
         refused = re.search(r"GLOBAL:? ?`?([\w.]+)`?", text)

@@ -131,7 +131,7 @@ def test_a_vitae_classifier_loads(prefix: str, tmp_path: Path) -> None:
 
 def test_another_networks_file_shows_both_namings(tmp_path: Path) -> None:
     torch.save({f"blocks.{i}.mlp.weight": torch.zeros(1) for i in range(9)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: only 0 of .*'blocks.4.mlp.weight'.*'layer"):
+    with pytest.raises(UserError, match=r"other.pth: holds only 0 of .*'blocks.4.mlp.weight'.*'layer"):
         loaded("resnet18", tmp_path / "other.pth")
     torch.save({"stem.conv1.weight": torch.zeros(1), "res2.0.conv1.weight": torch.zeros(1)}, tmp_path / "d2.pth")
     with pytest.raises(UserError, match=r"d2\.pth: has detectron2's names"):

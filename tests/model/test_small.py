@@ -32,8 +32,7 @@ def test_every_loss_box_score_and_mask_is_the_recorded_one() -> None:
 
 def _shifted_sample(original):
     def sample(*arguments):
-        drawn = original(*arguments)
-        return type(drawn)(drawn.positive[:-1], drawn.negative)
+        return [type(drawn)(drawn.positive[:-1], drawn.negative) for drawn in original(*arguments)]
 
     return sample
 
