@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from i3cl.model import placement
+
 STRIDES = (4, 8, 16, 32)
 """Levels that regions are read from."""
 FINEST = 56
@@ -35,16 +37,16 @@ class RegionReader:
     def __init__(self, levels: Sequence[Tensor]) -> None:
         """levels: maps (B, C, H, W) of strides 4, 8, 16, 32 (further ones are not used)."""
         self._maps = [x.float() for x in levels[: len(STRIDES)]]
-        self._sparse = self._maps[0].device.type == "cpu"
+        self._sparse = placement.on_cpu(self._maps[0])
         if not self._sparse:
-            # once for both heads: the kernel wants every channel's map in one piece
+            # Once for both heads: the kernel reads maps whose channels are each stored in one piece.
             self._maps = [x.contiguous() for x in self._maps]
 
     def __call__(self, regions: Tensor, side: int) -> Tensor:
         """(N, C, side, side) float32 features of regions (N, 5): aligned to half pixels, sampled adaptively."""
         level = region_levels(regions[:, 1:])
         order = level.argsort(stable=True)
-        counts = torch.bincount(level, minlength=len(STRIDES)).tolist()
+        counts = torch.stack([(level == i).sum() for i in range(len(STRIDES))]).tolist()
         parts = [
             sparse_roi_align(x, part, side, 1 / stride) if self._sparse else roi_align(x, part, side, 1 / stride, 0, True)
             for x, part, stride in zip(self._maps, regions[order].split(counts), STRIDES, strict=True)

@@ -1,56 +1,40 @@
-"""Weights on disk: safetensors beside the settings that the model was built with. Nothing is unpickled."""
+"""Checkpoint directories: the weights as safetensors, and beside them the settings that the model was built with."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from i3cl.errors import UserError
 from i3cl.model.original import to_our_names
+from i3cl.model.weights_file import read_tensors
 
 WEIGHTS = "weights.safetensors"
 SETTINGS = "settings.yaml"
 STATE = "training"
-"""Folder of a checkpoint that only continuing a run needs; prediction ignores it."""
+"""Folder of a checkpoint with the state needed only to resume training; prediction ignores it."""
 OPTIONAL = ("intra.", "heads.inter.")
-"""Modules that may start from scratch on top of a detector trained without them."""
-
-_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
-_PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-]
-"""Harmless things that training scripts of others store beside the tensors (arguments, numpy's numbers), added to those that
-torch allows by itself."""
+"""Beginnings of the names of modules that may start from scratch on top of a detector that was trained without them."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a file."""
+    """Which tensors of a file were loaded into a model, and which were not."""
 
     loaded: list[str] = field(default_factory=list)
-    """Names of the model that were found."""
+    """The model's tensors that were found in the file."""
     missing: list[str] = field(default_factory=list)
-    """Names of the model that keep the values they had; a name of another shape is here and under `unexpected`."""
+    """The model's tensors that keep their values; one whose shape differs is listed here and under `unexpected`."""
     unexpected: list[str] = field(default_factory=list)
-    """Names of the file that were not used."""
+    """Tensors of the file that were not used."""
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} tensors loaded"
@@ -68,8 +52,7 @@ def _parts(names: list[str]) -> Counter[str]:
 
 
 def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], settings_yaml: str) -> Path:
-    """Writes weights.safetensors and settings.yaml into `directory`, complete or not at all; an older one is
-    replaced.
+    """Writes weights.safetensors and settings.yaml into `directory`, either both or neither, and replaces an older one.
 
     settings_yaml: the text of the resolved settings. Returns the directory.
     """
@@ -93,45 +76,11 @@ def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], setting
     return directory
 
 
-def read_tensors(path: str | os.PathLike[str], source: str | None = None) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors file or a torch file ('state_dict' or 'model' inside is opened).
-
-    source: the file's name in messages; None: the path. Nothing but tensors and plain containers is unpickled:
-    raises UserError when the file does not exist, cannot be read or holds other objects.
-    """
-    path, source = Path(path), source or str(path)
-    if not path.is_file():
-        raise UserError(f"{source}: no such weights file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{source}: not a readable safetensors file ({error})") from error
-    try:
-        with torch.serialization.safe_globals(_PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = re.search(r"GLOBAL:? ?`?([\w.]+)`?", str(error))
-        if refused:
-            raise UserError(
-                f"{source}: holds a {refused[1]} beside its tensors, which could run code and is not opened; whoever trusts "
-                f"the file can write its tensors alone: torch.save({{'state_dict': ...}}, ...)"
-            ) from error
-        raise UserError(f"{source}: cannot be read as a file of tensors ({str(error).splitlines()[0]})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise UserError(f"{source}: holds no named tensors")
-    return tensors
-
-
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> LoadReport:
-    """Copies the tensors whose name and shape fit into `module`.
+    """Copies into `module` the tensors whose name and shape fit.
 
-    Raises UserError, naming `source`, when less than half of the module's tensors are found; names that begin
-    with one of `optional` are not counted, nor are BatchNorm's counters, which some files leave out.
+    Raises UserError, naming `source`, when less than half of the module's tensors are found. Names that begin with one
+    of `optional` do not count, and neither do BatchNorm's counters, which some files leave out.
     """
     own = module.state_dict()
     loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
@@ -141,8 +90,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
     found = sum(name in fitting for name in needed)
     if 2 * found < len(needed):
         raise UserError(
-            f"{source}: only {found} of the network's {len(needed)} tensors are in it; its names look like "
-            f"'{_example(tensors)}', the network's like '{_example(own)}'. Is it another network's?"
+            f"{source}: holds only {found} of the network's {len(needed)} tensors, so it seems to belong to another network; "
+            f"its names look like '{_example(tensors)}', the network's like '{_example(own)}'"
         )
     module.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return LoadReport(
@@ -153,15 +102,15 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
 
 
 def _example(names: Mapping[str, Tensor]) -> str:
-    """A name from the middle, which says more than the first: that is often a stem's."""
+    """A name from the middle, which says more than the first: that one often belongs to the stem."""
     return list(names)[len(names) // 2] if names else ""
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike[str]) -> LoadReport:
-    """Loads a checkpoint directory or a weights file (ours, the original release's, torchvision's) into the model.
+    """Loads a local checkpoint directory or weights file (ours, the original release's or torchvision's) into the model.
 
-    Raises UserError when nothing readable is there, it computes otherwise, or less than half of the model's
-    tensors fit.
+    Raises UserError when the file is missing or unreadable, belongs to a detector that computes something else, or fits
+    less than half of the model's tensors.
     """
     path = Path(source)
     if path.is_dir():

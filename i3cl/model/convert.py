@@ -15,9 +15,10 @@ from i3cl.config import (
     to_yaml,
 )
 from i3cl.errors import UserError
-from i3cl.model.checkpoint import load_tensors, read_tensors, save_checkpoint
+from i3cl.model.checkpoint import load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
+from i3cl.model.weights_file import read_tensors
 
 RESNETS: dict[tuple[tuple[int, ...], int], str] = {
     ((3, 4, 6, 3), 64): "resnet50",

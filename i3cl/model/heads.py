@@ -21,11 +21,11 @@ BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 """Scale of the box head's offsets."""
 BOX_SIDE = 7
 MASK_SIDE = 14
-"""Cells a side of the regions that the two heads read."""
+"""Side, in cells, of the regions that the two heads read."""
 
 
 class BoxHead(nn.Module):
-    """Two fully connected layers, then class logits (background last) and four offsets a class."""
+    """Two fully connected layers, then class logits (background last) and four offsets per class."""
 
     def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """3x3 convolutions, a doubling transposed convolution, and one 28 x 28 map of logits a class."""
+    """3x3 convolutions, a transposed convolution that doubles the side, and one 28 x 28 map of logits per class."""
 
     def __init__(self, channels: int, hidden: int, convs: int, num_classes: int) -> None:
         super().__init__()
@@ -64,12 +64,11 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, regions: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of class `labels`
-        (N,) only.
+        """Regions (N, C, 14, 14) -> float32 logits: (N, classes, 28, 28), or (N, 28, 28) of the classes `labels` (N,) only.
 
-        The transposed convolution's kernel equals its stride, so each input cell makes its own 2 x 2 output
-        cells and nothing else: it is a 1x1 convolution. The last layer works on single cells, so the
-        rearrangement into 28 x 28 waits until there is one number a cell instead of a vector.
+        The transposed convolution's kernel equals its stride, so each input cell makes its own 2 x 2 output cells and nothing
+        else: it is a 1x1 convolution. The last layer works on single cells, so the rearrangement into 28 x 28 comes last, when
+        there is one number per cell instead of a vector.
         """
         x = regions
         for conv in self.convs:
@@ -93,20 +92,21 @@ class MaskHead(nn.Module):
 
 @dataclass(frozen=True)
 class RegionSample:
-    """The second stage's samples of one image, positives first."""
+    """The regions of one image that the second stage's losses are computed on, positives first."""
 
     boxes: Tensor
     """(S, 4) float32."""
     matches: Tensor
-    """(P,) int64 truth of each of the P positives."""
+    """(P,) int64 index of the truth of each of the P positives."""
 
     @property
     def positives(self) -> int:
+        """Number of positives."""
         return len(self.matches)
 
 
 class Heads(nn.Module):
-    """Box head, inter-instance block and mask head. `choose` draws the samples of the losses and may be replaced."""
+    """Box head, inter-instance block and mask head. `choose` draws the samples of the losses; a test may replace it."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -135,11 +135,11 @@ class Heads(nn.Module):
     def sample(self, proposals: Sequence[Tensor], truths: Sequence[Truth]) -> list[RegionSample]:
         """Draws the samples of every image from its proposals (n, 4 or more columns) and its truths, which join them."""
         settings = self.settings
-        samples = []
+        boxes, assigned = [], []
         for found, truth in zip(proposals, truths, strict=True):
-            boxes = found[:, :4].float()
-            assigned = assign(
-                boxes,
+            candidates = found[:, :4].float()
+            own = assign(
+                candidates,
                 truth.boxes,
                 settings.box_positive_iou,
                 settings.box_positive_iou,
@@ -147,11 +147,12 @@ class Heads(nn.Module):
                 truth.ignored,
                 settings.ignore_iof,
             )
-            boxes = torch.cat([truth.boxes, boxes])
-            assigned = torch.cat([torch.arange(len(truth.boxes), device=boxes.device), assigned])
-            drawn = sample(assigned, settings.box_samples, 0.25, self.choose)
-            samples.append(RegionSample(boxes[torch.cat([drawn.positive, drawn.negative])], assigned[drawn.positive]))
-        return samples
+            boxes.append(torch.cat([truth.boxes, candidates]))
+            assigned.append(torch.cat([torch.arange(len(truth.boxes), device=own.device), own]))
+        return [
+            RegionSample(b[torch.cat([drawn.positive, drawn.negative])], a[drawn.positive])
+            for b, a, drawn in zip(boxes, assigned, sample(assigned, settings.box_samples, 0.25, self.choose), strict=True)
+        ]
 
     def losses(
         self,
@@ -160,26 +161,24 @@ class Heads(nn.Module):
         truths: Sequence[Truth],
         by_image: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """loss_cls, loss_box, loss_mask (float32 scalars, without the settings' weights) of a batch's
-        samples.
+        """loss_cls, loss_box and loss_mask of a batch's samples: float32 scalars, without the weights of the settings.
 
-        Cross-entropy is averaged over the samples of weight above 0; the L1 of the positives' own-class
-        offsets is divided by the number of all samples; the mask's binary cross-entropy is averaged over
-        positives and cells. An image's weight multiplies every term of its samples, an instance's outline weight the
-        terms of its box and mask; neither changes what the sums are divided by.
-        by_image receives what each image adds to each of the losses, (B,) each.
+        Cross-entropy is averaged over the samples of weight above 0. The L1 of the positives' own-class offsets is divided by
+        the number of all samples. The mask's binary cross-entropy is averaged over positives and cells. An image's weight
+        multiplies every term of its samples, an instance's outline weight the terms of its box and mask; neither changes what
+        the sums are divided by. by_image receives what each image adds to each of the losses, (B,) each.
         """
         reader = RegionReader(levels)
         logits, offsets = self.box(reader(with_batch_index([s.boxes for s in samples]), BOX_SIDE))
-        labels, weights, positive = [], [], []
+        labels, weights, positive, first = [], [], [], 0
         for s, truth in zip(samples, truths, strict=True):
             negatives = len(s.boxes) - s.positives
             background = truth.labels.new_full((negatives,), self.settings.num_classes)
             labels.append(torch.cat([truth.labels[s.matches], background]))
             weights.append(torch.cat([truth.weights[s.matches], truth.weights.new_ones(negatives)]))
-            positive.append(torch.arange(len(s.boxes), device=logits.device) < s.positives)
-        label, weight, is_positive = torch.cat(labels), torch.cat(weights), torch.cat(positive)
-        index = is_positive.nonzero().flatten()
+            positive.append(torch.arange(first, first + s.positives, device=logits.device))
+            first += len(s.boxes)
+        label, weight, index = torch.cat(labels), torch.cat(weights), torch.cat(positive)
         positive_label, positive_weight = label[index], weight[index]
         cross_entropy = F.cross_entropy(logits, label, reduction="none")
         # How many samples count is the original's number, whatever the images' weights.
@@ -223,8 +222,7 @@ class Heads(nn.Module):
         return result
 
     def _untouched_mask_branch(self) -> Tensor:
-        """A zero that depends on every parameter of the mask branch: without positives they get zero
-        gradients, not none.
+        """A zero that depends on every parameter of the mask branch, so that a batch without positives gives zero gradients.
 
         Workers that train together exchange every gradient and would wait for a missing one.
         """
@@ -237,7 +235,7 @@ class Heads(nn.Module):
         return regions if self.inter is None else self.inter(regions, levels, [len(b) for b in boxes])
 
     # --------------------------------------------------------------------------------------------------------
-    # - testing
+    # detection
 
     @torch.no_grad()
     def detect(
@@ -259,7 +257,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def select(self, proposals: Tensor, logits: Tensor, offsets: Tensor, image: tuple[int, int]) -> dict[str, Tensor]:
-        """Boxes, scores and labels of one image from the box head's answers: threshold, decode, clip, suppress per class."""
+        """Boxes, scores and labels of one image from the box head's answers: threshold, clip, suppress per class."""
         settings = self.settings
         scores = logits.softmax(dim=1)[:, :-1]
         region, label = (scores > settings.score_threshold).nonzero(as_tuple=True)
@@ -283,14 +281,14 @@ class Heads(nn.Module):
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W) float32 probabilities of box-framed masks (N, S, S) in an image of height x width pixels.
+    """(N, H, W) float32 probabilities in an image of height x width pixels, from masks (N, S, S) in the frame of their boxes.
 
-    Bilinear at pixel centres with the mask's cells spread evenly over the box (N, 4); zero outside.
+    Bilinear at pixel centres, with the mask's cells spread evenly over the box (N, 4); zero outside.
     """
     x0, y0, x1, y1 = boxes.float().unsqueeze(-1).unbind(1)
     y = (torch.arange(height, device=masks.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
     x = (torch.arange(width, device=masks.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    # a box without extent has no inside
+    # A box without area covers no pixel.
     y, x = torch.nan_to_num(y, nan=-2.0, posinf=2.0, neginf=-2.0), torch.nan_to_num(x, nan=-2.0, posinf=2.0, neginf=-2.0)
     grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
     return F.grid_sample(masks[:, None].float(), grid, align_corners=False)[:, 0]

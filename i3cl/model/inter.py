@@ -1,4 +1,4 @@
-"""Inter-instance collaborative learning (arXiv 2108.01343, section 3.3): the instances of an image look at each other."""
+"""Inter-instance collaborative learning (arXiv 2108.01343, section 3.3): attention among the instances of an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from i3cl.model.intra import batch_norm
 
 GRID = 3
-"""Cells a side to which an instance is pooled before it becomes one token."""
+"""Side, in cells, of the grid to which an instance is pooled before it becomes one token."""
 LEVELS = 4
 """Pyramid levels that feed the image's global context."""
 
@@ -34,7 +34,7 @@ class InterBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def global_context(self, levels: Sequence[Tensor]) -> Tensor:
-        """(B, C): one vector an image from the first four pyramid levels (B, C, H, W).
+        """(B, C): one vector per image from the first four pyramid levels (B, C, H, W).
 
         The original pads its bias-free 1x1 convolutions by 1 and averages over the padded map, which is the
         convolution of the mean times HW / ((H + 2)(W + 2)).
@@ -50,9 +50,7 @@ class InterBlock(nn.Module):
         return total
 
     def instance_tokens(self, rois: Tensor, counts: Sequence[int]) -> Tensor:
-        """(N, 9 x inner) context of every RoI (N, C, S, S) among the RoIs of its image; counts = RoIs of each
-        image, in order.
-        """
+        """(N, 9 x inner) context of every RoI (N, C, S, S) among the RoIs of its image; counts: RoIs of each image, in order."""
         tokens = F.adaptive_max_pool2d(self.reduce(rois), GRID).flatten(1)
         return torch.cat([self.encoder(t[None])[0] for t in tokens.split(list(counts)) if len(t)])
 
@@ -62,14 +60,10 @@ class InterBlock(nn.Module):
             return rois
         assert sum(counts) == len(rois) and len(counts) == len(levels[0])
         tokens = self.instance_tokens(rois, counts).reshape(len(rois), -1, GRID, GRID)
-        image = torch.repeat_interleave(
-            torch.arange(len(counts), device=rois.device),
-            torch.tensor(list(counts), device=rois.device),
-            output_size=len(rois),
-        )
-        # interpolation keeps constants, so the image's vector joins on the small grid instead of the large
-        # one
-        added = self.expand(tokens) + self.global_context(levels)[image][:, :, None, None]
+        context = self.global_context(levels)
+        context = torch.cat([context[i : i + 1].expand(count, -1) for i, count in enumerate(counts)])
+        # Interpolation keeps constants, so the image's vector can be added on the small grid.
+        added = self.expand(tokens) + context[:, :, None, None]
         rois = rois + F.interpolate(added, size=rois.shape[-2:], mode="bilinear", align_corners=True)
         y = F.conv2d(rois, self.merged(), self.conv1.bias, padding=1)
         return batch_norm(self.norm, y).relu_()

@@ -1,25 +1,26 @@
-"""Which candidate box belongs to which ground truth, and which candidates a loss looks at."""
+"""Which candidate box belongs to which ground truth, and which candidates a loss is computed on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from i3cl.model.boxes import iof, iou
+from i3cl.model.placement import positions
 
 NEGATIVE = -1
-"""Assignment of a candidate that shows background."""
+"""Assigned to a candidate that shows background."""
 UNUSED = -2
-"""Assignment of a candidate that is neither positive nor negative."""
+"""Assigned to a candidate that is neither positive nor negative."""
 
 Choose = Callable[[Tensor, int], Tensor]
 """Takes candidates (N,) int64 in ascending order and k < N; returns k of them in any order."""
 
 PAIRS_AT_ONCE = 1 << 24
-"""Candidate-truth pairs whose overlaps are held in memory together."""
+"""Pairs of candidate and truth whose overlaps are held in memory at the same time."""
 
 
 def random_choice(generator: torch.Generator | None = None) -> Choose:
@@ -44,16 +45,15 @@ def assign(
 ) -> Tensor:
     """(N,) int64: for each candidate box (N, 4) the index of its truth (M, 4), NEGATIVE or UNUSED.
 
-    A candidate belongs to the truth it overlaps most when their IoU is at least `positive_iou`, is NEGATIVE
-    when that IoU is below `negative_iou` and UNUSED in between. Beyond that each truth gets its best
-    candidates (all that tie) when their IoU is at least `rescue_iou`; if two truths claim one candidate the
-    later has it. A NEGATIVE of which at least `ignore_iof` lies in one of the `ignored` boxes (K, 4) becomes
-    UNUSED; None for either switches this off.
+    A candidate belongs to the truth that it overlaps most when their IoU is at least `positive_iou`. It is NEGATIVE when that
+    IoU is below `negative_iou`, and UNUSED in between. Each truth also gets its best candidates (all that tie) when their IoU
+    is at least `rescue_iou`; if two truths claim the same candidate, the later one gets it. A NEGATIVE candidate becomes
+    UNUSED when at least `ignore_iof` of its area lies in one of the `ignored` boxes (K, 4); None for either switches this off.
     """
     assigned = candidates.new_full((len(candidates),), NEGATIVE, dtype=torch.int64)
     if len(truths) and len(candidates):
         step = max(1, PAIRS_AT_ONCE // len(truths))
-        # overlaps are kept when one piece holds them all and made twice when memory would not allow it
+        # The first piece's overlaps are kept; those of further pieces are computed twice, because they may not fit in memory.
         pieces = candidates.split(step)
         first = iou(truths, pieces[0])
         best_of_truth = torch.stack([first.amax(1), *(iou(truths, piece).amax(1) for piece in pieces[1:])]).amax(0)
@@ -78,8 +78,8 @@ def assign(
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Candidates that a loss looks at; both in ascending order."""
+class Drawn:
+    """The candidates of one image that a loss is computed on, both lists in ascending order."""
 
     positive: Tensor
     """(P,) int64 indices."""
@@ -87,14 +87,25 @@ class Sample:
     """(K,) int64 indices."""
 
 
-def sample(assigned: Tensor, count: int, positive_share: float, choose: Choose) -> Sample:
-    """At most `count` candidates from an assignment (N,), at most `positive_share` of them positive, the rest negative."""
-    positive = (assigned >= 0).nonzero().flatten()
-    most = int(count * positive_share)
-    if len(positive) > most:
-        positive = choose(positive, most).sort().values
-    negative = (assigned == NEGATIVE).nonzero().flatten()
-    rest = count - len(positive)
-    if len(negative) > rest:
-        negative = choose(negative, rest).sort().values
-    return Sample(positive, negative)
+def sample(assigned: Sequence[Tensor], count: int, positive_share: float, choose: Choose) -> list[Drawn]:
+    """Draws at most `count` candidates of every image, at most `positive_share` of them positive and the rest negative.
+
+    assigned: what `assign` returns, (N_i,) int64 for each image. The numbers of candidates of all images are read together, so
+    that a GPU is waited for once.
+    """
+    kinds = [(a >= 0, a == NEGATIVE) for a in assigned]
+    if not kinds:
+        return []
+    totals = torch.stack([torch.stack([positive.sum(), negative.sum()]) for positive, negative in kinds]).tolist()
+    drawn = []
+    for (is_positive, is_negative), (positives, negatives) in zip(kinds, totals, strict=True):
+        positive = positions(is_positive, positives)
+        most = int(count * positive_share)
+        if len(positive) > most:
+            positive = choose(positive, most).sort().values
+        negative = positions(is_negative, negatives)
+        rest = count - len(positive)
+        if len(negative) > rest:
+            negative = choose(negative, rest).sort().values
+        drawn.append(Drawn(positive, negative))
+    return drawn

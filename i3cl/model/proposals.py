@@ -1,8 +1,9 @@
-"""Region proposals (arXiv 1506.01497): where in the image might an instance be, without saying which."""
+"""Region proposals (arXiv 1506.01497): boxes in which an instance may be, of any class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from i3cl.config import ModelSettings
 from i3cl.model.anchors import Anchors
 from i3cl.model.boxes import clip, decode, encode, grouped_nms
-from i3cl.model.matching import Choose, Sample, assign, random_choice, sample
+from i3cl.model.matching import Choose, Drawn, assign, random_choice, sample
 from i3cl.model.targets import Truth, image_weights, outline_weights, per_image
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -20,7 +21,7 @@ Size = tuple[int, int]
 
 
 class Proposals(nn.Module):
-    """The proposal head. `choose` draws the samples of the loss and may be replaced to make them repeatable."""
+    """The proposal head. `choose` draws the samples of the loss; a test may replace it to make them repeatable."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Proposals(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def predict(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (B, C, H, W) -> per level logits (B, A, H, W) and offsets (B, 4A, H, W), A = anchors a cell."""
+        """Maps (B, C, H, W) -> per level logits (B, A, H, W) and offsets (B, 4A, H, W), A = anchors per cell."""
         assert self.cls.bias is not None and self.reg.bias is not None
         weight = torch.cat([self.cls.weight, self.reg.weight])
         bias = torch.cat([self.cls.bias, self.reg.bias])
@@ -55,7 +56,7 @@ class Proposals(nn.Module):
 
     @torch.no_grad()
     def select(self, logits: Sequence[Tensor], offsets: Sequence[Tensor], images: Sequence[Size]) -> list[Tensor]:
-        """What `propose` does after `predict`: the best of each level, decoded, clipped, suppressed per level."""
+        """The second half of `propose`, after `predict`: takes the best of each level, decodes, clips, suppresses per level."""
         settings = self.settings
         limit = settings.proposals_per_level_train if self.training else settings.proposals_per_level_test
         sizes = [(x.shape[2], x.shape[3]) for x in logits]
@@ -74,29 +75,30 @@ class Proposals(nn.Module):
         results = []
         for i, (height, width) in enumerate(images):
             image_box = clip(box[i], height, width)
+            # Boxes without area overlap nothing: with a score below all others they suppress none and come last.
             usable = (image_box[:, 2:] > image_box[:, :2]).all(dim=1)
-            image_box, image_score, image_group = image_box[usable], score[i][usable], group[usable]
-            kept = grouped_nms(image_box, image_score, image_group, settings.proposal_nms, settings.proposals_per_image)
+            image_score = torch.where(usable, score[i], -1.0)
+            kept = grouped_nms(image_box, image_score, group, settings.proposal_nms, settings.proposals_per_image)
             results.append(torch.cat([image_box[kept], image_score[kept, None]], dim=1))
-        return results
+        if not results:
+            return []
+        counts = torch.stack([(found[:, 4] >= 0).sum() for found in results]).tolist()
+        return [found[:count] for found, count in zip(results, counts, strict=True)]
 
     @torch.no_grad()
     def sample(
         self, sizes: Sequence[Size], truths: Sequence[Truth], padded: Sequence[Size], device: torch.device
-    ) -> tuple[list[Sample], list[Tensor]]:
-        """Samples of the loss for every image: flat anchor indices, and for each positive the index of its
-        truth.
+    ) -> tuple[list[Drawn], list[Tensor]]:
+        """Draws the anchors of every image that the loss is computed on: flat indices, and the truth of each positive.
 
-        sizes: (H, W) of the five maps; padded: (H, W) pixels of each image rounded up to multiples of 32,
-        beyond which no anchor is used.
+        sizes: (H, W) of the five maps; padded: (H, W) pixels of each image rounded up to multiples of 32. Anchors beyond that
+        are not used.
         """
         settings = self.settings
         anchors = self.anchors(sizes, device)
-        samples, matches = [], []
-        for truth, own in zip(truths, padded, strict=True):
-            valid = self.anchors.valid(sizes, own, device)
-            index = None if valid is None else valid.nonzero().flatten()
-            assigned = assign(
+        indices = [self.anchors.valid(sizes, own, device) for own in padded]
+        assigned = [
+            assign(
                 anchors if index is None else anchors[index],
                 truth.boxes,
                 settings.rpn_positive_iou,
@@ -105,9 +107,13 @@ class Proposals(nn.Module):
                 truth.ignored,
                 settings.ignore_iof,
             )
-            drawn = sample(assigned, settings.rpn_samples, 0.5, self.choose)
-            matches.append(assigned[drawn.positive])
-            samples.append(drawn if index is None else Sample(index[drawn.positive], index[drawn.negative]))
+            for index, truth in zip(indices, truths, strict=True)
+        ]
+        samples, matches = [], []
+        drawn_of_all = sample(assigned, settings.rpn_samples, 0.5, self.choose)
+        for index, own, drawn in zip(indices, assigned, drawn_of_all, strict=True):
+            matches.append(own[drawn.positive])
+            samples.append(drawn if index is None else Drawn(index[drawn.positive], index[drawn.negative]))
         return samples, matches
 
     def losses(
@@ -117,13 +123,11 @@ class Proposals(nn.Module):
         padded: Sequence[Size],
         by_image: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Classification and box loss, (5,) float32 each: the parts of the five levels, which add up to the
-        loss.
+        """Classification and box loss, (5,) float32 each: one part per level, which add up to the loss.
 
-        Binary cross-entropy and L1, weighted by the truth's loss weight on positives (L1 by its outline weight too)
-        and by the image's weight on all, summed over the samples of the batch and divided by their number (at least
-        one positive and one negative an image are counted). by_image receives what each image adds to loss_rpn_cls
-        and loss_rpn_box, (B,) each.
+        Binary cross-entropy and L1, weighted by the truth's loss weight on positives (L1 by its outline weight too) and by the
+        image's weight on all, summed over the samples of the batch and divided by their number (each image counts at least one
+        positive and one negative). by_image receives what each image adds to loss_rpn_cls and loss_rpn_box, (B,) each.
         """
         sizes = [(x.shape[2], x.shape[3]) for x in levels]
         samples, matches = self.sample(sizes, truths, padded, levels[0].device)
@@ -133,16 +137,16 @@ class Proposals(nn.Module):
         self,
         levels: Sequence[Tensor],
         truths: Sequence[Truth],
-        samples: Sequence[Sample],
+        samples: Sequence[Drawn],
         matches: Sequence[Tensor],
         by_image: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`losses` for given samples and the truth (P,) of each positive."""
+        """As `losses`, for the given samples and the truth (P,) of each positive."""
         device = levels[0].device
         sizes = [(x.shape[2], x.shape[3]) for x in levels]
         anchors = self.anchors(sizes, device)
         total = sum(max(len(s.positive), 1) + max(len(s.negative), 1) for s in samples)
-        # positives of all images first, then negatives
+        # The positives of all images come first, then the negatives.
         picked = [s.positive for s in samples] + [s.negative for s in samples]
         anchor = torch.cat(picked)
         image = torch.cat([torch.full_like(p, i % len(samples)) for i, p in enumerate(picked)])
@@ -172,20 +176,21 @@ class Proposals(nn.Module):
     def answers_at(
         self, levels: Sequence[Tensor], image: Tensor, anchor: Tensor, positives: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N,) at the given flat anchors of the given images, offsets (P, 4) of the first P, levels
-        (N,) int64.
+        """Logits (N,) at the given flat anchors of the given images, offsets (P, 4) of the first P, levels (N,) int64.
 
-        The head is evaluated at these few cells alone, which is the same numbers as picking them from the
-        whole maps and spares the backward pass of a convolution over every cell.
+        The head is evaluated at these few cells only. That gives the same numbers as picking them from the whole maps, and
+        saves the backward pass of a convolution over every cell.
         """
         per_cell = self.anchors.per_cell
-        counts = torch.tensor(self.anchors.counts([(x.shape[2], x.shape[3]) for x in levels]), device=anchor.device)
-        ends = counts.cumsum(0)
-        level = torch.bucketize(anchor, ends, right=True)
-        cell = (anchor - (ends - counts)[level]) // per_cell
+        counts = self.anchors.counts([(x.shape[2], x.shape[3]) for x in levels])
+        level, start = torch.zeros_like(anchor), torch.zeros_like(anchor)
+        for end, count in zip(accumulate(counts[:-1]), counts, strict=False):
+            beyond = anchor >= end
+            level, start = level + beyond, start + beyond * count
+        cell = (anchor - start) // per_cell
         ratio = anchor % per_cell
         order = level.argsort(stable=True)
-        level_counts = torch.bincount(level, minlength=len(levels)).tolist()
+        level_counts = torch.stack([(level == i).sum() for i in range(len(levels))]).tolist()
         patches = [
             neighbourhoods(x, image[members], cell[members]) for x, members in zip(levels, order.split(level_counts), strict=True)
         ]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from parity import Parity
 from torch import Tensor
 
 import i3cl
@@ -20,6 +19,7 @@ from i3cl.model.checkpoint import load_weights
 from i3cl.model.convert import convert_original, recognise
 from i3cl.model.network import I3CL
 from i3cl.model.original import from_original, relative_position_index, to_original, to_our_names
+from tests.model.parity import Parity
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
-from i3cl.model.checkpoint import read_tensors
 from i3cl.model.original import to_original
 from i3cl.model.pretrained import to_body_names
+from i3cl.model.weights_file import read_tensors
 
 
 def loaded(name: str, path: Path) -> Backbone:
@@ -131,7 +131,7 @@ def test_a_vitae_classifier_loads(prefix: str, tmp_path: Path) -> None:
 
 def test_another_networks_file_shows_both_namings(tmp_path: Path) -> None:
     torch.save({f"blocks.{i}.mlp.weight": torch.zeros(1) for i in range(9)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: only 0 of .*'blocks.4.mlp.weight'.*'layer"):
+    with pytest.raises(UserError, match=r"other.pth: holds only 0 of .*'blocks.4.mlp.weight'.*'layer"):
         loaded("resnet18", tmp_path / "other.pth")
     torch.save({"stem.conv1.weight": torch.zeros(1), "res2.0.conv1.weight": torch.zeros(1)}, tmp_path / "d2.pth")
     with pytest.raises(UserError, match=r"d2\.pth: has detectron2's names"):
@@ -149,7 +149,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     for name, words in (
         ("objects.pth", "_Unknown"),
-        ("text.pth", "cannot be read"),
+        ("text.pth", "is a text file"),
         ("broken.safetensors", "safetensors"),
         ("empty.pth", "no named tensors"),
         ("absent.pth", "no such"),

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from parity import default_directory
 from torch import Tensor
 
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
 from i3cl.model.backbone import Backbone
 from i3cl.model.vitae import STAGES, Attention, NormalCell, ViTAEv2, window_attention
+from tests.model.parity import default_directory
 
 
 @pytest.fixture(scope="module")

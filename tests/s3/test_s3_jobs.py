@@ -18,7 +18,7 @@ from s3.proxy import Faults
 from i3cl import storage
 from i3cl.config import Settings, to_yaml, with_overrides
 from i3cl.data.formats.predictions import read_batches
-from i3cl.model.checkpoint import read_tensors
+from i3cl.model.weights_file import read_tensors
 from i3cl.training.loop import prepare
 
 ROOT = Path(__file__).parents[2]

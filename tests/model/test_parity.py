@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity import CHOICES, Parity, map_error, noise, relative_error
 from torch import Tensor
 
 from i3cl.model.align import RegionReader
@@ -13,6 +12,7 @@ from i3cl.model.heads import paste_masks
 from i3cl.model.network import I3CL, padded_size
 from i3cl.model.original import UNUSED, from_original, original_name, our_name, to_original
 from i3cl.model.targets import mask_targets, read_truths
+from tests.model.parity import CHOICES, Parity, map_error, noise, relative_error
 
 CASES = [
     *(

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from i3cl.model import matching
+from i3cl.model import matching, targets
 from i3cl.model.align import region_levels, sparse_roi_align
 from i3cl.model.anchors import Anchors, base_anchors
-from i3cl.model.boxes import clip, decode, encode, grouped_nms, iof, iou
+from i3cl.model.boxes import _nms_by_group, _nms_side_by_side, clip, decode, encode, grouped_nms, iof, iou
 from i3cl.model.heads import paste_masks
 from i3cl.model.inter import InterBlock
 from i3cl.model.intra import IntraBlock
 from i3cl.model.matching import NEGATIVE, UNUSED, assign, random_choice, sample
-from i3cl.model.targets import mask_targets, read_truth
+from i3cl.model.targets import _targets_by_instance, _targets_together, mask_targets, read_truth
 
 CPU = torch.device("cpu")
 
@@ -44,8 +44,11 @@ def test_anchors_past_an_images_own_padding_are_not_valid() -> None:
     assert anchors.valid([(8, 8), (4, 4)], (32, 32), CPU) is None
     valid = anchors.valid([(8, 16), (4, 8)], (32, 32), CPU)
     assert valid is not None
-    assert valid[:128].reshape(8, 16).tolist() == [[True] * 8 + [False] * 8] * 8
-    assert valid[128:].reshape(4, 8).tolist() == [[True] * 4 + [False] * 4] * 4
+    cells = torch.zeros(8 * 16 + 4 * 8, dtype=torch.bool)
+    cells[valid] = True
+    assert valid.diff().min() > 0
+    assert cells[:128].reshape(8, 16).tolist() == [[True] * 8 + [False] * 8] * 8
+    assert cells[128:].reshape(4, 8).tolist() == [[True] * 4 + [False] * 4] * 4
 
 
 def test_encode_and_decode_by_hand_and_back() -> None:
@@ -117,11 +120,10 @@ def test_assignment_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_sample_limits_positives_and_fills_with_negatives() -> None:
     assigned = torch.tensor([0, NEGATIVE, 1, UNUSED, 2, NEGATIVE, NEGATIVE, NEGATIVE])
-    drawn = sample(assigned, 4, 0.5, lambda candidates, count: candidates[-count:].flip(0))
+    (drawn,) = sample([assigned], 4, 0.5, lambda candidates, count: candidates[-count:].flip(0))
     assert drawn.positive.tolist() == [2, 4] and drawn.negative.tolist() == [6, 7]
-    drawn = sample(assigned, 6, 0.5, random_choice())
+    drawn, nothing = sample([assigned, assigned[:0]], 6, 0.5, random_choice())
     assert drawn.positive.tolist() == [0, 2, 4] and len(drawn.negative) == 3
-    nothing = sample(assigned[:0], 4, 0.5, random_choice())
     assert len(nothing.positive) == len(nothing.negative) == 0
 
 
@@ -228,3 +230,37 @@ def test_inter_block_sees_one_image_at_a_time() -> None:
     image = sum(torch.nn.functional.conv2d(x[:1], c.weight, padding=1).mean((2, 3)) for c, x in zip(block.context, levels))
     y = block.conv1(block.conv3(rois[:2] + context + image[:, :, None, None]))
     assert torch.allclose(first, block.norm(y).relu(), atol=1e-5)
+
+
+def test_suppression_side_by_side_is_suppression_group_by_group() -> None:
+    torch.manual_seed(0)
+    corner = torch.rand(3000, 2) * 1500
+    many = torch.cat([corner, corner + torch.rand(3000, 2) * 200], 1)
+    # Exact duplicates, equal scores, boxes without area, pairs of IoU 0.5 and boxes of all sizes.
+    many[100:200], many[200:220, 2:] = many[:100], many[200:220, :2]
+    many[300:302] = boxes((0, 0, 10, 10), (0, 0, 10, 5))
+    scores, groups = torch.rand(3000).mul(500).round() / 500, torch.arange(3000) % 5
+    groups[300:302] = 0
+    for threshold in (0.3, 0.5, 0.7):
+        apart = _nms_by_group(many, scores, groups, threshold)
+        together = _nms_side_by_side(many, scores, groups, threshold)
+        assert sorted(apart.tolist()) == sorted(together.tolist()) and 200 < len(apart) < 3000
+        assert scores[apart].equal(scores[together])
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    assert _nms_side_by_side(*nothing, 0.5).tolist() == []
+
+
+@pytest.mark.parametrize("at_once", [1 << 26, 64 * 61 * 2, 1])
+def test_mask_targets_together_are_those_one_by_one(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "CELLS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    frames = boxes((0, 0, 40, 30), (17, 21, 61, 64), (30, 5, 31, 7), (3, 40, 20, 60), (0, 0, 61, 64))
+    masks = [(torch.rand(int(y1 - y0), int(x1 - x0)) < 0.6).to(torch.uint8) for x0, y0, x1, y1 in frames.tolist()]
+    truth = read_truth(
+        {"boxes": frames, "labels": torch.zeros(5, dtype=torch.int64), "masks": masks, "mask_origins": frames[:, :2].long()}, CPU
+    )
+    indices = torch.arange(100) % 5
+    shifted = frames[indices] + torch.cat([torch.zeros(5, 4), torch.randn(95, 4) * 6])
+    shifted[:, 2:] = torch.maximum(shifted[:, 2:], shifted[:, :2] + 0.5)
+    one_by_one = _targets_by_instance(truth, shifted, indices, 28)
+    assert _targets_together(truth, shifted, indices, 28).equal(one_by_one) and 0.3 < one_by_one.mean() < 0.7
