@@ -45,7 +45,7 @@ HOST = "127.0.0.1"
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -70,8 +70,11 @@ class Limits:
     """Largest list of texts to be written as labels."""
 
 
+_Pixel = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
 class _Text(BaseModel):
-    points: Annotated[list[tuple[float, float]], Field(min_length=3, max_length=1000)]
+    points: Annotated[list[tuple[_Pixel, _Pixel]], Field(min_length=3, max_length=1000)]
     score: float = Field(ge=0, le=1)
 
 
@@ -177,7 +180,7 @@ class _Demo:
         except ValidationError as error:
             first = error.errors()[0]
             raise _Refused(422, f"{'.'.join(map(str, first['loc'])) or 'labels'}: {first['msg']}") from error
-        except (ValueError, UserError) as error:
+        except UserError as error:
             raise _Refused(422, str(error)) from error
         return Response(content, media_type="application/json", headers=_HEADERS)
 
@@ -242,7 +245,6 @@ def write_labels(labels: _Labels) -> bytes:
     """The json file of one image's texts, by the same writers as ``i3cl prepare export``.
 
     Raises:
-        ValueError: a point is not finite.
         UserError: the name cannot be that of an image.
     """
     from i3cl.data.exports import labelme

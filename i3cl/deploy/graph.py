@@ -247,7 +247,8 @@ class DetectionGraph(nn.Module):
             score, index = torch.cat([score, score.new_full((best,), _ABSENT)]).topk(best)
             index = torch.where(score < 0, 0, index)
             place, ratio = index // per_cell, index % per_cell
-            x, y = place % width, place // width
+            y = place // width
+            x = place - y * width
             anchor = cell[ratio] + torch.stack([x, y, x, y], dim=1) * stride
             box = _clip(decode(anchor, offset.permute(0, 2, 3, 1).reshape(-1, 4)[index]), limit)
             usable = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])

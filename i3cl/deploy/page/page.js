@@ -55,11 +55,7 @@ async function look(blob, called) {
     if (shownUrl) URL.revokeObjectURL(shownUrl);
     shownUrl = URL.createObjectURL(blob);
     photo.src = shownUrl;
-    photo.width = answer.width;
-    photo.height = answer.height;
-    photo.style.aspectRatio = `${answer.width} / ${answer.height}`;
-    photo.style.width = "auto";
-    photo.style.height = "auto";
+    at("stage").style.aspectRatio = `${answer.width} / ${answer.height}`;
     await photo.decode().catch(() => complain("This browser cannot show pictures of this format; the outlines are right all the same."));
     if (mine !== turn) return;
     result = answer;
@@ -71,14 +67,14 @@ async function look(blob, called) {
   } catch (error) {
     if (mine !== turn) return;
     say("");
-    complain(error.message);
+    complain(`${called}: ${error.message}`);
     at("placeholder").textContent = "The outlines appear here.";
   }
 }
 
 function draw() {
   const texts = visible();
-  const size = Math.max(result.width, result.height) / 60;
+  const size = letterSize();
   overlay.setAttribute("viewBox", `0 0 ${result.width} ${result.height}`);
   overlay.replaceChildren(...texts.map((text) => {
     const group = document.createElementNS(SVG, "g");
@@ -117,13 +113,20 @@ function draw() {
   at("threshold-value").textContent = Number(threshold.value).toFixed(2);
   const all = result.texts.length;
   at("list-title").textContent = `Texts (${texts.length} of ${all})`;
-  say(`${texts.length} of ${all} texts shown, found in ${result.seconds.toFixed(1)} s.`);
+  say(`${texts.length} of ${all} texts shown, found in ${result.seconds.toFixed(1)}\u00a0s.`);
+}
+
+/** Pixels of the photograph that are as high as a small letter on the screen. */
+function letterSize() {
+  const { width, height } = at("stage").getBoundingClientRect();
+  const scale = Math.min(width / result.width, height / result.height);
+  return (width < 500 ? 10 : 13) / (scale || 1);
 }
 
 /** Above the highest point of the outline, inside the picture. */
 function labelPlace(points, size) {
   const [x, y] = points.reduce((best, p) => (p[0] + p[1] < best[0] + best[1] ? p : best));
-  return [Math.min(Math.max(x, 0), result.width - 2.2 * size), Math.max(y - size / 4, size)];
+  return [Math.min(Math.max(x, 0), result.width - 2.5 * size), Math.max(y - size / 4, size)];
 }
 
 function save(blob, called) {
@@ -208,6 +211,9 @@ document.addEventListener("paste", (event) => {
 });
 threshold.addEventListener("input", draw);
 at("scores").addEventListener("change", draw);
+window.addEventListener("resize", () => {
+  if (result) draw();
+});
 at("list").addEventListener("click", (event) => {
   const index = event.target.dataset.index;
   if (index === undefined) return;
