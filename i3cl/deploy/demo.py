@@ -45,8 +45,8 @@ HOST = "127.0.0.1"
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -92,7 +92,9 @@ class _Refused(HTTPException):
     """An answer that the page shows as it is."""
 
 
-def make_app(detector: Detector, title: str, limits: Limits | None = None, hosts: tuple[str, ...] = (HOST, "localhost")) -> Starlette:
+def make_app(
+    detector: Detector, title: str, limits: Limits | None = None, hosts: tuple[str, ...] = (HOST, "localhost")
+) -> Starlette:
     """The page and its two services as an ASGI application.
 
     Args:
@@ -160,7 +162,7 @@ class _Demo:
         return Response(content, media_type=kind, headers=_HEADERS)
 
     async def detect(self, request: Request) -> Response:
-        """Texts of the photograph that is the request's body, in pixels of the picture as it is shown (EXIF orientation applied)."""
+        """Texts of the photograph that is the request's body, in pixels of the picture as it is shown (EXIF applied)."""
         _only_from_our_page(request)
         data = await self._body(request, self.limits.bytes, "the file")
         async with self._turn():

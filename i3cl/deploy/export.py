@@ -44,19 +44,18 @@ class Exported:
     """Operators in the graph."""
 
 
-def export_onnx(
-    checkpoint: str, out: str, size: tuple[int, int] | None = None, weights: Weights = "float32"
-) -> Exported:
+def export_onnx(checkpoint: str, out: str, size: tuple[int, int] | None = None, weights: Weights = "float32") -> Exported:
     """Write the whole network of a checkpoint to one ONNX file.
 
     The graph takes ``image``, uint8 RGB (height, width, 3), and gives ``boxes`` (n, 4) float32 x0, y0, x1, y1 in its pixels,
-    ``scores`` (n,) float32 0-1, ``labels`` (n,) int64 and ``masks`` (n, 28, 28) float32 0-1 in the frames of the boxes, by descending
-    score. Normalising and padding are inside.
+    ``scores`` (n,) float32 0-1, ``labels`` (n,) int64 and ``masks`` (n, 28, 28) float32 0-1 in the frames of the boxes, by
+    descending score. Normalising and padding are inside.
 
     Args:
         checkpoint: directory (local or s3://) that training wrote.
         out: the file to write (local or s3://); replaced when it is there, whole or not at all.
-        size: height and width in pixels, multiples of 32, to which every image is padded inside the graph; None: images of any size.
+        size: height and width in pixels, multiples of 32, to which every image is padded inside the graph; None: images of any
+            size.
         weights: float16 halves the file. Computation stays in float32.
 
     Raises:
@@ -128,7 +127,7 @@ def build(network: I3CL, size: tuple[int, int] | None = None) -> Any:
 
 @contextmanager
 def _exportable() -> Iterator[None]:
-    """Inside, PyTorch's own fused transformer layer, which no exporter knows, is off, and warnings about foreign code are silent."""
+    """Inside, PyTorch's fused transformer layer, which no exporter knows, is off, and warnings about foreign code are silent."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -194,7 +193,7 @@ def _take_images(model: Any, network: I3CL, size: tuple[int, int] | None) -> Non
 
 
 def _halve(model: Any) -> None:
-    """Stores the large float32 tensors as float16, in place, each with a Cast behind it, which the runtime folds when it loads."""
+    """Stores the large float32 tensors as float16, in place, each with a Cast behind it that the runtime folds when it loads."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph

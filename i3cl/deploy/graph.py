@@ -1,8 +1,8 @@
 """The detector as one graph without Python in it: what `torch.onnx` can follow, with the same answers as `I3CL.detect`.
 
-Most of the network is taken as it is. What is written differently here is what depends on the image: anchors of maps whose size is
-known only when the graph runs, non-maximum suppression, the reading of regions, and the number of detections. Suppression
-and reading are operators of their own, each with a body in PyTorch (for tests) and a body in ONNX (`onnx_operators`).
+Most of the network is taken as it is. What is written differently here is what depends on the image: anchors of maps whose
+size is known only when the graph runs, non-maximum suppression, the reading of regions, and the number of detections.
+Suppression and reading are operators of their own, each with a body in PyTorch (for tests) and a body in ONNX (`onnx_operators`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """The page in a real browser: headless Chromium, driven through its own driver."""
+# ruff: noqa: E402 -- the driver is imported where it is installed
 
 import io
 import json
@@ -101,7 +102,9 @@ def test_photograph_threshold_and_downloads(browser, address, photo):
     for kind, name in (("art", "street 12_art.json"), ("coco", "street 12_coco.json"), ("labelme", "street 12.json")):
         browser.find_element(By.CSS_SELECTOR, f"[data-format={kind}]").click()
         content = json.loads(downloaded(browser, name).read_text())
-        texts = {"art": lambda c: c["res_12"], "coco": lambda c: c["annotations"], "labelme": lambda c: c["shapes"]}[kind](content)
+        texts = {"art": lambda c: c["res_12"], "coco": lambda c: c["annotations"], "labelme": lambda c: c["shapes"]}[kind](
+            content
+        )
         assert len(texts) == 2
     browser.find_element(By.CSS_SELECTOR, "[data-format=picture]").click()
     with Image.open(downloaded(browser, "street 12_texts.png")) as drawn:
