@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 import shapely
 from numpy.typing import ArrayLike, NDArray
-from pycocotools import mask as mask_codec
 
 Polygon = NDArray[np.floating]
 
@@ -168,6 +167,9 @@ def mask_crop(polygon: Polygon, height: int, width: int) -> tuple[NDArray[np.uin
     Returns the (h, w) uint8 crop and its (2,) int64 x, y origin. Pixels are set as pycocotools sets them: when their centre is
     inside. The box is limited to the image of `height` x `width` pixels and is at least 1 x 1.
     """
+    # Here, so that the rest of the module works where pycocotools is not installed.
+    from pycocotools import mask as mask_codec
+
     x0, y0 = np.clip(np.floor(polygon.min(axis=0)), 0, [width - 1, height - 1]).astype(np.int64)
     x1, y1 = np.clip(np.ceil(polygon.max(axis=0)), [x0 + 1, y0 + 1], [width, height]).astype(np.int64)
     ring = (np.asarray(polygon, np.float64) - [x0, y0]).ravel().tolist()

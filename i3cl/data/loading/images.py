@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from i3cl import storage
 from i3cl.data.loading.endings import FORMATS as _FORMATS
 from i3cl.errors import UserError
 
@@ -53,6 +52,9 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
     if isinstance(source, bytes):
         name, data = "image", source
     else:
+        # Here, so that bytes can be decoded where the libraries of S3 are not installed.
+        from i3cl import storage
+
         name = str(source)
         try:
             data = storage.read_bytes(name)
@@ -88,6 +90,8 @@ def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
     Says nothing about whether the rest can be decoded. ImageError when the file is missing, no image, or too large.
     """
+    from i3cl import storage
+
     try:
         with storage.open_read(path) as file, Image.open(file, formats=_FORMATS) as image:
             width, height = image.size

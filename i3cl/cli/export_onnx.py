@@ -1,0 +1,38 @@
+"""Write a checkpoint as one ONNX file that finds text by onnxruntime, without torch: the whole network, all sizes of images."""
+
+import argparse
+import re
+
+from i3cl.cli.command_line import run
+from i3cl.config import Settings
+
+
+def work(settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl.deploy.export import export_onnx
+
+    done = export_onnx(options.checkpoint, options.out, options.size, "float16" if options.half else "float32")
+    shape = "images of any size" if options.size is None else f"images up to {options.size[0]} x {options.size[1]} pixels"
+    print(f"{options.out}: {done.bytes / 1e6:.1f} MB, {done.nodes} operators, {shape}")
+    print(f"next: i3cl demo --checkpoint {options.out}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory that training wrote, local or s3://")
+    parser.add_argument("--out", required=True, metavar="FILE.onnx")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--dynamic", action="store_true", help="images of any size (the default)")
+    size.add_argument(
+        "--size", type=_size, metavar="HxW", help="pad every image to HEIGHTxWIDTH pixels, multiples of 32, inside the graph"
+    )
+    parser.add_argument("--half", action="store_true", help="store the weights as float16: half the file, the same speed")
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, e.g. 640x1024")
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    run(work, __doc__, arguments)
