@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from i3cl import storage
 from i3cl.data.formats import predictions
 from i3cl.data.formats.records import (
     ImageRecord,
@@ -18,6 +19,7 @@ from i3cl.data.formats.records import (
     from_table,
     record_table,
 )
+from i3cl.errors import UserError
 from i3cl.evaluation import outcome, scoring
 from i3cl.evaluation.metrics.metric import COLUMNS, DetectionMetric, summarise
 from i3cl.evaluation.metrics.protocols import PROTOCOLS
@@ -131,6 +133,12 @@ def test_pictures_in_the_report(tmp_path):
     assert 'class="missed"' in page
 
 
+def test_the_formats_are_said(zips):
+    done = job("--truth", zips[0], "--results", zips[1])
+    assert "truth:   text files, 4 points a line, then the text\n" in done.stdout
+    assert "results: text files, 4 points a line, then a confidence\n" in done.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------- many images
 
 
@@ -175,6 +183,28 @@ def test_shards_add_up_to_the_whole(tmp_path):
     assert len(from_table(predictions.pq.read_table(tmp_path / "truth" / "0.parquet"))) == 60
 
 
+def test_shards_read_only_the_parts_that_hold_their_images(tmp_path, monkeypatch):
+    """The ids of every part are read once; a task opens its own parts, not all of them."""
+    truth, found = write_corpus(tmp_path)
+    (tmp_path / "found" / "job.json").write_text("{}")
+    shards, member = plan(truth, found, "m")
+    opened = []
+    real = storage.open_arrow
+    monkeypatch.setattr(storage, "open_arrow", lambda url: (opened.append(url), real(url))[1])
+    count_shard(shards[0], member, PROTOCOLS["icdar"], None)
+    assert sorted(path.rsplit("/", 2)[-2] for path in opened) == ["found", "truth"]
+    with pytest.raises(UserError, match="choose one with --member"):
+        plan(truth, found, "other")
+
+
+def test_an_unfinished_labelling_is_warned_of(tmp_path):
+    truth, found = write_corpus(tmp_path)
+    (tmp_path / "found" / "job.json").write_text("{}")
+    assert any("not finished" in warning for warning in scoring.load(truth, found)[1])
+    (tmp_path / "found" / "done.json").write_text("{}")
+    assert not any("not finished" in warning for warning in scoring.load(truth, found)[1])
+
+
 @pytest.mark.parametrize("option", [["--details"], ["--sweep"], ["--report", "r.html"], ["--choose-threshold-on", "0.2"]])
 def test_what_ray_cannot_do_is_said(option, tmp_path):
     done = job("--truth", tmp_path, "--results", tmp_path, "--ray", *option)
@@ -183,6 +213,9 @@ def test_what_ray_cannot_do_is_said(option, tmp_path):
 
 def test_over_ray(tmp_path):
     truth, found = write_corpus(tmp_path)
+    # What a labelling job leaves beside its parts, and what macOS adds.
+    for name in ("job.json", "done.json", "errors.csv", "cost.json", "._0.parquet"):
+        (tmp_path / "found" / name).write_text("{}")
     files = job("--truth", truth, "--results", found, "--json", tmp_path / "one.json")
     spread = job("--truth", truth, "--results", found, "--json", tmp_path / "ray.json", "--ray")
     assert (files.returncode, spread.returncode) == (0, 0), spread.stderr
