@@ -372,4 +372,4 @@ def test_links_lead_somewhere(page):
 def test_files_of_the_repository_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:i3cl|jobs|configs|cluster|tests|docs)/[\w./-]+)`", text):
-        assert (ROOT / path).exists(), f"{page.name}: {path}: no such file"
+        assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}: no such file"
