@@ -493,7 +493,7 @@ class SyntheticSettings(_Settings):
     labelled: PositiveInt = 120
     """Images."""
     unlabelled: PositiveInt = 400
-    """Images whose truth is written apart, for measuring the pseudo labels."""
+    """Images without labels; their truth is written to a separate file, to measure the pseudo labels."""
     validation: PositiveInt = 80
     """Images."""
     side: PositiveInt = 256
@@ -511,7 +511,7 @@ class SceneTextSettings(_Settings):
     height: Annotated[int, Field(ge=64, le=8192)] = 427
     """Pixels."""
     words: Positive = 10.0
-    """Median number of words an image; drawn log-normally for each."""
+    """Median number of words per image; drawn log-normally for each image."""
     size: Positive = 22.0
     """Pixels; median height of capital letters of a heading, drawn log-normally for each group of lines."""
     size_spread: NonNegative = 0.7
@@ -531,15 +531,15 @@ class SceneTextSettings(_Settings):
     cjk: NonNegative = 0.06
     """... and of groups in Chinese characters, where a typeface for them is installed."""
     fonts: str | None = None
-    """Local folder of further typefaces (.ttf, .otf, .ttc)."""
+    """Local folder with more typefaces (.ttf, .otf, .ttc)."""
     photographs: Fraction = 0.3
-    """Share of the images on photographs (the user's, or those that scikit-image brings along); the others are procedural."""
+    """Share of images with a photograph as background (the user's, or those of scikit-image); the others are procedural."""
     backgrounds: str | None = None
     """Folder of the user's photographs without text, local or s3://."""
     clutter: NonNegative = 3.0
     """Mean number of things near the text that look a little like text: bars, grids, rows of shapes, arrows."""
     faint: Fraction = 0.12
-    """Share of the groups whose letters hardly differ from their ground."""
+    """Share of the groups whose letters hardly differ from the background."""
     blur: Fraction = 0.8
     """Strength of defocus and motion blur."""
     noise: NonNegative = 1.0
@@ -547,7 +547,7 @@ class SceneTextSettings(_Settings):
     jpeg_quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (55, 95)
     """Lowest and highest quality of the files."""
     images_per_part: PositiveInt = 256
-    """Images a task; what is finished is not made again after an interruption."""
+    """Images per task; finished parts are not made again after an interruption."""
 
     @model_validator(mode="after")
     def _usable(self) -> SceneTextSettings:

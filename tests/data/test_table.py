@@ -148,7 +148,7 @@ def test_one_bad_instance_among_many(change, message, tmp_path):
     assert [p.left_out for p in data.problems] == [True] and all(map(same, data.records, map(record, range(6))))
 
 
-def test_mended_instances_and_bad_images_as_in_a_json(tmp_path):
+def test_repaired_instances_and_bad_images_as_in_a_json(tmp_path):
     wide = Instance(np.array([[100, 10], [140, 10], [140, 30], [100, 30]], np.float32), lossweight=0.5)
     closed = Instance(np.concatenate([BOX, BOX[:1]]))
     records = [record(0), ImageRecord(1, "./a//b.jpg", 80, 120, (wide, closed)), ImageRecord(2, "../x.jpg", 80, 120), record(3)]

@@ -1,4 +1,4 @@
-"""Unpacking downloads that come from outside: nothing leaves the folder, nothing grows without limit."""
+"""Unpacking archives from outside: nothing is written outside the folder, and nothing grows without limit."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from i3cl.errors import UserError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_BYTES = 256 << 30
-"""Unpacked, of one archive; SynthText, the largest public set, is about 41 GB."""
+"""Largest unpacked size of one archive; SynthText, the largest public set, is about 41 GB."""
 MAX_FILES = 5_000_000
 MAX_RATIO = 250
-"""Unpacked over packed; label files reach about 20."""
+"""Largest ratio of unpacked to packed size; label files reach about 20."""
 _FREE_OF_RATIO = 64 << 20
-"""Bytes that any archive may unpack to, whatever its ratio."""
+"""Bytes that every archive may unpack to, whatever the ratio."""
 _BLOCK = 1 << 20
 
 
 def is_archive(path: str) -> bool:
-    """Whether the name is that of an archive that ``unpack`` reads."""
+    """Whether the name has the ending of an archive that ``unpack`` reads."""
     return path.lower().endswith(ENDINGS)
 
 
 def unpack(archive: str, target: str) -> None:
-    """Unpack a .zip, .tar or .tar.gz (local or s3://) into the local or s3:// folder `target`, whole or not at all.
+    """Unpack a .zip, .tar or .tar.gz (local or s3://) into the local or s3:// folder `target`, atomically.
 
-    UserError, and nothing left behind, when the archive is damaged, holds a name that leaves the folder or a link, has more
-    than MAX_FILES files, or unpacks to more than MAX_BYTES or MAX_RATIO times its size.
+    UserError, with nothing left behind, when the archive is damaged, holds a link or a name that leaves the folder, has more than
+    MAX_FILES files, or unpacks to more than MAX_BYTES or MAX_RATIO times its size.
     """
     with storage.local_copy(archive) as local, storage.atomic_directory(target) as folder:
         limit = min(MAX_BYTES, max(_FREE_OF_RATIO, MAX_RATIO * local.stat().st_size))
@@ -59,7 +59,7 @@ def unpack(archive: str, target: str) -> None:
         except UserError:
             raise
         except Exception as error:
-            # Readers of archives raise nearly anything on damaged ones, and all of it means the same.
+            # The libraries raise almost any exception on damaged archives, and all of them mean the same.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
 

@@ -33,19 +33,19 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
 
 
 def read_object(folder: Folder, name: str) -> dict[str, object]:
-    """The object of a label file of a whole set."""
+    """The object in the label file of a whole set. UserError when it is not one."""
     where = folder.path(name)
     return parse.an_object(parse.parse_json(folder.read(name, MAX_SET_BYTES), where), where)
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are instances that are illegible or transcribed `###`."""
+    """Ignore regions are instances that are illegible or transcribed `###`."""
     entries, where = own_entries(folder, required_label(folder, item))
     return LabelledImage(item.file_name, tuple(read_entry(e, f"{where}: entry {i}") for i, e in enumerate(entries, 1)))
 
 
 def read_entry(entry: Any, where: str) -> LabelledInstance:
-    """One instance; LSVT's are the same without `language`."""
+    """One instance. LSVT's entries are the same, without `language`."""
     entry = parse.an_object(entry, where)
     text = parse.a_text(entry, "transcription", where)
     pairs = parse.a_list(entry.get("points"), f"{where}: points")

@@ -32,7 +32,7 @@ _MARK = ",####"
 
 
 def items(folder: Folder, split: str) -> list[Item]:
-    """Images and label files matched by their number: test labels have leading zeros that their images lack."""
+    """Images and label files matched by number: test labels have leading zeros that the images do not have."""
     return paired(folder, split, (".xml", ".txt"), _number, _LAYOUT)
 
 
@@ -42,7 +42,7 @@ def _number(name: str) -> str:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are instances transcribed `###`; the 2017 files have none."""
+    """Ignore regions are instances transcribed `###`; the 2017 files have none."""
     name = required_label(folder, item)
     where, data = folder.path(name), folder.read(name)
     if name.lower().endswith(".xml"):

@@ -1,4 +1,4 @@
-"""ICDAR 2013 (focused) and 2015 (incidental) scene text: a text file an image, `gt_<image>.txt`."""
+"""ICDAR 2013 (focused) and 2015 (incidental) scene text: one text file per image, `gt_<image>.txt`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 
 def read_2013(folder: Folder, item: Item) -> LabelledImage:
-    """Lines `x1 y1 x2 y2 "text"` or `x1, y1, x2, y2, "text"`: corners of an upright box. Ignored is `###`."""
+    """Lines `x1 y1 x2 y2 "text"` or `x1, y1, x2, y2, "text"`: corners of an upright box. `###` makes an ignore region."""
     return line_by_line(folder, item, _box_line)
 
 
 def read_2015(folder: Folder, item: Item) -> LabelledImage:
-    """Lines `x1,y1,...,x4,y4,text`, the text unescaped to the end. Ignored is `###`."""
+    """Lines `x1,y1,...,x4,y4,text`, the text is not escaped. `###` makes an ignore region."""
     return line_by_line(folder, item, _quad_line)
 
 

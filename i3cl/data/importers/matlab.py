@@ -1,7 +1,8 @@
-"""Reading MATLAB 5 files without loading them: numbers, texts and cell arrays, one cell at a time.
+"""Reading MATLAB 5 files as a stream: numbers, texts and cell arrays, one cell at a time.
 
-scipy.io.loadmat holds a whole variable, which for SynthText's gt.mat means many gigabytes of small arrays. Format: "MAT-File
-Format", The MathWorks; level 5. Only what text labels need is read; structures, objects and functions are refused.
+scipy.io.loadmat loads a whole variable, which for SynthText's gt.mat means many gigabytes of small arrays, and has no limits on
+what a broken file may declare. Format: "MAT-File Format", The MathWorks; level 5. Only what text labels need is read;
+structures, objects and functions are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from i3cl.errors import UserError
 
 MAX_CELL_BYTES = 16 << 20
-"""Of one cell, or of a variable that is read at once."""
+"""Largest cell, or largest variable that is read at once, in bytes."""
 _MAX_CELLS = 50_000_000
 _MAX_DEPTH = 4
 _BLOCK = 1 << 16
@@ -34,7 +35,7 @@ class _Stream(Protocol):
 
 
 class MatFile:
-    """A MATLAB 5 file. `opener` gives the file anew, seekable: every variable is read through a handle of its own."""
+    """A MATLAB 5 file. `opener` opens the file, seekable; it is called again for every variable."""
 
     def __init__(self, opener: Callable[[], IO[bytes]], where: str) -> None:
         self._opener, self.where = opener, where
@@ -42,29 +43,29 @@ class MatFile:
             header = file.read(128)
             mark = header[126:128]
             if mark not in (b"IM", b"MI") or header.startswith(b"MATLAB 7.3"):
-                hint = "is HDF5 (v7.3)" if b"MATLAB 7.3" in header or header.startswith(b"\x89HDF") else "is no MATLAB 5 file"
+                hint = "is HDF5 (v7.3)" if b"MATLAB 7.3" in header or header.startswith(b"\x89HDF") else "is not a MATLAB 5 file"
                 raise UserError(f"{where}: {hint}; save it in MATLAB with -v7")
             self._order: Literal["<", ">"] = "<" if mark == b"IM" else ">"
             self._variables = self._index(file)
 
     def cells(self, name: str) -> Iterator[NDArray[Any]]:
-        """The cells of a 1 x N or N x 1 cell array, each as ``read`` gives it, in order; memory holds one."""
+        """The cells of a 1 x N or N x 1 cell array in order, each as ``read`` returns it; one is in memory at a time."""
         with self._opener() as file:
             stream, size = self._open(file, name)
             head = self._head(stream, size)
             if head.kind != _CELL:
-                raise self._bad(f"{name} is no cell array")
+                raise self._bad(f"{name} is not a cell array")
             for _ in range(head.count):
                 yield self._element(stream, 1)
 
     def count(self, name: str) -> int:
-        """Number of cells of a cell array, as the file declares it."""
+        """Number of cells in a cell array, as the file declares it."""
         with self._opener() as file:
             stream, size = self._open(file, name)
             return self._head(stream, size).count
 
     def read(self, *names: str) -> NDArray[Any]:
-        """The first of these variables that is there: numbers, text (one str a row) or an object array of such."""
+        """The first of these variables that exists: numbers, text (one str per row) or an object array of such values."""
         name = next((n for n in names if n in self._variables), names[0])
         with self._opener() as file:
             stream, size = self._open(file, name)
@@ -75,7 +76,7 @@ class MatFile:
     # -------------------------------------------------------------------------------------------------- structure
 
     def _index(self, file: IO[bytes]) -> dict[str, int]:
-        """Variable name -> offset of its element; of a compressed one only the beginning is unpacked."""
+        """Variable name -> offset of its element. Of a compressed element, only the beginning is unpacked."""
         found: dict[str, int] = {}
         offset = 128
         while True:
@@ -91,12 +92,12 @@ class MatFile:
                 stream = _Inflated(file, size, self._bad)
                 inner = self._exactly(stream, 8)
                 if struct.unpack(self._order + "I", inner[:4])[0] != _MATRIX:
-                    raise self._bad("a compressed element that is no variable")
+                    raise self._bad("a compressed element that is not a variable")
             found.setdefault(self._head(stream, size).name, offset)
             offset += 8 + size
 
     def _open(self, file: IO[bytes], name: str) -> tuple[_Stream, int]:
-        """A stream that stands at the body of the variable, and the body's size in bytes."""
+        """A stream at the beginning of the variable's body, and the body's size in bytes."""
         if name not in self._variables:
             shown = ", ".join(name if name.isidentifier() else ascii(name) for name in sorted(self._variables))[:200]
             raise self._bad(f"no variable {name}; there are: {shown or 'none'}")
@@ -178,7 +179,7 @@ class MatFile:
         return _Head(flag & 0xFF, bool(flag & 0x800), shape, count, name.decode("latin-1"))
 
     def _data(self, stream: _Stream) -> tuple[int, bytes]:
-        """Type and bytes of a data element; up to 4 bytes stand in the tag itself."""
+        """Type and bytes of a data element; up to 4 bytes are stored in the tag itself."""
         tag = self._exactly(stream, 8)
         kind, size = struct.unpack(self._order + "II", tag)
         if kind >> 16:
@@ -220,7 +221,7 @@ class _Bytes:
 
 
 class _Inflated:
-    """The unpacked bytes of a compressed element, made as they are asked for: a bomb costs only what is read of it."""
+    """The unpacked bytes of a compressed element, made when they are read: a zip bomb costs only what is read of it."""
 
     def __init__(self, file: IO[bytes], size: int, bad: Callable[[str], UserError]) -> None:
         self._file, self._left, self._bad = file, size, bad

@@ -1,4 +1,4 @@
-"""ICDAR2019-MLT: a text file an image, lines `x1,y1,...,x4,y4,script,transcription`, the transcription unescaped to the end."""
+"""ICDAR2019-MLT: one text file per image, lines `x1,y1,...,x4,y4,script,transcription`; the transcription is not escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are instances transcribed `###`."""
+    """Ignore regions are instances transcribed `###`."""
     return line_by_line(folder, item, _read_line)
 
 
@@ -35,7 +35,7 @@ def _read_line(line: str, where: str) -> LabelledInstance:
     polygon, script, text = parse.quadrilateral(line, where, "script", "transcription")
     script = script.strip()
     if script not in _SCRIPTS:
-        raise UserError(f"{where}: {parse.shown(script)} is no script; expected one of {', '.join(_SCRIPTS)}")
+        raise UserError(f"{where}: {parse.shown(script)} is not a script; expected one of {', '.join(_SCRIPTS)}")
     return instance(polygon, dont_care(text), text, None if script == "None" else script)
 
 

@@ -1,4 +1,4 @@
-"""RCTW-17: a text file an image, lines `x1,y1,...,x4,y4,difficult,"text"`; the text may hold commas and quotes."""
+"""RCTW-17: one text file per image, lines `x1,y1,...,x4,y4,difficult,"text"`; the text may contain commas and quotes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are instances that are difficult or transcribed `###`."""
+    """Ignore regions are instances that are difficult or transcribed `###`."""
     return line_by_line(folder, item, _read_line)
 
 

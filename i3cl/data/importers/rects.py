@@ -1,4 +1,4 @@
-"""ICDAR2019-ReCTS: a json file an image; detection uses `lines`, each {points [8 numbers], transcription, ignore 0|1}."""
+"""ICDAR2019-ReCTS: one json file per image; detection uses `lines`, each {points [8 numbers], transcription, ignore 0|1}."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LAYOUT = "<image>.jpg and <image>.json, e.g. img/train_ReCTS_000001.jpg, gt/tra
 
 
 def items(folder: Folder, split: str) -> list[Item]:
-    """Images and label files matched by name. Of the download's two label folders, gt and gt_unicode, the latter is read."""
+    """Images and label files matched by name. The download has two label folders, gt and gt_unicode; the second is read."""
     images = by_key(files(folder, split, IMAGE_ENDINGS), stem, folder)
     names = files(folder, split, (".json",))
     preferred = [name for name in names if "gt_unicode" in name.split("/")[:-1]]
@@ -31,7 +31,7 @@ def items(folder: Folder, split: str) -> list[Item]:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are lines with `ignore` set or transcribed `###`."""
+    """Ignore regions are lines with `ignore` set or transcribed `###`."""
     name = required_label(folder, item)
     where = folder.path(name)
     content = parse.an_object(parse.parse_json(folder.read(name), where), where)

@@ -1,7 +1,7 @@
 """SynthText: `gt.mat` with `imnames`, `wordBB` and `txt`, 1 x N cells each, read side by side as a stream.
 
 A wordBB is 2 x 4 x W (x and y, corners clockwise from the top left, words), 2 x 4 when there is one word. A txt is an array of
-strings, each with one or more words between blanks or line ends: W in all.
+strings with one or more words each, separated by blanks or line ends; together they have W words.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
     file = MatFile(lambda: storage.open_read(path), path)
     counts = {name: file.count(name) for name in ("imnames", "wordBB", "txt")}
     if len(set(counts.values())) != 1:
-        raise UserError(f"{path}: imnames, wordBB and txt are of different length ({counts})")
+        raise UserError(f"{path}: imnames, wordBB and txt differ in length ({counts})")
     names, boxes, texts = (file.cells(name) for name in counts)
     for number, (name, box, text) in enumerate(zip(names, boxes, texts), 1):
         where = f"{path}: image {number}"
@@ -46,12 +46,12 @@ def items(folder: Folder, split: str) -> Iterator[Item]:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Every word of an image; none is ignored unless its box is degenerate."""
+    """Every word of an image; a word is an ignore region only when its box is degenerate."""
     where = f"{folder.root}: gt.mat: {item.file_name}"
     content = parse.an_object(parse.parse_json(required_label(folder, item), where), where)
     boxes, words = content["boxes"], content["words"]
     if boxes is None:
-        raise UserError(f"{where}: wordBB is no array of 2 x 4 x words")
+        raise UserError(f"{where}: wordBB is not an array of 2 x 4 x words")
     if len(boxes) != len(words):
         raise UserError(f"{where}: {len(boxes)} boxes but {len(words)} words")
     found = [instance(parse.points(box, f"{where}: word {i}"), text=word) for i, (box, word) in enumerate(zip(boxes, words), 1)]
@@ -59,14 +59,14 @@ def read(folder: Folder, item: Item) -> LabelledImage:
 
 
 def _label(box: NDArray[Any], text: NDArray[Any]) -> str:
-    """Both cells as json, without judging them: one broken image must not end the stream."""
+    """Both cells as json, unchecked: one broken image must not end the stream."""
     if text.dtype == object:
         text = np.array([row for cell in text.ravel() for row in (cell if cell.dtype.kind == "U" else [])], np.str_)
     words = [clean(word) for row in text for word in str(row).split()] if text.dtype.kind == "U" else []
     if box.dtype.kind not in "iuf" or (box.size and box.shape[:2] != (2, 4)):
         return json.dumps({"boxes": None, "words": words})
-    # (x|y, corner, word) -> a row x0, y0, ..., x3, y3 a word.
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+    # (x|y, corner, word) -> one row x0, y0, ..., x3, y3 per word.
+    with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, which read() refuses
         flat = box.astype(np.float32).reshape(2, 4, -1).transpose(2, 1, 0).reshape(-1, 8)
     return json.dumps({"boxes": flat.tolist(), "words": words})
 

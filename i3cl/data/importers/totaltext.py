@@ -59,7 +59,7 @@ def _number(name: str) -> str:
 
 
 def read(folder: Folder, item: Item) -> LabelledImage:
-    """Ignored are instances marked `#` (text or orientation) or `###`, and rows with fewer than three vertices."""
+    """Ignore regions are instances marked `#` (text or orientation) or `###`, and rows with fewer than three vertices."""
     name = required_label(folder, item)
     where, data = folder.path(name), folder.read(name)
     if name.lower().endswith(".mat"):
@@ -112,7 +112,7 @@ def _string(cell: Any, where: str) -> str:
     if cell.size == 0:
         return ""
     if cell.dtype.kind != "U":
-        raise UserError(f"{where}: transcription and orientation have to be text")
+        raise UserError(f"{where}: transcription and orientation must be text")
     return " ".join(str(part) for part in cell)
 
 
@@ -123,7 +123,7 @@ _PLAIN_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 def _read_legacy(text: str, where: str) -> list[LabelledInstance]:
-    """Records begin with a line that begins with `x:`; what follows up to the next one belongs to it."""
+    """A record begins with a line that begins with `x:` and ends before the next such line."""
     found = []
     record: list[str] = []
     first = 1
@@ -221,7 +221,7 @@ def _read_line(line: str, where: str) -> LabelledInstance:
     fields = line.split(",")
     count = next((i for i, field in enumerate(fields) if not parse.is_number(field)), len(fields))
     if count == len(fields):
-        # A number as the text makes the count odd; an even one may be anything.
+        # A text that is a number makes the count odd; with an even count nothing is certain.
         if count % 2 == 0:
             raise UserError(f"{where}: cannot tell coordinates from text in {count} numbers; write ####TEXT after them")
         count -= 1

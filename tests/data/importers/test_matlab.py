@@ -65,7 +65,7 @@ def test_a_big_endian_file():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is no MATLAB 5 file"),
+        (b"", "is not a MATLAB 5 file"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 200, "HDF5 (v7.3); save it in MATLAB with -v7"),
         (b"MATLAB 7.3 MAT-file".ljust(126) + b"IM", "HDF5 (v7.3)"),
         (written(a=1), "no variable wanted; there are: a"),
