@@ -178,7 +178,8 @@ def box_polygon(box: Any) -> NDArray[np.float32]:
     if box is None:
         raise BadItem("polygon", "has neither segmentation nor bbox; add one")
     if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
-        raise BadItem("type", f"bbox is {shown(box)}; write [x, y, width, height]")
+        given = f"{box!r:.80}" if isinstance(box, list) and len(box) == 4 else shown(box)
+        raise BadItem("type", f"bbox is {given}; write [x, y, width, height] as numbers")
     if not all(-MAX_SIDE <= v <= MAX_SIDE for v in box):
         raise BadItem("coordinates", "a number of bbox is not finite or beyond any image; correct it")
     x, y, width, height = box
