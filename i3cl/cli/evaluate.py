@@ -136,7 +136,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--choose-threshold-on",
         nargs="+",
         metavar="PART",
-        help="choose the threshold with the best F on a share of the images (0.2), on those that a file lists, or on TRUTH RESULTS; "
+        help="choose the threshold with the best F on a share of the images (0.2), on those a file lists, or on TRUTH RESULTS; "
         "then score the others with it",
     )
     add("--sweep", action="store_true", help="R, P and F over the score threshold (never a result to publish)")
