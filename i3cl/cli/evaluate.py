@@ -21,6 +21,7 @@ from i3cl.errors import UserError
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
+    """Scores files when --truth and --results are given, else checkpoints."""
     if options.truth or options.results:
         if not options.truth or not options.results:
             raise UserError("--truth and --results belong together: give both, or neither for a checkpoint")
@@ -115,6 +116,7 @@ def _write_json(path: str | None, values: dict[str, Any]) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
     from i3cl.evaluation.metrics.protocols import AP_PROTOCOLS, PROTOCOLS
 
     add = parser.add_argument
@@ -134,7 +136,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--choose-threshold-on",
         nargs="+",
         metavar="PART",
-        help="choose the threshold of the best F on a share of the images (0.2), on those a file lists, or on TRUTH RESULTS; "
+        help="choose the threshold with the best F on a share of the images (0.2), on those a file lists, or on TRUTH RESULTS; "
         "then score the others with it",
     )
     add("--sweep", action="store_true", help="R, P and F over the score threshold (never a result to publish)")
@@ -157,4 +159,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     run(work, __doc__, arguments, resumes=False)

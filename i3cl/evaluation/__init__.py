@@ -1,1 +1,1 @@
-"""Detection against truth: the text-detection IoU protocol and COCO average precision."""
+"""Detections against truth: the field's protocols, formats and analysis of errors; docs/evaluation.md has a map."""

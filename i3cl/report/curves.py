@@ -1,4 +1,4 @@
-"""Curves as SVG texts that stand in a page: no background, and lines and letters in the page's own colour."""
+"""Curves as SVG for a page: without background, with lines and letters in the page's own colour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 PALETTE = ("#2f7fe0", "#e07b1a", "#9a5fd0", "#d64f84", "#8a8f2a", "#2a9d8f", "#7a7f87")
-"""Hex colours that part on light and on dark ground."""
+"""Hex colours that can be told apart on light and on dark ground."""
 
 Point = tuple[float, float]
 # Stands for the page's text colour until the SVG is done; no curve has it.
@@ -120,7 +120,7 @@ def _thinned(count: int) -> NDArray[np.int64]:
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential mean over about a twentieth of the series, without the pull of its start."""
+    """Exponential mean over about a twentieth of the series, corrected for the zero that it starts from."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     mean, weight, means = 0.0, 0.0, []
     for value in values:

@@ -1,4 +1,4 @@
-"""The page of an evaluation: one result, or one against another, in one HTML file that needs nothing but itself."""
+"""The page of an evaluation: one result, or one against another, in one HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -33,8 +33,13 @@ def write_evaluation_report(
 ) -> None:
     """Writes the page to a local path or s3:// URL, whole or not at all.
 
-    outcome: the values of `evaluation.command.evaluate_files`, with 'truth', 'results' and, with a rival, 'against'. images:
-    root of the pictures; without it the polygons are drawn on an empty ground. An image that cannot be read is shown so too.
+    Args:
+        path: Where the page goes.
+        scored: The result that it shows.
+        outcome: The values of `evaluation.command.evaluate_files`.
+        rival: The result that it is compared with.
+        images: Root of the pictures. Without it, and for an image that cannot be read or has another size than its truth says,
+            the polygons are drawn on an empty ground.
     """
     storage.write_text_atomic(path, render_evaluation_report(scored, outcome, rival, images))
 

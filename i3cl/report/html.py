@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing but itself."""
+"""The report of a run: one HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class WeightedPicture:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. What is empty leaves its section out."""
+    """Everything a report shows. An empty field leaves its section out."""
 
     title: str
     facts: Sequence[tuple[str, str]] = ()
@@ -144,7 +144,7 @@ def render_report(data: ReportData) -> str:
 
 
 def render_page(template_name: str, filters: Mapping[str, Callable[[Any], str]], **values: Any) -> str:
-    """The template of that name in this folder with `values` in it, escaped; one that it wants and lacks is an error."""
+    """A template of this folder, filled with the escaped `values`; a value that it needs and does not get is an error."""
     template = resources.files("i3cl.report").joinpath(template_name).read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(filters)
@@ -246,6 +246,7 @@ def embedded(caption: str, image: NDArray[np.uint8], long_side: int = _LONG_SIDE
 
 
 def svg_points(polygon: Polygon) -> str:
+    """The points of an SVG polygon, pixels to one decimal."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in as_polygon(polygon))
 
 

@@ -43,7 +43,7 @@ def test_recorded_numbers(name):
 
 
 def test_ctw1500_v1():
-    """Every truth counts, detections that are crossed or without area are skipped, and the image without truth cannot be scored."""
+    """Every truth counts, crossed and empty detections are skipped, and an image without truth cannot be scored."""
     paired, _ = scoring.load(str(GOLDEN / "truth"), str(GOLDEN / "results"))
     rules = PROTOCOLS["ctw1500-v1"]
     with pytest.raises(UserError, match="no truth"):

@@ -18,7 +18,7 @@ _IMAGES = 200
 _GAIN = 0.1
 """F that a remedy must add before it is named."""
 _WORDS = 3
-"""Words more that it must find, unless F becomes 0.5: one or two hits of a small set are chance."""
+"""Additional words that it must find, unless F becomes 0.5: one or two hits in a small set are chance."""
 _SIDES = (512, 640, 736, 800, 1024, 1280, 1333, 1600, 1920, 2048)
 """Pixels; sides to which detectors usually scale images."""
 
@@ -36,7 +36,7 @@ class Advice:
 
 
 def diagnose(images: Sequence[EvalImage], rules: Rules, threshold: float | None = None) -> list[Advice]:
-    """Remedies that would raise F by 0.1 or more, the best first; of its kind only the best one.
+    """Remedies that would raise F by 0.1 or more, the best first; only the best one of each kind.
 
     images: all images, as scored; at most 200 of those with truths and detections are tried.
     """
@@ -91,7 +91,7 @@ def diagnose(images: Sequence[EvalImage], rules: Rules, threshold: float | None 
         consider(kind, text, [replace(s, detections=list(move(s))) for s in chosen])
     for text, trial in _other_images(images):
         consider("image ids", text, trial)
-    # A shift by a few pixels and a scale can mimic each other; what explains most is said first.
+    # A shift by a few pixels and a scale can look alike; the one that explains most comes first.
     return advice + sorted(best.values(), key=lambda a: -a.hmean)
 
 

@@ -38,7 +38,7 @@ _COVERED = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """One word for every truth and detection of a batch; '' for those that do not count."""
+    """The kind of every truth and detection of a batch; '' for those that do not count."""
 
     truth: NDArray[np.object_]
     detection: NDArray[np.object_]
@@ -55,7 +55,7 @@ class Kinds:
 
 
 def kinds(batch: Batch, verdicts: Verdicts, iou_threshold: float = 0.5) -> Kinds:
-    """Sorts what did not score; the first kind in the order of `TRUTH_KINDS` that fits is taken."""
+    """Sorts everything that did not score into the first kind of `TRUTH_KINDS` or `DETECTION_KINDS` that fits."""
     used = verdicts.care[batch.truth] & verdicts.kept[batch.detection]
     g, d, iou = batch.truth[used], batch.detection[used], batch.iou()[used]
     sigma, tau = batch.truth_share()[used], batch.detection_share()[used]

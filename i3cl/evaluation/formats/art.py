@@ -26,7 +26,7 @@ def art_truth(path: str, content: dict[str, list[Any]], faults: Faults) -> Polyg
         for position, entry in enumerate(entries):
             try:
                 if not isinstance(entry, dict) or "points" not in entry:
-                    raise BadItem("polygon", "has no points; weak labels without places are no truth for detection")
+                    raise BadItem("polygon", "has no points; weak labels without places cannot be truth for detection")
                 polygon = ring(entry["points"])
             except BadItem as error:
                 faults.bad(f"{path}: {key}: instance {position + 1}", error)

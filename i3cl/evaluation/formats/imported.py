@@ -16,7 +16,7 @@ def imported_truth(path: str, name: str, split: str, skip_bad: bool, faults: Fau
     for labelled in read_labels(name, path, split, unread if skip_bad else None):
         where = f"{path}: {labelled.file_name}"
         if labelled.instances is None:
-            faults.bad(where, BadItem("unlabelled", "has no labels, so it is no truth; label it or take it out"))
+            faults.bad(where, BadItem("unlabelled", "has no labels, so it cannot be truth; label it or remove it"))
             continue
         image = ImageTruth(labelled.file_name, file_name=labelled.file_name)
         for instance in labelled.instances:

@@ -1,1 +1,1 @@
-"""The protocols of the field, matching and average precision."""
+"""The protocols of the field, matching, recall, precision and F, and average precision."""

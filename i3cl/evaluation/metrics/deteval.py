@@ -18,7 +18,7 @@ Merge = Literal["python", "matlab"]
 _FRAGMENTS = 2
 """Detections (truths) that make a split (merge)."""
 _SHARED_CREDIT = 0.8
-"""What each member of a split or merge counts."""
+"""Credit of each member of a split or merge."""
 
 
 def credit(
@@ -42,7 +42,7 @@ def credit(
     image = batch.truth_image[truth]
     starts = np.flatnonzero(np.diff(image, prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(image)]):
-        # Truths and detections that touch nothing can take part in nothing.
+        # Truths and detections that touch nothing cannot score.
         g, g_at = np.unique(truth[start:end], return_inverse=True)
         d, d_at = np.unique(detection[start:end], return_inverse=True)
         sigma, tau = np.zeros((len(g), len(d))), np.zeros((len(g), len(d)))

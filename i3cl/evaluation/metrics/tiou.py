@@ -1,4 +1,4 @@
-"""TIoU: IoU that pays for the part of the truth left out and for other truths taken in (Yuliang-Liu/TIoU-metric)."""
+"""TIoU: IoU reduced by the part of the truth left out and by other truths taken in (Yuliang-Liu/TIoU-metric)."""
 
 from __future__ import annotations
 
