@@ -1,4 +1,4 @@
-"""What an annotation may be: each item of a file becomes a right value or a ``BadItem`` with what is wrong and the remedy."""
+"""Checks of annotations: each item of a file becomes a checked value, or a ``BadItem`` that says what is wrong and the remedy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BadItem(Exception):
 
 
 class Faults:
-    """What becomes of a bad item: a UserError, or with `skip_bad` a line in `problems`."""
+    """Handles bad items: each is a UserError, or with `skip_bad` a line in `problems`."""
 
     def __init__(self, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
@@ -329,7 +329,7 @@ def _text(entry: dict[str, Any], key: str) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """What sort of JSON value this is, for a message: 'a list', 'a number', ..."""
+    """The kind of a JSON value, for a message: 'a list', 'a number', ..."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -76,7 +76,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Dataset:
-    """What one annotation file holds."""
+    """The contents of one annotation file."""
 
     name: str
     images_root: str

@@ -66,7 +66,7 @@ def read_weak(folder: Folder, item: Item) -> LabelledImage:
 
 
 def _images_of(folder: Folder, beginning: str) -> list[str]:
-    """The images in folders whose names begin so; where there is no such folder, all images of the train split.
+    """The images in folders whose names begin with `beginning`; where there is no such folder, all images of the train split.
 
     Images of the full and of the weak part have the same names: only the folder tells which is which.
     """

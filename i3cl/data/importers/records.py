@@ -25,7 +25,7 @@ from i3cl.errors import UserError
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
-    """What became of one image."""
+    """The result of reading one image: a record, or why there is none."""
 
     record: ImageRecord | None
     """None: the image or its labels cannot be read; the reason is the only problem."""

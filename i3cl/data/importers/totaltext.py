@@ -1,6 +1,6 @@
-"""Total-Text, all its label forms, told apart by ending and content:
+"""Total-Text in all its label forms, which are told apart by ending and content.
 
-- `.mat`: `polygt`, a row an instance: 'x:', x vector, 'y:', y vector, text, orientation; or, in the rectangular files,
+- `.mat`: `polygt`, one row per instance: 'x:', x vector, 'y:', y vector, text, orientation; or, in the rectangular files,
   xmin, ymin, xmax, ymax, width, height, text, orientation;
 - legacy text: records that begin with `x:` and may wrap over lines;
 - copies for evaluation scripts: `x1,y1,...,xn,yn,TEXT` or `x1,y1,...,xn,yn,####TEXT`.

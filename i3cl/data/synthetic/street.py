@@ -1,6 +1,6 @@
 """One synthetic photograph: signs, notices and lettering on a background, with the outline of every word.
 
-A group of lines (a sign, say) is drawn flat at about its final size and laid into the picture by one perspective map. The
+A group of lines (a sign, say) is drawn flat at about its final size and put into the picture by one perspective map. The
 outlines of its words go through the same map, so pixels and polygons agree. Every image depends on the settings and on
 (seed, index) alone.
 """
@@ -300,7 +300,7 @@ def _map(points: Points, matrix: NDArray[np.float64]) -> Points:
 
 
 def _instances(group: _Group, matrix: NDArray[np.float64], settings: SceneTextSettings) -> list[Instance]:
-    """The words as far as they are inside the image; cut and illegible ones as ignore regions."""
+    """The parts of the words that are inside the image; cut and illegible words are ignore regions."""
     made = []
     for outline, word, language in zip(group.outlines, group.words, group.languages, strict=True):
         ring = _map(outline, matrix).astype(np.float32)
@@ -326,7 +326,7 @@ def _draw(
     settings: SceneTextSettings,
     taken: NDArray[np.uint8],
 ) -> None:
-    """Lay the group into the picture, and a post under it where nothing is `taken`."""
+    """Draw the group into the picture, and perhaps a post under it where nothing is `taken`."""
     x0, y0, x1, y1 = window
     patch = canvas[y0:y1, x0:x1]
     if not patch.size:
@@ -361,7 +361,7 @@ def _mount(
     size: float,
     taken: NDArray[np.uint8],
 ) -> None:
-    """What holds a plate: a shadow on what is behind, or a post under it."""
+    """Draw what holds a plate: a shadow on what is behind it, or a post under it."""
     tall, wide = map(float, shape)
     corners = _map(np.array([(0, 0), (wide, 0), (wide, tall), (0, tall)]), matrix)
     kind = rng.random()

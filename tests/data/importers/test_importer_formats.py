@@ -322,7 +322,7 @@ def art_with(**changes) -> bytes:
         ("art", art_with(illegibility="no"), "illegibility is 'no'"),
         ("lsvt_weak", b'{"gt_900": [7]}', "train_weak_labels.json: key gt_900: entry 1: is 7"),
         ("mlt19", b"1,2,3,4,5,6,7,8,Latin\n", "line 1: 9 fields"),
-        ("mlt19", b"\n1,2,3,4,5,6,7,8,Klingon,x\n", "line 2: 'Klingon' is no script"),
+        ("mlt19", b"\n1,2,3,4,5,6,7,8,Klingon,x\n", "line 2: 'Klingon' is not a script"),
         ("mlt19", b"1,2,3,4,5,6,7,1e999,Latin,x\n", "not finite"),
         ("mlt19", "1,2,3,4,5,6,7,٨,Latin,x\n".encode(), "is not a number"),
         ("mlt19", b"1,2,3,4,5,6,7,\x1f8,Latin,x\n", "'\\x1f8' is not a number"),
