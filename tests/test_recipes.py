@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,9 @@ def test_all_stages_by_name(family, data_root, tmp_path, monkeypatch):
     skip_without_vitae(family)
     torch.set_num_threads(1)
     if family not in ("r50", "vitae"):
-        monkeypatch.setitem(backbone.LAYERS, BACKBONES[family], (1, 1, 1, 1))
+        name = BACKBONES[family]
+        known = backbone.KNOWN.get(name, backbone.Known(name))
+        monkeypatch.setitem(backbone.KNOWN, name, replace(known, options={"layers": (1, 1, 1, 1)}))
     for stage in STAGES[family]:
         settings = located(tiny(family, stage, data_root, tmp_path / "runs"))
         _check_data(settings)

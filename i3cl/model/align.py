@@ -12,13 +12,13 @@ from torchvision.ops import roi_align
 from i3cl.model import placement
 
 STRIDES = (4, 8, 16, 32)
-"""Levels that regions are read from."""
+"""Strides of the levels that regions are read from."""
 FINEST = 56
-"""Regions whose sqrt(area) is below twice this many pixels read the finest level."""
+"""Regions whose sqrt(area) is less than twice this many pixels are read from the finest level."""
 
 
 def region_levels(boxes: Tensor) -> Tensor:
-    """(N,) int64 index into STRIDES for boxes (N, 4): floor(log2(sqrt(area) / 56 + 1e-6)), limited."""
+    """(N,) int64 index into STRIDES for boxes (N, 4): floor(log2(sqrt(area) / 56 + 1e-6)), limited to 0 .. 3."""
     boxes = boxes.float()
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
     return torch.log2(side / FINEST + 1e-6).floor().clamp(0, len(STRIDES) - 1).long()
@@ -35,7 +35,7 @@ class RegionReader:
     """Reads regions from the first four levels of one batch's pyramid."""
 
     def __init__(self, levels: Sequence[Tensor]) -> None:
-        """levels: maps (B, C, H, W) of strides 4, 8, 16, 32 (further ones are not used)."""
+        """Takes the maps (B, C, H, W) of strides 4, 8, 16, 32; further ones are not used."""
         self._maps = [x.float() for x in levels[: len(STRIDES)]]
         self._sparse = placement.on_cpu(self._maps[0])
         if not self._sparse:
@@ -55,19 +55,18 @@ class RegionReader:
 
 
 def sparse_roi_align(x: Tensor, regions: Tensor, side: int, scale: float) -> Tensor:
-    """What torchvision's roi_align(x, regions, side, scale, 0, aligned=True) computes, several times faster
-    on a CPU.
+    """Computes the same as torchvision's roi_align(x, regions, side, scale, 0, aligned=True), several times faster on a CPU.
 
-    x: (B, C, H, W) float32, best with channels innermost; regions: (N, 5); returns (N, C, side, side). Each
-    output cell is a weighted sum of map cells, and its weights are the product of weights along y and along x
-    (`axis_weights`), because bilinear samples on a regular grid are separable. So all channels of a cell are
-    summed at once, and cells that several samples share are read once.
+    x: (B, C, H, W) float32, fastest with channels innermost; regions: (N, 5); returns (N, C, side, side). Each output cell is a
+    weighted sum of map cells. Its weights are products of weights along y and along x (`axis_weights`), because bilinear
+    samples on a regular grid are separable. So all channels of a cell are summed at once, and cells that several samples share
+    are read once.
     """
     batch, channels, height, width = x.shape
     image, box = regions[:, 0].long(), regions[:, 1:] * scale
     weight_y, first_y, cells_y = axis_weights(box[:, 1], box[:, 3], side, height)
     weight_x, first_x, cells_x = axis_weights(box[:, 0], box[:, 2], side, width)
-    # one entry for every pair of an output cell and a map cell that it reads, output cells in order
+    # One entry for every pair of an output cell and a map cell that it reads, ordered by output cell.
     reads = (cells_y[:, :, None] * cells_x[:, None, :]).flatten()
     starts = reads.cumsum(0) - reads
     total = int(reads.sum())
@@ -87,13 +86,12 @@ def sparse_roi_align(x: Tensor, regions: Tensor, side: int, scale: float) -> Ten
 
 
 def axis_weights(start: Tensor, end: Tensor, bins: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How RoIAlign weighs the cells of one axis.
+    """The weights that RoIAlign gives to the cells along one axis.
 
-    start, end: (N,) float32 edges of the regions in cells, before the half-cell shift; length: cells of the
-    map. Each bin averages ceil(size / bins) equidistant bilinear samples; a sample within a cell outside the
-    map takes the border's value, one further out counts as zero. Returns the weights (N, bins, K) float32 of
-    up to K neighbouring cells, the first of these cells (N, bins) int64 and their number (N, bins) int64, 0
-    where a bin reads nothing.
+    start, end: (N,) float32 edges of the regions in cells, before the half-cell shift; length: cells of the map. Each bin
+    averages ceil(size / bins) equidistant bilinear samples. A sample at most one cell outside the map takes the border's value;
+    one further out counts as zero. Returns the weights (N, bins, K) float32 of up to K neighbouring cells, the first of these
+    cells (N, bins) int64, and their number (N, bins) int64, which is 0 where a bin reads nothing.
     """
     start = start - 0.5
     size = (end - 0.5) - start
@@ -115,8 +113,7 @@ def axis_weights(start: Tensor, end: Tensor, bins: int, length: int) -> tuple[Te
     most = max(int(cells.max()), 1)
     weights = position.new_zeros((len(start), bins, most + 2))
     value = used / samples.clamp(min=1)[:, None, None]
-    # unused samples have weight zero wherever they land; a sample on the last cell gives its whole weight to
-    # `low`
+    # Unused samples have weight zero wherever they land. A sample on the last cell gives its whole weight to `low`.
     place = (low - first[:, :, None]).clamp(0, most)
     weights.scatter_add_(2, place, value * (1 - share))
     weights.scatter_add_(2, place + 1, value * share)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -14,21 +15,36 @@ from i3cl.model.pretrained import load_initial
 from i3cl.model.vitae import ViTAEv2
 
 STRIDES = [4, 8, 16, 32]
-TIMM_NAMES = {"resnext101": "resnext101_32x8d", "resnext151": "resnext101_32x8d", "resnest101": "resnest101e"}
-"""Names of the paper's configs that timm spells differently."""
-LAYERS = {"resnext151": (3, 8, 36, 3)}
-"""Blocks a stage where timm has no model of that depth."""
+"""Strides of the maps that a backbone gives."""
 VITAE = "vitaev2_s"
-"""The one network that is not timm's."""
+"""The one network that does not come from timm."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A backbone whose name in recipes is not timm's name of it, or that timm builds only with further arguments."""
+
+    timm: str
+    """timm's name of the model."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model; timm's own weights do not fit a model built with some."""
+
+
+KNOWN = {
+    "resnext101": Known("resnext101_32x8d"),
+    "resnext151": Known("resnext101_32x8d", {"layers": (3, 8, 36, 3)}),
+    "resnest101": Known("resnest101e"),
+}
+"""Name in recipes -> what timm builds. Every other name is looked up in timm as it stands."""
 
 _Norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
-    """Gives four feature maps of an image network; `report` says which initial weights were found."""
+    """An image network that gives four feature maps. `report` says which of its initial weights were loaded."""
 
     def __init__(self, settings: BackboneSettings) -> None:
-        """Raises UserError for a model that timm lacks or that has no such maps, and for weights that do not fit."""
+        """Raises UserError for a model that timm does not have, that has no such maps, or that the weights do not fit."""
         super().__init__()
         self.settings = settings
         body = _vitae(settings) if settings.name == VITAE else _timm_body(settings)
@@ -42,8 +58,7 @@ class Backbone(nn.Module):
     def _frozen_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the stem and the first `frozen_stages` stages.
 
-        timm registers layers in the order of the computation, so these are all up to the last one of that
-        stage.
+        timm registers layers in the order in which they are computed, so these are all parameters up to the stage's last one.
         """
         stages = self.settings.frozen_stages
         if stages == 0:
@@ -60,7 +75,7 @@ class Backbone(nn.Module):
         return (parameter for _, parameter in named[: ends[-1] + 1])
 
     def train(self, mode: bool = True) -> Backbone:
-        """As nn.Module.train, but frozen parts stay in eval mode, and BatchNorm too if the settings say so."""
+        """As nn.Module.train, but frozen parts stay in eval mode, and so does BatchNorm if `norm_eval` is set."""
         super().train(mode)
         if mode:
             _hold(self.body, self.settings.norm_eval)
@@ -76,7 +91,7 @@ class Backbone(nn.Module):
 
 
 def _hold(module: nn.Module, norms: bool) -> None:
-    """Puts the largest parts without a trainable parameter into eval mode (BatchNorm, dropout), and `norms`: every BatchNorm."""
+    """Puts every part without a trainable parameter into eval mode (BatchNorm, dropout); norms: every BatchNorm too."""
     parameters = list(module.parameters())
     frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
     if frozen or (norms and isinstance(module, _Norm)):
@@ -88,19 +103,19 @@ def _hold(module: nn.Module, norms: bool) -> None:
 
 def _vitae(settings: BackboneSettings) -> Any:
     if settings.weights in ("timm", "package"):
-        raise UserError(f"model.backbone.weights: '{settings.weights}' has none for {VITAE}; give the path of a file")
+        raise UserError(f"model.backbone.weights: '{settings.weights}' has no weights for {VITAE}; give the path of a file")
     return ViTAEv2(settings.drop_path, settings.checkpointing)
 
 
 def _timm_body(settings: BackboneSettings) -> Any:
-    name = TIMM_NAMES.get(settings.name, settings.name)
+    known = KNOWN.get(settings.name, Known(settings.name))
+    name, options = known.timm, known.options
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3] or timm.list_models(name[:6] + "*")[:3]
         hint = f"; timm has {', '.join(near)}" if near else ""
         raise UserError(f"model.backbone.name: timm has no model '{settings.name}'{hint}")
-    options: dict[str, Any] = {"layers": LAYERS[settings.name]} if settings.name in LAYERS else {}
     if settings.weights == "timm" and options:
-        raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}")
+        raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}; give the path of a file")
     try:
         body: Any = timm.create_model(
             name, features_only=True, out_indices=(-4, -3, -2, -1), pretrained=settings.weights == "timm", **options
@@ -109,12 +124,12 @@ def _timm_body(settings: BackboneSettings) -> Any:
         raise UserError(f"model.backbone.name: {settings.name} gives no feature maps ({error})") from error
     if body.feature_info.reduction() != STRIDES:
         raise UserError(
-            f"model.backbone.name: {settings.name} has maps of strides {body.feature_info.reduction()}, not {STRIDES}"
+            f"model.backbone.name: {settings.name} has maps of strides {body.feature_info.reduction()}, but {STRIDES} are needed"
         )
     if settings.checkpointing:
         if not settings.norm_eval and any(isinstance(m, _Norm) for m in body.modules()):
             raise UserError(
-                f"model.backbone.checkpointing: would count every batch twice in {settings.name}'s BatchNorm; set "
+                f"model.backbone.checkpointing: {settings.name}'s BatchNorm would count every batch twice; set "
                 "model.backbone.norm_eval to true"
             )
         body.set_grad_checkpointing()

@@ -1,4 +1,4 @@
-"""Time of the network: a training step beside torchvision's Mask R-CNN's, and what each part costs."""
+"""Times the network: a training step compared with torchvision's Mask R-CNN, and the cost of each part."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _backward(model: nn.Module, losses: dict[str, Tensor]) -> None:
 
 
 def i3cl_step(scene: Scene, settings: ModelSettings | None = None) -> Step:
-    """A training step of ours on the scene; its own proposals and samples are made and then replaced by the scene's."""
+    """A training step of I3CL on the scene; it computes its own proposals and samples, which are then replaced by the scene's."""
     model = I3CL(settings or ModelSettings()).train()
     propose, sample = model.proposals.propose, model.heads.sample
 
@@ -108,8 +108,8 @@ def i3cl_step(scene: Scene, settings: ModelSettings | None = None) -> Step:
 def torchvision_step(scene: Scene, frozen: bool, num_classes: int = 64) -> Step:
     """The same step of torchvision's Mask R-CNN with the scene's proposals and samples.
 
-    frozen False: as `maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)` builds it, every layer
-    trained. frozen True: as it is for fine-tuning, three trainable stages and frozen BatchNorm.
+    frozen False: as `maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)` builds it, with every layer trained. frozen
+    True: as for fine-tuning, with three trainable stages and frozen BatchNorm.
     """
     side = scene.image.shape[-1]
     size = {"min_size": side, "max_size": side, "num_classes": num_classes}
@@ -151,7 +151,7 @@ class Timing:
 
     wall: float
     cpu: float
-    """Process time of all threads: steadier than wall time on a busy machine."""
+    """Process time of all threads; it varies less than wall time on a busy machine."""
 
 
 def timed(step: Step) -> Timing:
@@ -162,7 +162,7 @@ def timed(step: Step) -> Timing:
 
 
 def compare(steps: Sequence[Step], runs: int, warm_up: int = 2) -> list[list[Timing]]:
-    """`runs` timings of every step, taken in turn after `warm_up` rounds, so that all see the same machine."""
+    """`runs` timings of every step after `warm_up` rounds; the steps take turns, so that all see the same load."""
     for _ in range(warm_up):
         for step in steps:
             step()
@@ -171,7 +171,7 @@ def compare(steps: Sequence[Step], runs: int, warm_up: int = 2) -> list[list[Tim
 
 
 def step_report(runs: int, side: int = 640, threads: int = 2) -> str:
-    """The comparison as text: medians, and the median over the rounds of ours divided by theirs."""
+    """The comparison as text: median times, and the median over the rounds of our time divided by torchvision's."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     scene = make_scene(side)
@@ -198,11 +198,11 @@ def step_report(runs: int, side: int = 640, threads: int = 2) -> str:
 
 
 PARTS = ("backbone", "pyramid", "intra", "proposals", "box head", "inter", "mask head")
-"""Rows of `model_report`; what is in none of them (sampling, losses, suppression, RoIAlign) is 'rest'."""
+"""Rows of `model_report`; everything else (sampling, losses, suppression, RoIAlign) is 'rest'."""
 
 
 def part_modules(model: I3CL) -> dict[str, list[nn.Module]]:
-    """The modules of every part that the network has."""
+    """The modules of each part that the network has."""
     modules: dict[str, list[nn.Module]] = {
         "backbone": [model.backbone],
         "pyramid": [model.pyramid],
@@ -216,7 +216,7 @@ def part_modules(model: I3CL) -> dict[str, list[nn.Module]]:
 
 
 class PartTimer:
-    """Seconds that each part's forward passes took inside the `with` block, waiting for the GPU at every border."""
+    """Seconds that each part's forward passes took within the `with` block; it waits for the GPU before and after each part."""
 
     def __init__(self, model: I3CL, device: torch.device) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -253,7 +253,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors have held on the GPU, or that the process has held of the machine's memory."""
+    """GiB: the most memory that tensors have taken on the GPU, or that the process has taken on the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -262,10 +262,10 @@ def _peak_memory(device: torch.device) -> float:
 def model_report(
     settings: ModelSettings, side: int, batch: int, device: str = "cpu", runs: int = 3, precision: str = "float32"
 ) -> str:
-    """Images a second, peak memory and the parts' shares of the network on `batch` noise images of side x side, as text.
+    """Images per second, peak memory and the share of each part, on `batch` noise images of side x side, as text.
 
-    precision: 'float32' or 'bfloat16' (autocast). A random network finds next to nothing, so detection runs
-    without a score threshold: every image gives `detections_per_image`.
+    precision: 'float32' or 'bfloat16' (autocast). A random network finds almost nothing, so detection runs without a score
+    threshold: every image gives `detections_per_image`.
     """
     target_device = torch.device(device)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A checkpoint of ours from a weights file of the original release."""
+"""Converts a weights file of the original release into a checkpoint of this project."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from i3cl import storage
-from i3cl.config import (
-    BackboneSettings,
-    ModelSettings,
-    Settings,
-    to_yaml,
-)
+from i3cl.config import BackboneSettings, ModelSettings, Settings, to_yaml
 from i3cl.errors import UserError
 from i3cl.model.checkpoint import load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
@@ -30,11 +25,11 @@ RESNETS: dict[tuple[tuple[int, ...], int], str] = {
 
 
 def convert_original(source: str, out: str, classes: int | None = None) -> str:
-    """Writes the checkpoint directory `out` (local or s3://) from a weights file and says in one line what it is.
+    """Writes the checkpoint directory `out` (local or s3://) from a weights file; returns one line that describes it.
 
-    source: an original I3CL checkpoint or one of an mmdetection Mask R-CNN, local or s3://; backbone, blocks
-    and classes are recognised by the names and shapes of its tensors. classes: keep only the first ones. Raises
-    UserError when the file is no such checkpoint, is not complete, or has fewer classes, and when `out` exists.
+    source: a checkpoint of the original I3CL or of an mmdetection Mask R-CNN, local or s3://; backbone, blocks and classes are
+    recognised by the names and shapes of its tensors. classes: keep only the first so many classes. Raises UserError when the
+    file is not such a checkpoint, is incomplete or has fewer classes, and when `out` exists.
     """
     with storage.local_copy(source) as path:
         state = read_tensors(path, source)
@@ -49,7 +44,7 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
     model = I3CL(settings)
     report = load_tensors(model, tensors, source)
     if report.missing:
-        raise UserError(f"{source}: is not complete: {len(report.missing)} tensors are not in it ({report.missing[0]}, ...)")
+        raise UserError(f"{source}: is incomplete: {len(report.missing)} tensors are missing ({report.missing[0]}, ...)")
     with storage.atomic_directory(out) as folder:
         save_checkpoint(model, folder, to_yaml(Settings(name="converted", model=settings)))
     blocks = [name for name, there in (("intra", settings.intra), ("inter", settings.inter)) if there]
@@ -57,19 +52,19 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
     text += f"{' and '.join(blocks) or 'neither intra nor inter'} block{'s' * (len(blocks) != 1)}: {report}"
     unused = sum(name.endswith(UNUSED) for name in state)
     if unused:
-        text += f"; {unused} that nothing computes with are left out"
+        text += f"; {unused} that the network does not use are left out"
     if settings.num_classes < before:
-        text += f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose thresholds anew"
+        text += f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose new thresholds"
     return text
 
 
 def recognise(tensors: Mapping[str, Tensor], source: str) -> ModelSettings:
-    """The network that tensors under our names belong to. Raises UserError, naming `source`, for an unknown one."""
+    """Settings of the network that tensors under our names belong to. Raises UserError, naming `source`, if it is unknown."""
     logits = tensors.get("heads.mask.logits.bias")
     if logits is None:
         raise UserError(
-            f"{source}: is no checkpoint of the original release or of an mmdetection Mask R-CNN; a torchvision Mask R-CNN "
-            "can be given to train.start_from, an image network to model.backbone.weights"
+            f"{source}: is not a checkpoint of the original release or of an mmdetection Mask R-CNN; use a torchvision one "
+            "as train.start_from, and an image network as model.backbone.weights"
         )
     return ModelSettings(
         backbone=_backbone(tensors, source),
@@ -90,7 +85,7 @@ def _backbone(tensors: Mapping[str, Tensor], source: str) -> BackboneSettings:
     name = RESNETS.get((tuple(blocks), convolution.shape[1])) if convolution is not None else None
     if name is None:
         raise UserError(
-            f"{source}: its image network is not known here (blocks a stage {blocks}); known are ViTAEv2-S, "
-            f"{', '.join(RESNETS.values())}"
+            f"{source}: its backbone is not one of ViTAEv2-S, {', '.join(RESNETS.values())} (it has {blocks} blocks in its four "
+            "stages)"
         )
     return BackboneSettings(name=name)

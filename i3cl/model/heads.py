@@ -1,4 +1,4 @@
-"""Second stage: boxes and classes of the proposals, and a mask for each detection."""
+"""Second stage: box and class of each proposal, and a mask of each detection."""
 
 from __future__ import annotations
 

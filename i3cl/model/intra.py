@@ -1,4 +1,4 @@
-"""Intra-instance collaborative learning (arXiv 2108.01343, section 3.2): context along and across a text inside one level."""
+"""Intra-instance collaborative learning (arXiv 2108.01343, section 3.2): context along and across a text within one level."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROUNDS = (7, 5, 3)
-"""Kernel sizes; each round reads the result of the one before."""
+"""Kernel sizes of the rounds; each round reads the result of the previous one."""
 
 
 class IntraBlock(nn.Module):
-    """x + ReLU(BatchNorm(expand(rounds(reduce(x))))), where a round of size k sums a k x k, a k x 1 and a 1 x k convolution."""
+    """x + ReLU(BatchNorm(expand(rounds(reduce(x))))); a round of size k adds up a k x k, a k x 1 and a 1 x k convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -22,12 +22,12 @@ class IntraBlock(nn.Module):
         self.row = nn.ModuleList(nn.Conv2d(inner, inner, (1, k), padding=(0, k // 2)) for k in ROUNDS)
         self.expand = nn.Conv2d(inner, channels, 1)
         self.norm = nn.BatchNorm2d(channels)
-        # A fresh block is a small disturbance of x, so a detector trained without it goes on from where it
-        # was. Not zero: a ReLU at exactly zero passes no gradient, and the block would never wake up.
+        # A new block changes x only a little, so a detector that was trained without it keeps its quality. The weight is not
+        # zero, because a ReLU at exactly zero passes no gradient and the block would never learn.
         nn.init.constant_(self.norm.weight, 0.1)
 
     def merged(self, round_: int) -> tuple[Tensor, Tensor]:
-        """The k x k kernel (C, C, k, k) and bias (C,) that do one round's three convolutions at once.
+        """One k x k kernel (C, C, k, k) and bias (C,) that equal one round's three convolutions.
 
         Convolution is linear in its kernel, so the sum of three convolutions of one input is the convolution
         with the sum of the kernels, the thin ones padded with zeros.
@@ -52,7 +52,7 @@ class IntraBlock(nn.Module):
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """BatchNorm that falls back on its stored statistics where one value a channel has no variance, or there is no value."""
+    """BatchNorm that uses its stored statistics where a channel has at most one value, which has no variance."""
     if norm.training and x.numel() <= x.shape[1]:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     return norm(x)

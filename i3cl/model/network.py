@@ -1,4 +1,4 @@
-"""I3CL (arXiv 2108.01343): a Mask R-CNN whose features know their instance and whose instances know each other."""
+"""I3CL (arXiv 2108.01343): a Mask R-CNN with modules for context within an instance and between instances."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def padded_size(size: Size) -> Size:
 
 
 class I3CL(nn.Module):
-    """The detector. Called with images it returns detections (eval mode) or losses (train mode, with targets)."""
+    """The detector: called with images, it returns detections (eval mode) or losses (train mode, with targets)."""
 
     mean: Tensor
     std: Tensor
     recipe: Settings | None = None
-    """The whole settings that the network was trained with, when it comes from a checkpoint."""
+    """All settings that the network was trained with, if it comes from a checkpoint."""
     keep_image_losses: bool = False
     """Whether a training pass leaves `image_losses`."""
     image_losses: Tensor | None = None
@@ -52,7 +52,7 @@ class I3CL(nn.Module):
         self.register_buffer("std", torch.tensor(settings.std).reshape(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
         if settings.compile != "none":
-            # In place: the tensors keep their names, and a copy of the network is not tied to this one's code.
+            # Compiled in place, so that the tensors keep their names and a copy of the network does not run this one's code.
             self.backbone.compile(backend=settings.compile)
             self.pyramid.compile(backend=settings.compile)
 
@@ -61,17 +61,17 @@ class I3CL(nn.Module):
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses or detections of a list of images.
 
-        images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict an image: `boxes` (N,
-        4) float32 x0, y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N
-        uint8 crops (h, w) with `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value;
-        optionally `lossweight` (N,) float32; `outlineweight` (N,) float32, a further factor of the box and mask
-        losses; `image_weight`, a float that scales all losses of the image; and `ignore` (N,) bool, instances that
-        are no truth but whose surroundings are not taught as background.
+        images: float32 RGB (3, H, W), 0-255, of any sizes. targets (training), one dict per image: `boxes` (N, 4) float32 x0,
+        y0, x1, y1 pixels; `labels` (N,) int64; `masks`, either (N, H, W) uint8 or bool, or N uint8 crops (h, w) with
+        `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value; optionally `lossweight` (N,) float32;
+        `outlineweight` (N,) float32, a further factor of the box and mask losses; `image_weight`, a float that scales all losses
+        of the image; and `ignore` (N,) bool: instances that are not truth, but are not taught as background either. With the
+        network on a GPU, targets on the CPU are best.
 
-        Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, scalars times their weights in
-        the settings. Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels`
-        (n,), `masks` (n, 28, 28) float32 probabilities in the frame of the box, by descending score. Images
-        share a pass only with images of their own padded size, so every answer is that of the image alone.
+        Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask: scalars, multiplied by their weights in the
+        settings. Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels` (n,), `masks` (n, 28, 28)
+        float32 probabilities in the frame of the box, by descending score. Only images of the same padded size are computed
+        together, so every answer is the same as that of the image alone.
 
         Raises ValueError for wrong shapes and for train mode without targets.
         """
@@ -85,7 +85,7 @@ class I3CL(nn.Module):
         return self.detect(images)
 
     # --------------------------------------------------------------------------------------------------------
-    # --- parts
+    # parts
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) float32: normalised, padded at the right and bottom with zeros to the largest multiple of 32."""
@@ -97,7 +97,7 @@ class I3CL(nn.Module):
         return batch
 
     def features(self, batch: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) of `batch` -> the five maps (B, C, H_i, W_i) that everything else reads."""
+        """Normalised images (B, 3, H, W) of `batch` -> the five maps (B, C, H_i, W_i) that all heads read."""
         levels = self.pyramid(self.backbone(as_channels_last(batch)))
         if self.intra is not None:
             levels = [block(x) for block, x in zip(self.intra, levels, strict=True)]
@@ -116,7 +116,7 @@ class I3CL(nn.Module):
         truths: Sequence[Truth],
         proposals: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses from feature maps; `proposals` (n, 4 or more) replace the network's own as the second stage's input."""
+        """The losses from feature maps; `proposals` (n, 4 or more columns), if given, replace the network's own ones."""
         if proposals is None:
             proposals = self.proposals.propose(levels, sizes)
         by_image: dict[str, Tensor] | None = {} if self.keep_image_losses else None

@@ -1,4 +1,4 @@
-"""Names of tensors: the original release's and ours, both ways; torchvision's Mask R-CNN's into ours."""
+"""Renames tensors: between the original release's names and ours, and from torchvision's Mask R-CNN to ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from i3cl.errors import UserError
 from i3cl.model.intra import ROUNDS
 from i3cl.model.vitae import STAGES, WINDOW
+from i3cl.model.weights_file import plain_names
 
 LEVELS = 5
 """Pyramid levels, each with an intra-instance block."""
 
 
 UNUSED = ("relative_position_bias_table", "relative_position_index")
-"""Last parts of the names of ViTAE tensors that the original stores and never reads."""
+"""Last parts of the names of ViTAE tensors that the original stores but does not use."""
 
 
 def _vitae_prefixes() -> list[tuple[str, str]]:
@@ -33,7 +34,7 @@ def _vitae_prefixes() -> list[tuple[str, str]]:
 
 
 def _prefixes() -> list[tuple[str, str]]:
-    """(theirs, ours), the more special of two that fit first."""
+    """(theirs, ours); where two fit a name, the longer one comes first."""
     pairs = [*_vitae_prefixes(), ("backbone.", "backbone.body.")]
     for i in range(4):
         pairs += [
@@ -98,16 +99,16 @@ def original_name(name: str) -> str:
 
 
 def to_our_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A detector's state dict under our names, whoever named it: us, the original release, or torchvision.
+    """A detector's state dict under our names; it may have ours, the original release's or torchvision's.
 
-    Names that nobody here knows stay. Raises UserError, naming `source`, for a detector that computes otherwise.
+    Unknown names stay. Raises UserError, naming `source`, for a detector that computes something else.
     """
-    for wrapper in ("module.", "model."):
-        if state and all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    # Lightning and others keep the network under this name.
+    if state and all(name.startswith("model.") for name in state):
+        state = plain_names({name.removeprefix("model."): tensor for name, tensor in state.items()})
     if any(name.startswith("backbone.bottom_up.") for name in state):
         raise UserError(
-            f"{source}: is a detectron2 model; those expect BGR input on another scale and may stride in another "
+            f"{source}: is a detectron2 model; those expect BGR input on another scale and may have their stride in another "
             "convolution, which the file does not say. Start from a checkpoint of the original release or of torchvision"
         )
     if is_original(state):
@@ -128,10 +129,10 @@ def is_torchvision(names: Mapping[str, object]) -> bool:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Backbone and pyramid of torchvision's Mask R-CNN under our names; the rest keeps its name, as it computes otherwise.
+    """Backbone and pyramid of torchvision's Mask R-CNN under our names; the rest keeps its names and is not loaded.
 
-    Its anchors are rounded, its RoIAlign has no half-pixel shift, its background is the first class. A pyramid
-    with BatchNorm (the second version's) is left too.
+    The rest computes something else: its anchors are rounded, its RoIAlign has no half-pixel shift, its background is the first
+    class. A pyramid with BatchNorm (of version 2) keeps its names too.
     """
     plain = not any(name.startswith("backbone.fpn.inner_blocks.0.1.") for name in state)
     renamed = {}
@@ -147,7 +148,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An original state dict under our names.
 
-    The unused tensors (`UNUSED`) are left out; others that the network does not have keep their name.
+    The unused tensors (`UNUSED`) are left out; others that the network does not have keep their names.
     """
     renamed = {}
     for name, tensor in state.items():
@@ -163,8 +164,8 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_original(state: Mapping[str, Tensor], unused: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Our state dict under the original's names, complete. KeyError on a tensor that the original does not have.
 
-    The original's loader wants the tensors of `UNUSED` too: they are taken from `unused` (original names) where
-    it has them, else the index is computed and the table, whose values change nothing, is zero.
+    The original's loader needs the tensors of `UNUSED` too. They are taken from `unused` (original names) if it has them; else
+    the index is computed and the table, whose values have no effect, is zero.
     """
     renamed = {original_name(name): tensor for name, tensor in state.items()}
     given = unused or {}

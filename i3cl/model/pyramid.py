@@ -9,9 +9,7 @@ from torch.nn import functional as F
 
 
 class Pyramid(nn.Module):
-    """1x1 laterals, nearest-neighbour top-down sums, 3x3 outputs, and a fifth level that takes every second
-    cell of the fourth.
-    """
+    """1x1 laterals, nearest-neighbour top-down sums, 3x3 outputs; the fifth level is every second cell of the fourth."""
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
         super().__init__()

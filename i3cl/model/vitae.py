@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 WINDOW = 7
-"""Tokens a side of an attention window."""
+"""Side of an attention window, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stage:
     embed: int
     """Channels of each convolution of the reduction cell's pyramid."""
     channels: int
-    """Channels that the stage gives."""
+    """Channels of the stage's output."""
     ratio: int
     """Factor by which the reduction cell shrinks the map."""
     kernel: int
@@ -44,9 +44,9 @@ class Stage:
     groups: int
     """Attention heads and convolution groups of the normal cells."""
     windowed: bool
-    """Attention inside windows; else among all tokens of the image."""
+    """Whether attention is limited to windows; otherwise it is among all tokens of the image."""
     first_rate: int
-    """Place of the first normal cell's rate among the stochastic depth rates."""
+    """Index of the first normal cell's rate among the stochastic depth rates."""
 
 
 STAGES = (
@@ -56,7 +56,7 @@ STAGES = (
     Stage(256, 512, 2, 3, (1, 2), 4, 64, depth=2, heads=8, groups=128, windowed=False, first_rate=8),
 )
 """ViTAEv2-S. The stochastic depth rates rise linearly over all 14 normal cells; the original then starts stage 3 at the
-third rate and stage 4 at the ninth instead of the fifth and thirteenth, so the largest that is used is 9/13 of the top."""
+third rate and stage 4 at the ninth instead of the fifth and thirteenth, so the largest rate used is 9/13 of the maximum."""
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, in) -> the attention's answer and the values that it mixed, both (B, N, channels)."""
+        """Tokens (B, N, in) -> the attention's output and the values that went into it, both (B, N, channels)."""
         batch, count, _ = tokens.shape
         q, k, v = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
@@ -79,8 +79,8 @@ class Attention(nn.Module):
 def window_attention(attention: Attention, x: Tensor) -> Tensor:
     """Attention inside windows of 7 x 7: (B, H, W, C) -> (B, H, W, channels).
 
-    The map is padded with zeros to multiples of 7, the odd row or column at the bottom and right. The padding
-    takes part in the attention, as in the original: it is not masked.
+    The map is padded with zeros on both sides to multiples of 7; the odd row or column goes to the bottom and right. The
+    padding takes part in the attention, as in the original: it is not masked.
     """
     batch, height, width, channels = x.shape
     down, across = -height % WINDOW, -width % WINDOW
@@ -108,7 +108,7 @@ class MLP(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """Uses its stored statistics on one value a channel, which has no variance: the 1 x 1 map of a tiny image."""
+    """Uses its stored statistics where a channel has one value, which has no variance: the 1 x 1 map of a tiny image."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() <= x.shape[1]:
@@ -127,7 +127,7 @@ def _convolutions(widths: Sequence[int], strides: Sequence[int], groups: int) ->
 
 
 class ReductionCell(nn.Module):
-    """Shrinks the map: a pyramid of dilated convolutions seen by attention, and beside it a stack of convolutions."""
+    """Shrinks the map: attention over a pyramid of dilated convolutions, plus a parallel stack of convolutions."""
 
     def __init__(self, in_channels: int, stage: Stage) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class ReductionCell(nn.Module):
 
 
 class NormalCell(nn.Module):
-    """Attention and convolutions beside each other, then an MLP. `drop`: probability that an image skips a part in training."""
+    """Attention and convolutions in parallel, then an MLP. `drop`: probability that an image skips a part in training."""
 
     def __init__(self, channels: int, heads: int, groups: int, windowed: bool, drop: float) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ class NormalCell(nn.Module):
 class ViTAEv2(nn.Module):
     """Maps of strides 4, 8, 16 and 32 with 64, 128, 256 and 512 channels.
 
-    drop_path: top of the stochastic depth rates, 0-1. checkpointing: keep only the cells' inputs for the
-    backward pass and compute the rest again there. `feature_info` describes the maps as timm does.
+    drop_path: largest stochastic depth rate, 0-1. checkpointing: keep only the cells' inputs for the backward pass and
+    recompute the rest there. `feature_info` describes the maps as timm does.
     """
 
     def __init__(self, drop_path: float = 0.3, checkpointing: bool = False) -> None:
@@ -217,8 +217,8 @@ class ViTAEv2(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four maps (B, C_i, H_i, W_i), H_i = H / stride rounded up.
 
-        Sides that are no multiple of 4 are padded with zeros at the bottom and right, as nothing else would
-        make the reduction cell's two branches of one size.
+        Sides that are not multiples of 4 are padded with zeros at the bottom and right, so that the reduction cell's two
+        branches give maps of the same size.
         """
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % 4, 0, -height % 4)).permute(0, 2, 3, 1)
@@ -242,7 +242,7 @@ class ViTAEv2(nn.Module):
 
 @contextmanager
 def statistics_untouched(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalises as before but does not update its statistics: they have seen this batch already."""
+    """Within it, BatchNorm normalises as before but does not update its statistics, which include this batch already."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -42,7 +42,7 @@ def test_a_full_original_checkpoint_gives_the_same_detections(network: str, pref
     source = original_file(tmp_path / "original.pth", state, prefix)
     text = convert_original(source, str(tmp_path / "converted"))
     assert "63 classes, intra and inter blocks" in text and ("left over" not in text)
-    assert ("12 that nothing computes with are left out" in text) == (network == "vitae")
+    assert ("12 that the network does not use are left out" in text) == (network == "vitae")
     model = i3cl.load(str(tmp_path / "converted"), "cpu")
     assert model.settings.backbone.name == {"r50": "resnet50", "vitae": "vitaev2_s"}[network]
     image = parity.image(parity.spec["image_a"])
@@ -56,7 +56,7 @@ def test_a_full_original_checkpoint_gives_the_same_detections(network: str, pref
     if network == "vitae":
         return
     one_text = convert_original(source, str(tmp_path / "one"), classes=1)
-    assert ", 1 class, " in one_text and "choose thresholds anew" in one_text
+    assert ", 1 class, " in one_text and "choose new thresholds" in one_text
     one = i3cl.load(str(tmp_path / "one"), "cpu")
     with torch.no_grad():
         levels = one.features(one.batch([image]))
@@ -97,8 +97,8 @@ def test_incomplete_and_foreign_files_are_refused(plain: I3CL, tmp_path: Path) -
     foreign = {name: tensor for name, tensor in state.items() if not name.startswith("roi_head.mask_head")}
     shallow = {name: tensor for name, tensor in state.items() if ".layer3.5." not in name}
     for content, words in (
-        (less, "is not complete: 2 tensors"),
-        (foreign, "is no checkpoint"),
+        (less, "is incomplete: 2 tensors"),
+        (foreign, "is not a checkpoint"),
         (shallow, r"\[3, 4, 5, 3\]"),
         ({"backbone.bottom_up.res2.0.conv1.weight": torch.zeros(1)}, "detectron2"),
     ):

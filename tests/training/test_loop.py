@@ -93,15 +93,19 @@ def test_nan_names_step_part_and_images(tiny_settings, tmp_path):
 def test_checkpoint_alone_is_enough_to_predict(tiny_settings, tmp_path, tiny_set):
     import i3cl
 
-    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 1})
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 1, "model.score_threshold": 0.0})
     trainer.run(lambda metrics, step: None)
     trainer.save(tmp_path / "checkpoint")
     model = i3cl.load(str(tmp_path / "checkpoint"))
     assert not model.training
     found = i3cl.detect(model, [str(tiny_set / "images" / "0.jpg")], score_threshold=0.0)[0]
-    assert (found.height, found.width) == (96, 96)
+    assert (found.height, found.width) == (96, 96) and len(found) > 0
     for polygon, score in found:
-        assert polygon.shape[1] == 2 and 0 <= score <= 1
+        assert polygon.shape[1] == 2 and len(polygon) >= 3 and 0 <= score <= 1
+        assert polygon.min() >= 0 and polygon.max() <= 96
+    trainer.model.recipe = trainer.settings
+    expected = i3cl.detect(trainer.model.eval(), [str(tiny_set / "images" / "0.jpg")], score_threshold=0.0)[0]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected])
 
 
 def test_metrics_reach_tensorboard(tiny_settings, tmp_path):
