@@ -49,7 +49,13 @@ METRICS = {
         Metric(
             "i3cl_train_images_per_second", "gauge", "Images trained per second by all workers, since the last line of the log"
         ),
-        Metric("i3cl_train_loss", "gauge", "Mean loss since the last line of the log; part=loss is the sum of all parts", "part"),
+        Metric(
+            "i3cl_train_loss",
+            "gauge",
+            "Mean loss since the last line of the log; part=loss is the sum of all parts, part=loss/NAME the loss of one training "
+            "set where there are several",
+            "part",
+        ),
         Metric("i3cl_train_learning_rate", "gauge", "Learning rate of the last step"),
         Metric("i3cl_train_step", "gauge", "Steps done"),
         Metric("i3cl_train_steps", "gauge", "Steps of the whole training"),

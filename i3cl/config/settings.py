@@ -162,7 +162,7 @@ class SourceSettings(_Settings):
     name: str | None = None
     """Name of a training set in logs and messages; null: that of its annotation file without the ending."""
     weight: Positive = 1.0
-    """Share in the mixture: an epoch takes weight x its number of images (2 = every image twice, 0.5 = a random half)."""
+    """Share in the mixture: in an epoch, weight x the set's number of images (2 = every image twice, 0.5 = a random half)."""
     per_step: PositiveInt | None = None
     """Images of this training set among the train.batch images that each worker takes per step, in place of weight. All sets have
     it or none has, and the numbers add up to train.batch. Every set is visited in shuffled passes of its own."""
@@ -235,7 +235,7 @@ class TransformSettings(_Settings):
     erase_area: tuple[Fraction, Fraction] = (0.01, 0.08)
     """Smallest and largest share of the image's area that one rectangle takes; its sides have a ratio from 0.3 to 3.3."""
     min_visible: Fraction = 0.3
-    """An instance with less than this share of its area left after crop or rotation becomes an ignore region."""
+    """An instance of which crop or rotation leaves less than this share of its area becomes an ignore region."""
     min_side: NonNegative = 2.0
     """Pixels; an instance whose box has a shorter side after the transforms becomes an ignore region."""
 
@@ -268,7 +268,7 @@ class DataSettings(_Settings):
     test_upscale: bool = True
     """Enlarge images that are smaller than the test size."""
     skip_bad: bool = False
-    """List and count bad images and annotations instead of stopping at the first."""
+    """Leave bad images and annotations out, list and count them, instead of stopping at the first."""
     ray_data: bool = True
     """Feed workers through Ray Data (decoding may run on CPU nodes); false: threads inside the worker."""
     prefetch: NonNegativeInt = 2
@@ -319,7 +319,7 @@ class TrainSettings(_Settings):
     """At reference_batch images a step. With (workers x batch) / reference_batch it scales linearly for sgd, by the square root
     for adamw."""
     reference_batch: PositiveInt | None = None
-    """Images a step that learning_rate and warmup_steps are meant for; null: neither is scaled."""
+    """Images per step for which learning_rate and warmup_steps are meant; null: neither is scaled."""
     momentum: Fraction = 0.9
     """SGD only."""
     weight_decay: NonNegative = 1e-4
@@ -348,10 +348,8 @@ class TrainSettings(_Settings):
     log_every: PositiveInt = 20
     """Steps between progress lines."""
     start_from: str | None = None
-    """A run's name (its best checkpoint in the same storage), or, with a slash, a checkpoint directory or weights file.
-
-    Its weights start this run; tensors that it lacks are named.
-    """
+    """Where the initial weights come from: a run's name (its best checkpoint in the same storage), or, with a slash, a checkpoint
+    directory or weights file. The log names tensors that it lacks."""
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights, used for validation and kept in checkpoints; 0 = off."""
     seed: int = 0

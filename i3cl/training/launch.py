@@ -22,24 +22,26 @@ from i3cl.runtime.resources import cluster_gpus, machine_cores, use_gpu
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    # A lost machine is believed to be there for up to 20 s; the attempt to start on it must end before long.
+    # Ray counts a lost machine as alive for up to 20 s; an attempt to start workers on it must time out soon.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Some clouds announce the end of a spot machine 30 s before.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
-"""Environment of the process that runs Ray Train's controller, where it is not set otherwise."""
+"""Environment variables for the process that runs Ray Train's controller; what the user has set stays."""
 IDENTITY = ("model", "data", "train", "evaluate")
-"""Sections of the settings that make two trainings the same one."""
+"""Sections of the settings in which two trainings must agree to be the same run."""
 INITIAL = ("none", "timm", "package")
-"""Values of model.backbone.weights that are no file."""
+"""Values of model.backbone.weights that do not name a file."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    """Where a finished training is, and how good it is."""
+
     run: str
     """Run directory."""
     checkpoint: str
-    """Directory of the best checkpoint by F (the latest where there is no validation set)."""
+    """Directory of the best checkpoint by F (the latest one without a validation set)."""
     metrics: dict[str, Any]
     """Of that checkpoint: step, hmean, recall, precision, threshold, losses."""
 
@@ -47,13 +49,18 @@ class TrainResult:
 def train(settings: Settings) -> TrainResult:
     """Train `settings` in <storage>/<name>/, or continue it, or return at once when it is done.
 
-    UserError when the directory holds a run with other settings, or when the loss turned NaN (with step, part and images).
+    Raises:
+        UserError: the directory holds a run with other settings, or training cannot go on: a loss became NaN (with step,
+            part and images), an image cannot be used, or memory ran out.
     """
     return train_all([settings])[0]
 
 
 def train_all(runs: list[Settings]) -> list[TrainResult]:
-    """Several runs, side by side where the cluster holds them (cluster.parallel_runs), in the order given. As `train`."""
+    """Train several runs, at the same time where the cluster has room (cluster.parallel_runs); results in the order given.
+
+    Otherwise as `train`.
+    """
     runs = [located(settings) for settings in runs]
     todo = [settings for settings in runs if not _done(settings)]
     for settings in todo:
@@ -66,7 +73,7 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         together = _together(todo)
-        # Beside the driver, on the head of a cluster: a machine with GPUs may be taken away.
+        # On the driver's machine, which is the head of a cluster: a machine with GPUs may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         remote = ray.remote(num_cpus=0, max_retries=0)(fit).options(scheduling_strategy=here)
         for start in range(0, len(todo), together):
@@ -82,8 +89,9 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
 
 
 def located(settings: Settings) -> Settings:
-    """With absolute paths, because a worker's working directory is not the driver's, and with a run's name in train.start_from
-    replaced by that run's best checkpoint.
+    """The settings with absolute paths, and with a run's name in train.start_from replaced by that run's best checkpoint.
+
+    A worker's working directory is not the driver's, so relative paths would mean something else there.
     """
     root = storage.absolute(settings.storage)
     start, weights = settings.train.start_from, settings.model.backbone.weights
@@ -96,7 +104,7 @@ def located(settings: Settings) -> Settings:
 
 
 def _is_run(start: str) -> bool:
-    """Whether train.start_from names a run: a path has a slash, or is a weights file of the working folder."""
+    """Whether train.start_from names a run, not a path (which has a slash) or a weights file in the working folder."""
     return "/" not in start and not start.endswith((".pth", ".pt", ".safetensors"))
 
 
@@ -114,25 +122,25 @@ def _result(settings: Settings) -> TrainResult:
 
 
 def _check_data(settings: Settings) -> None:
-    """Read the annotations once here, so that a fault in them is told before any worker starts."""
+    """Read the annotations once in the driver, so that a fault in them is reported before any worker starts."""
     mix(settings.data.train, settings.data_root, settings.data.skip_bad, batch=settings.train.batch)
     if settings.data.validation is not None:
         read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
     weights = settings.model.backbone.weights
     if weights not in INITIAL and not storage.exists(weights):
-        raise UserError(f"model.backbone.weights: {weights} is not there; put the file there or set another path, timm or none")
+        raise UserError(f"model.backbone.weights: {weights} does not exist; put the file there or set another path, timm or none")
     _check_start(settings)
 
 
 def _check_start(settings: Settings) -> None:
-    """UserError when the checkpoint that a located run starts from is not there, with the command that makes it."""
+    """UserError when the checkpoint that a located run starts from does not exist, with the command that makes it."""
     start = settings.train.start_from
     if not start or (storage.is_file(start) or storage.is_complete(start)):
         return
     run, last = os.path.split(start)
     folder, name = os.path.split(run)
     if last != "best" or folder != settings.storage:
-        raise UserError(f"train.start_from: {start} is not there; give a run's name, a checkpoint directory or a weights file")
+        raise UserError(f"train.start_from: {start} does not exist; give a run's name, a checkpoint directory or a weights file")
     state = "has not finished" if storage.exists(run) else "has not begun"
     recipe = Path("configs", *name.split("-", 1)).as_posix() + ".yaml"
     if not os.path.isfile(recipe):
@@ -159,9 +167,16 @@ def _with_threads(settings: Settings, together: int) -> Settings:
 
 
 def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
-    """Run or continue one training to its end and put its best checkpoint in place; a message when it must not go on.
+    """Run or continue one training to its end and copy its best checkpoint to <run>/best.
 
-    For a process that has joined Ray and settings with absolute paths; callbacks: of Ray Train. `train` is for everybody else.
+    For a process that has joined Ray; everybody else calls `train`.
+
+    Args:
+        settings: as `located` returns them.
+        callbacks: for Ray Train.
+
+    Returns:
+        None, or a line for the user when training cannot go on.
     """
     import ray.train
 
@@ -174,7 +189,8 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
         except ray.train.WorkerGroupError as error:
             if mistake := inside(error, UserError):
                 return str(mistake)
-            # Ray counts the failures of a whole run, which on machines that vanish grow with its length.
+            # Ray counts the failures over a whole run; on machines that vanish, a long run has many. Only failures without
+            # progress in between count here.
             if _last_step(run) <= step:
                 raise
     stopped = (result.return_value or {}).get("stopped")
@@ -192,13 +208,13 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
 
 
 def _last_step(run: str) -> int:
-    """Step of the latest checkpoint of a run; 0 without one."""
+    """Step of the latest checkpoint of a run; 0 if there is none."""
     names = storage.list_dir(storage.join(run, "ray"))
     return max((int(name.removeprefix("step_")) for name in names if name.startswith("step_")), default=0)
 
 
 def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
-    """Ray Train's trainer of a run."""
+    """Ray Train's trainer for a run."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -235,11 +251,11 @@ def _trainer(settings: Settings, callbacks: Sequence[Any]) -> Any:
 
 
 class Progress:
-    """Prints the rows of a run's metrics file as they come, from a thread, with the time left."""
+    """A thread that prints new rows of a run's metrics file, with the time left."""
 
     def __init__(self, name: str, path: str, every: float = 2.0) -> None:
         self.name, self.path = name, path
-        # A look is a request on S3, where the file changes no quicker (MetricsLog.flush).
+        # On S3 every look is a request, and the file changes at most twice a minute (MetricsLog.flush).
         self.every = 5 * every if storage.is_remote(path) else every
         self._version: str | None = None
         self.where = observe.place(os.path.dirname(path), "train")
@@ -275,7 +291,7 @@ class Progress:
             if "loss" in row:
                 self._print(row)
             self._seen = max(self._seen, row["step"])
-        # Only now: the first rows may all be of an earlier session and would make the run look much too fast.
+        # The first rows may all come from an earlier session; counted in, they would make the pace look far too fast.
         if fresh and self._pace is None:
             self._pace = Pace(0, done=self._seen)
 

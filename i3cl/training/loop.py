@@ -1,8 +1,8 @@
 """The loop that every training worker runs: batches, losses, optimiser, validation, checkpoints.
 
-A step has `cluster.workers` shares of `train.batch` images. Worker r of w takes the shares r, r + w, …: one each when all are
-there, more when some are lost. The gradient is the mean over the shares either way, so a run does not depend on w (but for the
-running statistics of its norms, which are of the shares that worker 0 saw).
+A step has `cluster.workers` shares of `train.batch` images. Worker r of w takes the shares r, r + w, …: one share each when all
+workers are there, more when some are lost. The gradient is the mean over all shares, so a run does not depend on w (except for
+the running statistics of its norms, which come from the shares that worker 0 saw).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from i3cl.runtime.resources import machine_cores
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
 REMOTE_EVERY = 30.0
-"""Seconds between two versions of the log on S3; a checkpoint brings one of its own."""
+"""Seconds between two uploads of the log to S3; every checkpoint uploads it too."""
 _ASK_EVERY = 2.0
-"""Seconds between two questions whether a machine's end has been announced; each is a round trip that all workers wait for."""
+"""Seconds between two checks whether a machine's end has been announced; each is a round trip that all workers wait for."""
 _SHOWN = 20
 """Unusable images that a run names one by one."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
@@ -78,6 +78,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     settings = Settings.model_validate(config["settings"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    # Blocks of memory that grow leave fewer unusable gaps when image sizes change from step to step.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = get_device()
     threads = settings.cluster.threads or max(1, machine_cores() // context.get_local_world_size())
     torch.set_num_threads(threads)
@@ -92,7 +94,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         trainer = prepare(settings, device, rank, workers, config["run"])
     except UserError as error:
         if workers > 1:
-            # What one node lacks others may have: they would wait for this one to join.
+            # Other nodes may not have this fault; their workers would wait for this one.
             raise
         return {"stopped": str(error)}
     checkpoint = ray.train.get_checkpoint()
@@ -125,8 +127,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         trainer.run(report, lambda: ray.train.get_preemption_info() is not None)
     except MachineLeaves as notice:
         observe.note(str(notice), **where, level="WARNING", rank=rank, step=trainer.step)
-        # Ray must have the checkpoint on record before the workers end. An end of this kind is no failure to it: it starts the
-        # workers again at once, on the machines that stay.
+        # Ray must have registered the checkpoint before the workers end. It does not count this error as a failure: it starts
+        # the workers again at once, on the machines that stay.
         ray.train.get_all_reported_checkpoints(timeout_s=30)
         raise RayActorError(error_msg=str(notice), preempted=True) from None
     except TrainingStopped as stop:
@@ -152,9 +154,17 @@ def exchange_options() -> dict[str, bool]:
 
 
 def prepare(settings: Settings, device: torch.device, rank: int, workers: int, run: str) -> Trainer:
-    """A trainer at step 0 with the network's initial weights; what was loaded and what is new stands in its log's notes.
+    """A trainer at step 0 with the network's initial weights; its log's notes say what was loaded and what is new.
 
-    settings: as `launch.located` gives them. UserError for weights that are missing or another network's.
+    Args:
+        settings: as `launch.located` returns them.
+        device: where the network runs.
+        rank: number of this worker.
+        workers: how many there are.
+        run: run directory.
+
+    Raises:
+        UserError: the weights are missing or belong to another network.
     """
     if settings.train.precision == "float32":
         # A GPU would compute convolutions with 10 bits of mantissa otherwise.
@@ -175,9 +185,9 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
 
 @dataclass
 class MetricsLog:
-    """Rows of numbers by step, as JSON lines and TensorBoard events in the run directory; only rank 0 writes.
+    """Rows of numbers by step, written as JSON lines and TensorBoard events to the run directory by rank 0 alone.
 
-    A run that continues drops the rows after its checkpoint, so that no step stands twice.
+    A run that continues drops the rows after its checkpoint, so that no step appears twice.
     """
 
     run: str
@@ -187,6 +197,7 @@ class MetricsLog:
     _flushed: float = -math.inf
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row, which has `step`; its numbers also go to TensorBoard."""
         self.rows.append(row)
         if not self.enabled:
             return
@@ -202,11 +213,12 @@ class MetricsLog:
                 self._events.add_scalar(key, value, row["step"])
 
     def notes(self, lines: list[str]) -> None:
+        """Put lines of text in front of the first row of a new run."""
         if self.enabled and lines and not self.rows:
             self.rows.append({"step": 0, "notes": lines})
 
     def flush(self, now: bool = True) -> None:
-        """Write everything so far, whole; with now=False on S3, where each time sends it all, twice a minute at most."""
+        """Write the whole log. With now=False, at most twice a minute to S3, where every write sends all of it."""
         if not self.enabled or (not now and storage.is_remote(self.run) and time.monotonic() - self._flushed < REMOTE_EVERY):
             return
         self._flushed = time.monotonic()
@@ -219,7 +231,7 @@ class MetricsLog:
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the one before it is in use."""
+    """The same items; a thread makes the next one while one is in use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         end = object()
         coming = pool.submit(next, items, end)
@@ -261,14 +273,14 @@ def _stand_in() -> Pair:
 
 
 def _not_finite(losses: dict[str, float], samples: list[TrainingImage]) -> list[str]:
-    """What is wrong with the losses of one batch, at most one line."""
+    """What is wrong with the losses of one batch: one line or none."""
     parts = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
     names = ", ".join(sample.record.file_name for sample in samples)
     return [f"{', '.join(parts)}; images of the batch: {names}"] if parts else []
 
 
 class Trainer:
-    """Everything that one worker trains with. `run` goes from the current step to the last."""
+    """Everything that one worker needs for training; `run` trains from the current step to the last."""
 
     def __init__(self, settings: Settings, model: I3CL, device: torch.device, rank: int, workers: int, run: str) -> None:
         self.settings = settings
@@ -308,7 +320,9 @@ class Trainer:
             state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
             reason = "holds more than tensors and numbers" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
-            raise UserError(f"{folder / STATE / 'state.pt'}: cannot be continued from ({reason}); give another name=…") from error
+            raise UserError(
+                f"{folder / STATE / 'state.pt'}: training cannot continue from it ({reason}); give another name=…"
+            ) from error
         self.step = state["step"]
         if self.average is not None:
             self.model.load_state_dict(state["model"])
@@ -321,7 +335,7 @@ class Trainer:
         self.log.rows = [json.loads(line) for line in lines]
 
     def save(self, folder: Path) -> None:
-        """A complete checkpoint: weights and settings for prediction, and apart from them the state of training."""
+        """Write a complete checkpoint: weights and settings for prediction, and separately the state of training."""
         save_checkpoint(self._best_model(), folder, to_yaml(self.settings))
         state: dict[str, Any] = {"step": self.step, "optimizer": self.optimizer.state_dict()}
         if self.average is not None:
@@ -334,10 +348,16 @@ class Trainer:
         return self.model if self.average is None else self.average.model  # type: ignore[return-value]
 
     def run(self, report: Callable[[dict[str, Any], int], None], leaving: Callable[[], bool] = lambda: False) -> None:
-        """Train to the last step; `report(metrics, step)` is called at every checkpoint, by every rank.
+        """Train to the last step, or until `train.patience` ends the run.
 
-        leaving: whether a machine is about to be taken away, the same answer on every rank. MachineLeaves when it is, after a
-        checkpoint without validation, for which there may be no time.
+        Args:
+            report: called with metrics and step at every checkpoint, on every rank.
+            leaving: whether a machine is about to be taken away; gives the same answer on every rank.
+
+        Raises:
+            MachineLeaves: a machine will be taken away; a checkpoint has been saved, without validation, as time is short.
+            TrainingStopped: training cannot go on; on every rank.
+            UserError: memory ran out while gradients were computed; on this rank alone.
         """
         train = self.settings.train
         batches = self._ready_batches()
@@ -413,7 +433,7 @@ class Trainer:
         )
 
     def _ready_batches(self) -> Iterator[tuple[list[TrainingImage], list[Pair]]]:
-        """Batches with their tensors. With a GPU a thread prepares the next batch, in pinned memory, while the GPU computes."""
+        """Batches with their tensors; for a GPU, a thread prepares the next batch in pinned memory while the GPU computes."""
         gpu = self.device.type == "cuda"
 
         def ready(samples: list[TrainingImage]) -> tuple[list[TrainingImage], list[Pair]]:
@@ -472,7 +492,7 @@ class Trainer:
             losses = self._losses(share, pairs)
             stacked = torch.stack(list(losses.values()))
             of_images = self.model.image_losses if self.model.keep_image_losses else None
-            # One transfer of all numbers: every look at a single one would stop the GPU's queue.
+            # One transfer for all numbers: reading them one by one would make the CPU wait for the GPU each time.
             flat = stacked.detach() if of_images is None else torch.cat([stacked.detach(), of_images])
             values = flat.tolist()
         except RuntimeError as error:
@@ -489,7 +509,7 @@ class Trainer:
         return stacked, numbers
 
     def _backward(self, losses: torch.Tensor, pairs: list[Pair]) -> None:
-        # The exchange of gradients takes the mean over the workers; what is wanted is the mean over the shares.
+        # The workers exchange the mean of their gradients; the mean over the shares is wanted.
         try:
             (losses.sum() * (self.workers / self.settings.cluster.workers)).backward()
         except RuntimeError as error:
@@ -511,13 +531,13 @@ class Trainer:
         )
 
     def _without_exchange(self) -> AbstractContextManager[None]:
-        """Where gradients only add up in this worker."""
+        """A context in which gradients add up in this worker and are not exchanged."""
         if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
             return self.parallel.no_sync()
         return nullcontext()
 
     def _losses(self, share: int, pairs: list[Pair]) -> dict[str, torch.Tensor]:
-        # Dropout and the samplers draw from torch's generator: seeding it by step and share makes a continued run the same run.
+        # Dropout and the samplers draw from torch's generator. Seeding it by step and share makes a resumed run identical.
         torch.manual_seed((self.settings.train.seed * 1_000_003 + self.step) * 4099 + share)
         images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
         targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
@@ -554,7 +574,7 @@ class Trainer:
         raise TrainingStopped(message)
 
     def _share_statistics(self) -> None:
-        """Give every rank the normalisation statistics of rank 0, so that all validate the network that is saved."""
+        """Copy the normalisation statistics of rank 0 to every rank, so that all validate the network that is saved."""
         if self.workers > 1:
             for buffer in self._best_model().buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -575,7 +595,15 @@ class Trainer:
         return Predictor(self._best_model(), self.settings).detect_records(records, root)
 
     def validate(self) -> dict[str, float]:
-        """hmean, recall, precision at the best threshold over the whole validation set, on every rank; {} without one."""
+        """Score the network on the validation set.
+
+        Returns:
+            hmean, recall and precision at the best threshold, that threshold, and hmean_large, over the whole set, on every
+            rank; {} without a validation set.
+
+        Raises:
+            TrainingStopped: an image cannot be used; on every rank.
+        """
         if self.validation is None:
             return {}
         self._share_statistics()

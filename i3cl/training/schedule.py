@@ -14,7 +14,7 @@ _UNDECAYED = ("relative_position_bias_table", "pos_embed")
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW without weight decay on norms, biases and position tables. Frozen parameters stay out."""
+    """SGD with momentum, or AdamW without weight decay on norms, biases and position tables; frozen parameters are left out."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
@@ -51,7 +51,7 @@ def learning_rate(step: int, steps: int, images_per_step: int, settings: TrainSe
 class WeightAverage:
     """Exponential moving average of a network's weights and statistics, kept as a network in eval mode.
 
-    The decay at update n is min(decay, (1 + n) / (10 + n)), so that the random initial weights leave the average at once.
+    The decay at update n is min(decay, (1 + n) / (10 + n)), so that the initial weights soon vanish from the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -59,8 +59,8 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        # Named once: to gather a thousand tensors by name at every step would take longer than to average them. Frozen
-        # parameters stay equal by themselves; statistics are buffers and may move.
+        # Looked up once: with a small network, collecting the tensors by name takes as long as averaging them. Frozen
+        # parameters never change; running statistics do, and they are buffers.
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         average = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
         pairs = [(tensor, model.state_dict()[name]) for name, tensor in average.items()]

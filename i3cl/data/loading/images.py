@@ -14,7 +14,7 @@ from i3cl.data.loading.endings import FORMATS as _FORMATS
 from i3cl.errors import UserError
 
 MAX_PIXELS = 178_956_970
-"""Largest image decoded by default; the decoder itself refuses more."""
+"""Largest image that is decoded by default; the decoder itself refuses more."""
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,7 +24,7 @@ _UNDO = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""EXIF orientation -> what turns an upright image back into the stored one."""
+"""EXIF orientation -> the operation that turns an upright image back into the stored one."""
 
 
 class ImageError(UserError):
@@ -44,10 +44,13 @@ def check_size(name: str, found: tuple[int, ...], stated: tuple[int, int]) -> No
 def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image file (local path, s3:// URL) or of its bytes.
 
-    Pixels come as stored: EXIF orientation is not applied, because annotations count in stored pixels. Grey,
-    palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid over white, of an animation the
-    first frame is taken. ImageError when the file is missing, empty, no image, cut off, or has more than
-    `max_pixels` pixels; S3 that refuses everything or does not answer is no fault of the image and raises as in storage.
+    Pixels come as stored: EXIF orientation is not applied, because annotations refer to stored pixels. Grey, palette, CMYK and
+    16-bit images become 8-bit RGB, transparency is laid over white, and an animation gives its first frame.
+
+    Raises:
+        ImageError: the file is missing, empty, not an image, cut off, or has more than `max_pixels` pixels.
+        AccessError: S3 refuses every request; that is not the image's fault.
+        NoAnswer: S3 does not answer, as above.
     """
     if isinstance(source, bytes):
         name, data = "image", source
@@ -68,7 +71,7 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{name}: {image.width} x {image.height} is more than {max_pixels} pixels")
-            # The fast decoder is silent about a file that is cut off: it gets those that have their end.
+            # The fast decoder does not report files that are cut off, so it only gets files that have their end.
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and _has_end(data):
                 flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -86,9 +89,9 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
 
 
 def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width, pixels as stored, of an image file (local path, s3:// URL), read from its header alone.
+    """Height and width in stored pixels of an image file (local path, s3:// URL), read from its header alone.
 
-    Says nothing about whether the rest can be decoded. ImageError when the file is missing, no image, or too large.
+    The rest of the file may still be damaged. ImageError when the file is missing, not an image, or too large.
     """
     from i3cl import storage
 
@@ -120,7 +123,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     turned = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
     image.load()
     if turned in _UNDO:
-        # Loading a TIFF, and nothing else, applies its orientation.
+        # Loading applies the orientation of a TIFF, but of no other format.
         image = image.transpose(_UNDO[turned])
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
@@ -146,14 +149,14 @@ def test_scale(height: int, width: int, short_side: int, long_side: int, upscale
     return scale if upscale else min(scale, 1.0)
 
 
-test_scale.__test__ = False  # type: ignore[attr-defined]  # the name is the field's, but it is no test
+test_scale.__test__ = False  # type: ignore[attr-defined]  # not a test, despite its name
 
 
 def resize(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
     """The image times `scale`, sides rounded and at least 1 pixel.
 
-    Bilinear, as the published weights saw it; below one half, where bilinear sampling steps over source
-    pixels and thin strokes break up, the average over the covered area.
+    Bilinear, as for the published weights; below one half, where bilinear sampling skips source pixels and thin strokes break
+    up, the average over the covered area.
     """
     height, width = scaled_size(image.shape[0], image.shape[1], scale)
     if (height, width) == image.shape[:2]:

@@ -1,8 +1,8 @@
 """From data sets to training batches: the mixture, the order of the whole run, and decoding through Ray Data.
 
-The order of every image of a run is a pure function of the seed, so a run that continues at step k sees exactly the images
-that it would have seen, on any number of workers of the same total batch. Decoding and augmentation run as Ray Data tasks
-wherever the cluster has free CPUs; a worker receives finished uint8 pixels and polygons, never bitmaps of masks.
+The order of a run's images depends on the seed alone, so a run that continues at step k sees exactly the images that it would
+have seen, on any number of workers with the same total batch. Decoding and augmentation run as Ray Data tasks wherever the
+cluster has free CPUs; a worker receives finished uint8 pixels and polygons, never bitmaps of masks.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from i3cl.errors import UserError
 from i3cl.runtime.cluster import quiet
 
 _SEGMENT = 2048
-"""Images of one worker that are handed to Ray Data at a time."""
+"""Images that one worker hands to Ray Data at a time."""
 
 
 def read_source(source: SourceSettings, data_root: str, skip_bad: bool = False, check_files: bool = True) -> Dataset:
-    """One data set with its paths under `data_root` and its lossweight override applied.
+    """Read one data set, with its paths under `data_root` and its override of lossweight applied.
 
-    check_files: look whether every image file is there, and list what skip_bad left out; the driver does it once, before
+    check_files: check that every image file exists, and list what skip_bad left out; the driver does this once, before the
     workers read the same set.
     """
     annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
@@ -72,7 +72,7 @@ class Mixture:
     """Several data sets as one table, with how often an epoch visits each row or how many images of a share each set fills."""
 
     table: pa.Table
-    """IMAGE_SCHEMA rows of all sources, one after the other; those of Parquet sources stay in their memory map."""
+    """IMAGE_SCHEMA rows of all sources, one source after the other; rows of Parquet sources stay memory-mapped."""
     weights: np.ndarray
     """(rows,) float64: expected visits per epoch."""
     sizes: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class Mixture:
         return math.ceil(epochs * self.sizes[0] * sum(self.per_step) / (images_per_step * self.per_step[0]))
 
     def rows(self, numbers: np.ndarray) -> pa.Table:
-        """The rows of (N,) int64 numbers, copied out of the table."""
+        """The rows with the numbers (N,) int64, copied out of the table."""
         return self._records.take(numbers)
 
     def sources(self, numbers: np.ndarray) -> np.ndarray:
@@ -196,11 +196,23 @@ def training_batches(
     seed: int,
     workers: int = 1,
 ) -> Iterator[list[TrainingImage]]:
-    """One list of `batch` augmented samples for every step of `steps` and every one of `shares`, in this order.
+    """One list of `batch` augmented images for every step and, within it, every share that this worker takes.
 
-    shares: the parts 0 … of - 1 of a step that this worker takes. Position p = (step * of + share) * batch + i of the run's
-    order; its augmentation is drawn from (seed, p), so neither the number of prefetching tasks, nor a restart, nor who takes
-    which share changes a pixel. workers: that share the cluster's memory for decoding.
+    Image i of a share is at position p = (step * of + share) * batch + i of the run's order, and its augmentation is drawn from
+    (seed, p): neither the number of prefetching tasks, nor a restart, nor which worker takes a share changes a pixel.
+
+    Args:
+        mixture: what `mix` made of data.train.
+        settings: how to decode and augment.
+        steps: the steps to come.
+        batch: images of a share.
+        shares: numbers of this worker's shares, 0 … of - 1.
+        of: shares of a step.
+        seed: of the order and the augmentation.
+        workers: processes that divide the cluster's memory for decoding among them.
+
+    Raises:
+        UserError: an image cannot be used and bad ones are not skipped.
     """
     step = np.asarray(steps, np.int64)[:, None, None] * of
     share = np.asarray(shares, np.int64)[None, :, None]
@@ -218,7 +230,7 @@ def training_batches(
 
 
 class _Loader:
-    """Decodes and augments one batch of rows. Pixels travel as bytes with their shape: Arrow has no ragged tensors."""
+    """Decodes and augments one batch of rows. Pixels travel as bytes and a shape: Arrow has no ragged tensors."""
 
     def __init__(self, settings: DataSettings, seed: int) -> None:
         self.transforms = [TrainTransform(settings.transform_of(i)) for i in range(len(settings.train))]
@@ -282,7 +294,7 @@ def _through_ray_data(
     quiet(DataContext.get_current())
     options = DataContext.get_current().execution_options
     options.preserve_order = True
-    # Every worker runs its own pipeline: each may take its share of the cluster, not all of it.
+    # Every worker runs a pipeline of its own and may take only its part of the cluster's memory.
     store = ray.cluster_resources().get("object_store_memory", 1 << 30)
     options.resource_limits = ExecutionResources(cpu=settings.decode_tasks, object_store_memory=store / 4 / workers)
     rows_per_task = max(batch * 2, 16)

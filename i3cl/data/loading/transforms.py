@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import torch
 
 FILL = (124, 116, 104)
-"""RGB where a rotation shows nothing: the mean, which normalising turns into about zero, as padding is."""
+"""RGB where a rotation uncovers pixels and where patches are erased: the mean, which normalising turns into about zero."""
 ROTATION = {"rotate": 10.0, "colour_rotate": 15.0}
 """Largest angle of a policy, degrees."""
 JITTER = 0.4
-"""Colour, brightness and contrast are each multiplied by 1 +- this at most."""
+"""Colour, brightness and contrast are each multiplied by a number from 1 - this to 1 + this."""
 GREY = np.array([0.299, 0.587, 0.114])
 
 
@@ -65,7 +65,7 @@ class TrainTransform:
         self.settings = settings
 
     def __call__(self, image: NDArray[np.uint8], record: ImageRecord, rng: np.random.Generator) -> TrainingImage:
-        """One random sample of an image (H, W, 3) uint8 RGB; the same `rng` state gives the same sample.
+        """One random variant of an image (H, W, 3) uint8 RGB; the same `rng` state gives the same variant.
 
         ImageError when the image does not have the record's size.
         """
@@ -86,7 +86,7 @@ class TrainTransform:
             scale = min(scale * float(np.exp(rng.uniform(*np.log(settings.scale_jitter)))), long_cap / max(height, width))
         out_height, out_width = scaled_size(height, width, scale)
 
-        # Rotated before sides are rounded to whole pixels: that stretches x and y a little differently.
+        # Rotate first: rounding the sides to whole pixels stretches x and y by slightly different factors.
         matrix = _flip(flip_x, flip_y, width, height)
         matrix = _rotation(angle, width / 2, height / 2) @ matrix
         matrix = np.diag([out_width / width, out_height / height, 1.0]) @ matrix
@@ -123,7 +123,7 @@ class TrainTransform:
         boxes = [geometry.polygon_box(p) for p, i in zip(polygons, record.instances, strict=True) if not i.ignore]
         if boxes and rng.random() < 0.75:
             box = boxes[rng.integers(len(boxes))]
-            # All places that hold the whole instance, or lie within it where it is larger than the window.
+            # All windows that hold the whole instance, or that lie within it where it is larger than the window.
             ends = np.sort([box[:2], box[2:] - crop], axis=0)
             low, high = np.clip(ends[0], low, high), np.clip(ends[1], low, high)
         start = np.minimum(np.ceil(low), np.floor(high)).astype(np.int64)
@@ -180,14 +180,14 @@ class EvalTransform:
 
 
 def to_target(sample: TrainingImage) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A sample as the network takes it: the image (3, h, w) float32 RGB, 0-255, and its target.
+    """The input of the network for one image: the image (3, h, w) float32 RGB, 0-255, and its target.
 
     boxes (N, 4) float32 x0, y0, x1, y1 tight around the polygons; labels (N,) int64 zeros; masks: N uint8
     tensors (h, w) of 0 and 1, each of the polygon's own pixel box, whose left top is in mask_origins (N, 2)
     int64 x, y; lossweight (N,) float32; outlineweight (N,) float32, where any is not 1; ignore (N,) bool;
     image_weight, a float.
     """
-    # Here, because the processes that only decode and augment need not load torch.
+    # Imported here: processes that only decode and augment do not need torch.
     import torch
 
     instances = sample.record.instances
@@ -236,11 +236,11 @@ def _warp(
     rotated: bool,
 ) -> NDArray[np.uint8]:
     if scale < 0.5:
-        # One bilinear look would step over source pixels; shrink by area first, as at test time.
+        # Bilinear sampling alone would skip source pixels; shrink by area first, as at test time.
         small = resize(image, scale)
         matrix = matrix @ np.diag([image.shape[1] / small.shape[1], image.shape[0] / small.shape[0], 1.0])
         image = small
-    # warpAffine counts from pixel centres.
+    # warpAffine's coordinates are those of pixel centres.
     to_centres = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
     from_centres = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
     centred = (from_centres @ matrix @ to_centres)[:2]
