@@ -46,7 +46,9 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("i3cl_train_images_per_second", "gauge", "Images trained per second by all workers, since the last line of the log"),
+        Metric(
+            "i3cl_train_images_per_second", "gauge", "Images trained per second by all workers, since the last line of the log"
+        ),
         Metric("i3cl_train_loss", "gauge", "Mean loss since the last line of the log; part=loss is the sum of all parts", "part"),
         Metric("i3cl_train_learning_rate", "gauge", "Learning rate of the last step"),
         Metric("i3cl_train_step", "gauge", "Steps done"),
@@ -63,7 +65,11 @@ METRICS = {
             "Time for which a checkpoint held up training; its count is the number of checkpoints written",
             bounds=(0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600),
         ),
-        Metric("i3cl_label_images_total", "counter", "Images processed by the ensemble; with several passes, an image counts once per pass"),
+        Metric(
+            "i3cl_label_images_total",
+            "counter",
+            "Images processed by the ensemble; with several passes, an image counts once per pass",
+        ),
         Metric("i3cl_label_errors_total", "counter", "Images that could not be labelled"),
         Metric("i3cl_label_images_per_second", "gauge", "Images per second since the first actor was ready"),
         Metric("i3cl_label_remaining_images", "gauge", "Images still to label"),
