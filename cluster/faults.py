@@ -150,7 +150,7 @@ class Training(Job):
         return Row("training", fault, time.monotonic() - struck, f"{redone(seen, lowest)} steps", how)
 
     def announce(self, fault: str, how: str) -> Row:
-        """Like `strike` with `warn`, but measured from the last step before training leaves the machine, as it runs until then."""
+        """Like `strike` with `warn`, but measured from the last step before training leaves the machine."""
         self.wait_for_step((self.step() // self.interval + 1) * self.interval + self.interval // 2)
         leaving = self.workers[-1]
         self.warn()

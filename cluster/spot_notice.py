@@ -7,7 +7,7 @@ This runs `ray drain-node` with reason PREEMPTION for every raylet on this machi
 training run sees the warning. It needs only the standard library and the `ray` command next to this Python. With token
 authentication, RAY_AUTH_MODE and the token are read from the environment, as by any Ray command.
 
-AWS announces the end of a spot machine two minutes before, in spot/instance-action; Google about 30 s before, in instance/preempted.
+AWS announces the end of a spot machine two minutes before in spot/instance-action, Google about 30 s in instance/preempted.
 Exit status 0: Ray was told, or this is not a spot machine, or another watcher runs here; 1: Ray could not be told.
 """
 

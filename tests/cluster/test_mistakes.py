@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 
 from i3cl.cli import command_line
@@ -34,10 +33,11 @@ class Bad:
 def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
         cluster.connect()
         import ray
         import ray.data
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
         yield ray
         ray.shutdown()
