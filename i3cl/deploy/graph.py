@@ -25,6 +25,7 @@ from i3cl.model.inter import GRID, InterBlock
 from i3cl.model.intra import ROUNDS, IntraBlock
 from i3cl.model.network import I3CL
 from i3cl.model.proposals import STRIDES
+from i3cl.model.pyramid import Pyramid
 
 _ABSENT = -1.0
 """Score of a row that only fills a tensor of fixed length."""
@@ -143,6 +144,25 @@ def _with_fixed_padding(module: nn.Module) -> None:
             _with_fixed_padding(child)
 
 
+class _Pyramid(nn.Module):
+    """The feature pyramid of maps whose sides double exactly from level to level, as they do for sides that are multiples of 32."""
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.lateral, self.output = pyramid.lateral, pyramid.output
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """As `Pyramid.forward`."""
+        sums = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+        for i in range(len(sums) - 1, 0, -1):
+            batch, channels, height, width = sums[i].shape
+            # Nearest-neighbour enlargement; the exporter writes F.interpolate to a symbolic size as a search for indices.
+            double = sums[i][:, :, :, None, :, None].expand(batch, channels, height, 2, width, 2)
+            sums[i - 1] = sums[i - 1] + double.reshape(batch, channels, 2 * height, 2 * width)
+        levels = [output(x) for output, x in zip(self.output, sums, strict=True)]
+        return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
+
+
 class _Intra(nn.Module):
     """An intra block with its three kernels a round, and its BatchNorm, multiplied out."""
 
@@ -207,6 +227,7 @@ class DetectionGraph(nn.Module):
         self.network = network
         self.settings = network.settings
         _with_fixed_padding(network.backbone)
+        network.pyramid = _Pyramid(network.pyramid)  # type: ignore[assignment]
         if network.intra is not None:
             network.intra = nn.ModuleList(_Intra(block) for block in network.intra)  # type: ignore[arg-type]
         self.inter = None if network.heads.inter is None else _Inter(network.heads.inter)
