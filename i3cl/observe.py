@@ -52,8 +52,8 @@ METRICS = {
         Metric(
             "i3cl_train_loss",
             "gauge",
-            "Mean loss since the last line of the log; part=loss is the sum of all parts, part=loss/NAME the loss of one training "
-            "set where there are several",
+            "Mean loss since the last line of the log; part=loss is the sum of all parts, part=loss/NAME the loss of one "
+            "training set where there are several",
             "part",
         ),
         Metric("i3cl_train_learning_rate", "gauge", "Learning rate of the last step"),

@@ -27,6 +27,8 @@ class _Settings(BaseModel):
 
 
 class BackboneSettings(_Settings):
+    """The image network and its initial weights."""
+
     name: str = "resnet50"
     """resnet50, resnext101, resnext151, resnest101, vitaev2_s, or any timm model with features_only."""
     weights: Literal["none", "timm", "package"] | str = "none"
@@ -254,6 +256,8 @@ class TransformSettings(_Settings):
 
 
 class DataSettings(_Settings):
+    """Data sets, how training sees them, and the size at test."""
+
     catalogue: str | None = None
     """YAML file of named data sets, a path relative to the recipe that names it; null once the recipe is loaded."""
     train: tuple[SourceSettings, ...] = ()
@@ -307,6 +311,8 @@ class DataSettings(_Settings):
 
 
 class TrainSettings(_Settings):
+    """One training run: length, optimiser, checkpoints."""
+
     steps: PositiveInt = 1000
     """Optimiser steps in all. Give this or epochs."""
     epochs: PositiveInt | None = None
@@ -356,6 +362,8 @@ class TrainSettings(_Settings):
 
 
 class ClusterSettings(_Settings):
+    """Workers, GPUs and CPUs."""
+
     workers: PositiveInt = 1
     """Training workers (one GPU each when gpu is true). A step takes workers x train.batch images."""
     min_workers: PositiveInt | None = None
@@ -393,6 +401,8 @@ class ViewSettings(_Settings):
 
 
 class FusionSettings(_Settings):
+    """How the polygons of members and views become one set of instances."""
+
     iou: Fraction = 0.5
     """Polygons of different members and views that overlap at least this much form one cluster."""
     member_weights: dict[str, NonNegative] = {}
@@ -404,6 +414,8 @@ class FusionSettings(_Settings):
 
 
 class SelectSettings(_Settings):
+    """Thresholds that make pseudo labels of fused instances."""
+
     high: Fraction = 0.7
     """Fused score from which an instance has lossweight 1."""
     low: Fraction = 0.4
@@ -441,6 +453,8 @@ class SelectSettings(_Settings):
 
 
 class LabelSettings(_Settings):
+    """Labelling with an ensemble."""
+
     members: dict[str, str] = {}
     """Name -> checkpoint directory, local or s3://."""
     views: tuple[ViewSettings, ...] = (ViewSettings(),)
@@ -476,6 +490,8 @@ class LabelSettings(_Settings):
 
 
 class EvaluateSettings(_Settings):
+    """The score: overlap, matching, threshold."""
+
     iou: Fraction = 0.5
     """A detection is right when its polygon IoU with a truth is above this (strict)."""
     matching: Literal["first", "best_gt", "max", "greedy"] = "first"
@@ -566,6 +582,8 @@ class TeacherSettings(_Settings):
 
 
 class SelfTrainSettings(_Settings):
+    """The circle: teachers, pseudo labels, student, control."""
+
     teachers: tuple[TeacherSettings, ...] = ()
     student: TeacherSettings = TeacherSettings(name="student")
     student_starts_from_best_teacher: bool = True

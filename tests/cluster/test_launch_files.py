@@ -144,7 +144,7 @@ def check_aws(config: dict) -> None:
 
 
 def unknown_keys(value: Any, shape: Any) -> list[str]:
-    """botocore passes unknown keys of nested structures; AWS does not."""
+    """Botocore passes unknown keys of nested structures; AWS does not."""
     if shape.type_name == "structure":
         known = [key for key in value if key in shape.members]
         return [key for key in value if key not in shape.members] + [

@@ -33,7 +33,9 @@ def images(count: int, seed: int = 3) -> list[np.ndarray]:
     """Pictures with words, cut to different shapes."""
     random = np.random.default_rng(seed)
     cut = [(int(h), int(w)) for h, w in random.integers(40, 129, (count, 2))]
-    return [np.ascontiguousarray(m.image[:h, :w]) for m, (h, w) in zip(make_split(0, count, seed=seed, side=128), cut, strict=True)]
+    return [
+        np.ascontiguousarray(m.image[:h, :w]) for m, (h, w) in zip(make_split(0, count, seed=seed, side=128), cut, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,9 @@ def test_fixed_size_pads_inside_the_graph(checkpoint, network, tmp_path):
         height, width = image.shape[:2]
         tensor = torch.from_numpy(image).permute(2, 0, 1).float()
         with torch.no_grad():
-            batch = torch.nn.functional.pad(network.batch([tensor]), (0, 128 - -(-width // 32) * 32, 0, 96 - -(-height // 32) * 32))
+            batch = torch.nn.functional.pad(
+                network.batch([tensor]), (0, 128 - -(-width // 32) * 32, 0, 96 - -(-height // 32) * 32)
+            )
             levels = network.features(batch)
             (wanted,) = network.heads.detect(levels, network.proposals.propose(levels, [(height, width)]), [(height, width)])
         assert_same(predictor, wanted, image)
@@ -208,7 +212,12 @@ def test_runs_where_torch_and_ray_are_not_installed(exported, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"", "cannot be loaded"), (b"not onnx at all", "cannot be loaded"), ("foreign", "export-onnx wrote")],
+    [
+        (None, "no such file"),
+        (b"", "cannot be loaded"),
+        (b"not onnx at all", "cannot be loaded"),
+        ("foreign", "export-onnx wrote"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "x.onnx"
@@ -246,5 +255,7 @@ def test_command(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "images up to 96 x 96 pixels" in done.stdout
     assert OnnxPredictor(tmp_path / "m.onnx").info.max_height == 96
-    done = subprocess.run([*command[:-1], "9x"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    done = subprocess.run(
+        [*command[:-1], "9x"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300
+    )
     assert done.returncode == 2 and "HEIGHTxWIDTH" in done.stderr

@@ -168,7 +168,7 @@ def test_a_polygon_joins_the_cluster_that_it_fits_best():
 
 
 def test_one_polygon_of_a_view_in_a_cluster():
-    """b sees the line as two words that both overlap it enough: only the better one votes for the line."""
+    """B sees the line as two words that both overlap it enough: only the better one votes for the line."""
     line, left, right = box(0, 0, 100, 20), box(0, 0, 58, 20), box(44, 0, 100, 20)
     settings = FusionSettings(iou=0.5)
     result = fuse([MemberPrediction("a", [line], [0.9]), MemberPrediction("b", [left, right], [0.5, 0.5])], settings)
@@ -426,8 +426,7 @@ def test_shapes_neither_grow_nor_shrink():
 
 
 def test_speed():
-    """1,000 images of 5 members with 30 instances are meant to take 10 s on two cores; a busy machine gets
-    twice that."""
+    """1,000 images of 5 members with 30 instances are meant to take 10 s on two cores; a busy machine gets twice that."""
     images = [scene(seed, views=(1,) * 5, words=30, side=1500) for seed in range(20)]
     start = time.process_time()
     fuse_images(images, SETTINGS)
