@@ -20,6 +20,7 @@ import i3cl
 from i3cl.config import to_yaml, with_overrides
 from i3cl.data.synthetic.plain import make_split
 from i3cl.deploy import OnnxPredictor
+from i3cl.deploy.compare import compare, reference
 from i3cl.deploy.export import export_onnx
 from i3cl.errors import UserError
 from i3cl.geometry import overlaps
@@ -33,7 +34,9 @@ def images(count: int, seed: int = 3) -> list[np.ndarray]:
     """Pictures with words, cut to different shapes."""
     random = np.random.default_rng(seed)
     cut = [(int(h), int(w)) for h, w in random.integers(40, 129, (count, 2))]
-    return [np.ascontiguousarray(m.image[:h, :w]) for m, (h, w) in zip(make_split(0, count, seed=seed, side=128), cut, strict=True)]
+    return [
+        np.ascontiguousarray(m.image[:h, :w]) for m, (h, w) in zip(make_split(0, count, seed=seed, side=128), cut, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,9 @@ def test_polygons_in_pixels_of_the_photograph(exported, network, tmp_path):
             assert len(same) == 0 or same.diagonal().min() > 0.99
             pairs += len(same)
     assert pairs > 20
+    report = compare(network, predictor, images(6, seed=8))
+    assert (report.images, report.lost, report.added) == (6, 0, 0) and report.texts > 20
+    assert report.box < 1e-3 and report.score < 1e-4 and report.iou > 0.99 and "6 images" in str(report)
 
 
 def test_fixed_size_pads_inside_the_graph(checkpoint, network, tmp_path):
@@ -108,13 +114,7 @@ def test_fixed_size_pads_inside_the_graph(checkpoint, network, tmp_path):
         scale = predictor.scale(*image.shape[:2])
         assert round(image.shape[0] * scale) <= 96 and round(image.shape[1] * scale) <= 128
         image = image[:96]
-        height, width = image.shape[:2]
-        tensor = torch.from_numpy(image).permute(2, 0, 1).float()
-        with torch.no_grad():
-            batch = torch.nn.functional.pad(network.batch([tensor]), (0, 128 - -(-width // 32) * 32, 0, 96 - -(-height // 32) * 32))
-            levels = network.features(batch)
-            (wanted,) = network.heads.detect(levels, network.proposals.propose(levels, [(height, width)]), [(height, width)])
-        assert_same(predictor, wanted, image)
+        assert_same(predictor, reference(network, image, (96, 128)), image)
 
 
 def test_image_without_text(exported, checkpoint, tiny_settings, tmp_path):
@@ -208,7 +208,12 @@ def test_runs_where_torch_and_ray_are_not_installed(exported, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"", "cannot be loaded"), (b"not onnx at all", "cannot be loaded"), ("foreign", "export-onnx wrote")],
+    [
+        (None, "no such file"),
+        (b"", "cannot be loaded"),
+        (b"not onnx at all", "cannot be loaded"),
+        ("foreign", "export-onnx wrote"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "x.onnx"
@@ -246,5 +251,7 @@ def test_command(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "images up to 96 x 96 pixels" in done.stdout
     assert OnnxPredictor(tmp_path / "m.onnx").info.max_height == 96
-    done = subprocess.run([*command[:-1], "9x"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    done = subprocess.run(
+        [*command[:-1], "9x"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300
+    )
     assert done.returncode == 2 and "HEIGHTxWIDTH" in done.stderr
