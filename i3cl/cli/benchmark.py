@@ -91,5 +91,5 @@ def main() -> None:
     options_of = parser()
     complete(options_of)
     options = options_of.parse_args()
-    with exit_status(f"{options_of.prog} {options.command}", resumes=False), observe.only_json():
+    with exit_status(f"{options_of.prog} {options.command}", resumes=False), observe.console():
         print(options.work(options))

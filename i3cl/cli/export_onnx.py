@@ -13,7 +13,31 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     done = export_onnx(options.checkpoint, options.out, options.size, "float16" if options.half else "float32")
     shape = "images of any size" if options.size is None else f"images up to {options.size[0]} x {options.size[1]} pixels"
     print(f"{options.out}: {done.bytes / 1e6:.1f} MB, {done.nodes} operators, {shape}")
+    if options.check:
+        _check(options)
     print(f"next: i3cl demo --checkpoint {options.out}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from itertools import islice
+
+    import torch
+
+    import i3cl
+    from i3cl import storage
+    from i3cl.cli.predict import SUFFIXES
+    from i3cl.data.loading.images import decode_image
+    from i3cl.deploy import OnnxPredictor
+    from i3cl.deploy.compare import compare
+    from i3cl.errors import UserError
+
+    names = [name for name in storage.list_dir(options.check) if name.lower().endswith(tuple(SUFFIXES))]
+    if not names:
+        raise UserError(f"{options.check}: has no image ({', '.join(sorted(SUFFIXES))})")
+    torch.set_num_threads(options.threads)
+    network, predictor = i3cl.load(options.checkpoint, device="cpu"), OnnxPredictor(options.out, options.threads)
+    images = (decode_image(storage.join(options.check, name)) for name in islice(names, 50))
+    print(f"{options.threads} threads, {compare(network, predictor, images)}")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +48,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--size", type=_size, metavar="HxW", help="pad every image to HEIGHTxWIDTH pixels, multiples of 32, inside the graph"
     )
+    parser.add_argument("--check", metavar="FOLDER", help="compare with PyTorch on up to 50 images of this folder")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of the comparison (default 1)")
     parser.add_argument("--half", action="store_true", help="store the weights as float16: half the file, the same speed")
 
 

@@ -250,6 +250,7 @@ def write_labels(labels: _Labels) -> bytes:
         UserError: the name cannot be that of an image.
     """
     from i3cl.data.exports import labelme
+    from i3cl.data.exports.common import ExportOptions
     from i3cl.data.exports.submissions import write_art
     from i3cl.data.formats.coco import write_coco
     from i3cl.data.formats.records import ImageRecord, Instance
@@ -268,11 +269,11 @@ def write_labels(labels: _Labels) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "labels.json"
         if labels.format == "art":
-            write_art(str(out), [record])
+            write_art(str(out), [record], ExportOptions())
         elif labels.format == "coco":
             write_coco(str(out), [record])
         else:
-            labelme.write(str(Path(folder) / "labelme"), [record])
+            labelme.write(str(Path(folder) / "labelme"), [record], ExportOptions())
             out = Path(folder) / "labelme" / Path(name).with_suffix(".json")
         return out.read_bytes()
 

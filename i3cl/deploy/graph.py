@@ -135,8 +135,15 @@ def _with_fixed_padding(module: nn.Module) -> None:
             missing = [(k - 1) * d + 1 - s for k, d, s in zip(child.kernel_size, child.dilation, child.stride, strict=True)]
             down, across = (max(m, 0) for m in missing)
             pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
+            (kernel_y, kernel_x), (stride_y, stride_x), (step_y, step_x) = child.kernel_size, child.stride, child.dilation
             convolution = nn.Conv2d(
-                child.in_channels, child.out_channels, child.kernel_size, child.stride, 0, child.dilation, child.groups, False
+                child.in_channels,
+                child.out_channels,
+                (kernel_y, kernel_x),
+                (stride_y, stride_x),
+                dilation=(step_y, step_x),
+                groups=child.groups,
+                bias=False,
             )
             convolution.weight, convolution.bias = child.weight, child.bias
             setattr(module, name, nn.Sequential(pad, convolution))
@@ -145,7 +152,7 @@ def _with_fixed_padding(module: nn.Module) -> None:
 
 
 class _Pyramid(nn.Module):
-    """The feature pyramid of maps whose sides double exactly from level to level, as they do for sides that are multiples of 32."""
+    """The feature pyramid for maps whose sides double exactly from level to level: those of images with sides of 32 n."""
 
     def __init__(self, pyramid: Pyramid) -> None:
         super().__init__()

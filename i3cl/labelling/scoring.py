@@ -10,6 +10,7 @@ from i3cl.config import EvaluateSettings, Settings, with_overrides
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.evaluation.analysis.intervals import seeds_difference
+from i3cl.evaluation.formats.table import check_image_sizes
 from i3cl.evaluation.metrics.metric import DetectionMetric
 from i3cl.evaluation.metrics.model_score import Measured, image_of_record, score_predictions
 from i3cl.evaluation.metrics.protocols import iou_rules
@@ -44,9 +45,10 @@ def score_checkpoints(
             command line gives.
 
     Raises:
-        UserError: As `predict` raises it.
+        UserError: As `predict` raises it, and for an image whose size is not the one that its annotation states.
     """
     predictions = predict(truth, members, settings, out, title, given)
+    check_image_sizes(predictions, truth.records)
     scored = {
         name: score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate) for name in members
     }

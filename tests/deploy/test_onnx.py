@@ -20,6 +20,7 @@ import i3cl
 from i3cl.config import to_yaml, with_overrides
 from i3cl.data.synthetic.plain import make_split
 from i3cl.deploy import OnnxPredictor
+from i3cl.deploy.compare import compare, reference
 from i3cl.deploy.export import export_onnx
 from i3cl.errors import UserError
 from i3cl.geometry import overlaps
@@ -100,6 +101,9 @@ def test_polygons_in_pixels_of_the_photograph(exported, network, tmp_path):
             assert len(same) == 0 or same.diagonal().min() > 0.99
             pairs += len(same)
     assert pairs > 20
+    report = compare(network, predictor, images(6, seed=8))
+    assert (report.images, report.lost, report.added) == (6, 0, 0) and report.texts > 20
+    assert report.box < 1e-3 and report.score < 1e-4 and report.iou > 0.99 and "6 images" in str(report)
 
 
 def test_fixed_size_pads_inside_the_graph(checkpoint, network, tmp_path):
@@ -110,15 +114,7 @@ def test_fixed_size_pads_inside_the_graph(checkpoint, network, tmp_path):
         scale = predictor.scale(*image.shape[:2])
         assert round(image.shape[0] * scale) <= 96 and round(image.shape[1] * scale) <= 128
         image = image[:96]
-        height, width = image.shape[:2]
-        tensor = torch.from_numpy(image).permute(2, 0, 1).float()
-        with torch.no_grad():
-            batch = torch.nn.functional.pad(
-                network.batch([tensor]), (0, 128 - -(-width // 32) * 32, 0, 96 - -(-height // 32) * 32)
-            )
-            levels = network.features(batch)
-            (wanted,) = network.heads.detect(levels, network.proposals.propose(levels, [(height, width)]), [(height, width)])
-        assert_same(predictor, wanted, image)
+        assert_same(predictor, reference(network, image, (96, 128)), image)
 
 
 def test_image_without_text(exported, checkpoint, tiny_settings, tmp_path):
