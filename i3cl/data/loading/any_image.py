@@ -82,7 +82,7 @@ def _from_array(array: NDArray[Any], given: object) -> NDArray[np.uint8]:
         array = array[..., None]
     if array.shape[2] == 4:
         return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+    return np.ascontiguousarray(array if array.shape[2] == 3 else np.repeat(array, 3, axis=2))
 
 
 def describe(value: object) -> str:
