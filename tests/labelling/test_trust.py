@@ -69,6 +69,13 @@ def test_the_ensemble_is_better_than_members_that_err_apart(complementary):
     assert trust.calibration([0.4, 0.8]).tolist() == pytest.approx([0, 1], abs=0.01)
 
 
+def test_labels_in_another_frame_are_refused(complementary):
+    """Truth in the upright frame of images that were predicted as they are stored."""
+    turned = [ImageRecord(r.id, r.file_name, r.width, r.height, r.instances) for r in TRUTH]
+    with pytest.raises(UserError, match=r"0.jpg: the image is 300 x 200 but its annotation says 200 x 300 \(turned"):
+        measure_trust(complementary, turned, LabelSettings(), EVALUATE)
+
+
 def test_the_most_disputed_image_comes_first(complementary, tmp_path):
     trust = measure_trust(complementary, TRUTH, LabelSettings(), EVALUATE)
     assert trust.disputed[0].image_id == 4
