@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from typing import TypeVar
 
 E = TypeVar("E", bound=BaseException)
@@ -44,5 +46,16 @@ def _inside(error: BaseException, kind: type[E], seen: set[int]) -> E | None:
             return found
     if isinstance(error, kind):
         return error
+    if getattr(error, "actor_init_failed", False) and (found := _from_text(str(error), kind)):
+        return found
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return _inside(before, kind, seen) if before else None
+
+
+def _from_text(text: str, kind: type[E]) -> E | None:
+    """Make the error again from the last line of its traceback: Ray keeps nothing else of an error in an actor's constructor."""
+    last = re.fullmatch(r"(i3cl(?:\.\w+)*)\.(\w+): (.+)", text.strip().rpartition("\n")[2])
+    if not last:
+        return None
+    found = getattr(importlib.import_module(last[1]), last[2], None)
+    return found(last[3]) if isinstance(found, type) and issubclass(found, kind) else None

@@ -367,7 +367,8 @@ class _Lines(logging.Handler):
 
 
 def _json(record: logging.LogRecord) -> str:
-    fields = {key.removesuffix("_"): value for key, value in vars(record).items() if key not in _STANDARD}
+    # Ray adds a time of its own, whose name begins with an underscore, to every record.
+    fields = {key.removesuffix("_"): value for key, value in vars(record).items() if key not in _STANDARD and key[0] != "_"}
     where = _where(**{"stage": "", **fields, "level": record.levelname})
     line = {"time": _stamp(record.created), **where, "message": record.getMessage().strip()}
     first = ("time", "level", "run", "stage", "message")

@@ -199,7 +199,7 @@ def test_user_errors_of_local_paths(tmp_path):
         storage.read_bytes(str(tmp_path))
     with pytest.raises(UserError, match="is a file, not a folder"):
         storage.read_bytes(str(tmp_path / "file" / "a"))
-    with pytest.raises(UserError, match="taken by something else"):
+    with pytest.raises(UserError, match="exists already as something else"):
         storage.write_bytes_atomic(str(tmp_path / "file" / "a"), b"x")
     with pytest.raises(UserError, match="null character"):
         storage.read_bytes("a\0b")

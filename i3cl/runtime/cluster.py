@@ -81,16 +81,19 @@ def _start(silent: Mapping[str, Any]) -> None:
     # More logical CPUs than cores: on a laptop Ray Data decodes images on the same cores that a training worker has reserved, and
     # without a free logical CPU it would wait for ever.
     cpus = max(8, 2 * (os.cpu_count() or 1))
+    arguments: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 1 << 30}
+    arguments |= {**places.arguments, **silent}
     try:
         with this_machine_only():
-            ray.init(
-                "local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=1 << 30,
-                **places.arguments,  # type: ignore[arg-type]
-                **silent,
-            )
+            try:
+                ray.init("local", **arguments)
+            except Exception as error:
+                if "timed out during startup" not in str(error):
+                    raise
+                # Ray waits half a minute for its own processes, which is too short on a machine that is very busy.
+                logger.info("Ray: this machine is too busy to start it in time; trying once more")
+                ray.shutdown()
+                ray.init("local", **arguments)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(
