@@ -51,7 +51,7 @@ faults: setup
 	$(BIN)/python cluster/faults.py
 
 ablation: setup
-	$(BIN)/python jobs/ablation.py --config configs/ablation/plain.yaml
+	$(BIN)/python jobs/study.py --config configs/study/ablation.yaml $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

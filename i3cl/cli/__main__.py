@@ -14,7 +14,7 @@ GROUPS = {
     "training": {
         "train": "train one recipe with Ray Train",
         "selftrain": "the whole circle: teachers, pseudo labels, student, evaluation, report",
-        "ablation": "train the variants of a recipe with several seeds and compare them",
+        "study": "train the arms of a study with several seeds and compare them, with intervals",
     },
     "labels": {
         "label": "predict with an ensemble, select pseudo labels, measure how far to trust them",
@@ -24,7 +24,11 @@ GROUPS = {
         "evaluate": "score results or checkpoints by the protocols of the field",
         "benchmark": "time and memory of training, labelling and fusion",
     },
-    "running": {"predict": "find text in images with a checkpoint"},
+    "running": {
+        "predict": "find text in images with a checkpoint",
+        "demo": "a local page to try a checkpoint on photographs",
+        "export-onnx": "a checkpoint as one ONNX file that runs without PyTorch",
+    },
 }
 """Group -> command -> what it does."""
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}

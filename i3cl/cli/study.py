@@ -19,4 +19,5 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    run(work, __doc__)
+    """Entry point of jobs/study.py."""
+    run(work, __doc__, resumes=True)

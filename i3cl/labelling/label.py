@@ -1,6 +1,6 @@
 """The labelling step: an ensemble predicts unlabelled images, and thresholds make pseudo labels of the predictions.
 
-The circle, the ablation, the search and `label.py` all label through this file, so that the same rules hold everywhere: where the
+The circle, studies, the search and `label.py` all label through this file, so that the same rules hold everywhere: where the
 images are, which form the labels have, and that a missing image is an error row and not the end of the job.
 """
 

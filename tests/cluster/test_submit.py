@@ -194,9 +194,9 @@ def every(laptop, tiny_settings, tiny_set, tiny_checkpoints, tmp_path_factory) -
         "synthetic": {"labelled": 4, "unlabelled": 4, "validation": 4, "side": 96},
     }
     recipe(tiny_settings, laptop, **changes)
-    plain = {**changes, "name": "grid/plain", "selftrain.teachers": [], "synthetic": None}
-    recipe(tiny_settings, laptop, **plain)
-    recipe(tiny_settings, laptop, **{**plain, "name": "grid/intra", "model.intra": True})
+    arms = {"plain": {}, "intra": {"overrides": {"model.intra": True}}}
+    study = {"seeds": [0], "arms": arms, "compare": [["intra", "plain"]]}
+    recipe(tiny_settings, laptop, **{**changes, "name": "grid", "selftrain.teachers": [], "synthetic": None, "study": study})
     return shared
 
 
@@ -222,7 +222,7 @@ _VALIDATION = "label.source={annotations: %s/set.json, images: %s/images}"
             "selftrain.py --config every.yaml name=circle synthetic=null train.steps=6 train.checkpoint_every=3",
             "runs/circle/report.html",
         ),
-        ("ablation.py --config grid/plain.yaml --seeds 0 name=grid", "runs/grid/ablation.json"),
+        ("study.py --config grid.yaml", "runs/grid/study.json"),
         ("benchmark.py step --runs 1 --side 64", None),
     ],
     ids=lambda value: value.split()[0] if value and ".py" in value else "",
