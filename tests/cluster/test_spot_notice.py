@@ -134,7 +134,7 @@ def test_the_watch_outlasts_a_failing_service_and_a_strange_answer(metadata, cap
     threading.Thread(target=later).start()
     assert 50 < spot_notice.watch(spot_notice.Aws(), 0.02) <= 60
     said = capsys.readouterr().out
-    assert said.count("fails, asking again") == 2 and "503" in said  # once a fault, not once a look
+    assert said.count("fails and is asked again") == 2 and "503" in said  # once a fault, not once a look
 
 
 def test_no_watch_on_a_machine_at_full_price(metadata):
