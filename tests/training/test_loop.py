@@ -300,16 +300,15 @@ def faulty_in_a_group(rank, workers, settings, run, rendezvous):
     torch.set_num_threads(1)
     trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
     trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **exchange_options())
-    mine = iter([next(trainer._ready_batches())] * 2)
+    whole = trainer._batches()
 
-    def batches():
-        yield from mine
-        if rank:
-            raise UserError("cut.jpg: cannot be decoded")
-        yield from [next(trainer._ready_batches())] * 5
+    def cut_off():
+        yield next(whole)
+        yield next(whole)
+        raise UserError("cut.jpg: cannot be decoded")
 
-    trainer._ready_batches_of_the_test = batches()
-    trainer._ready_batches = lambda: trainer._ready_batches_of_the_test
+    if rank:
+        trainer._batches = cut_off
     try:
         trainer.run(lambda metrics, step: None)
     except TrainingStopped as stop:

@@ -1,0 +1,60 @@
+"""Unusable images in a real training on Ray: one line with the file and the reason, on one worker and on several."""
+
+import json
+import shutil
+
+import pytest
+
+from i3cl.config import with_overrides
+from i3cl.errors import UserError
+from i3cl.training.launch import train
+
+
+def cut_off(folder):
+    """One photograph is cut off in the middle."""
+    for path in (folder / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-400])
+    return r"images/\d+\.jpg: cannot be decoded"
+
+
+def page_instead_of_image(folder):
+    for path in (folder / "images").iterdir():
+        path.write_text("<html><body>Not found</body></html>")
+    return r"images/\d+\.jpg: not an image in a known format"
+
+
+def turned(folder):
+    """A labelling tool wrote the size of the upright picture, the files lie on their side."""
+    tree = json.loads((folder / "set.json").read_text())
+    for image in tree["images"]:
+        image["height"] = 120
+    (folder / "set.json").write_text(json.dumps(tree))
+    return r"\d+\.jpg: the image is 96 x 96 but its annotation says 96 x 120; correct the annotation"
+
+
+@pytest.fixture
+def recipe(tiny_set, tiny_settings, tmp_path):
+    shutil.copytree(tiny_set, tmp_path / "set")
+    source = {"annotations": str(tmp_path / "set" / "set.json"), "images": str(tmp_path / "set" / "images")}
+    changes = {"data.train": [source], "data.validation": None, "storage": str(tmp_path / "runs"), "data.ray_data": True}
+    changes |= {"train.steps": 4, "train.checkpoint_every": 4, "train.batch": 1}
+    return with_overrides(tiny_settings, changes, "test"), tmp_path / "set"
+
+
+@pytest.mark.parametrize(("fault", "workers"), [(cut_off, 1), (page_instead_of_image, 2), (turned, 2)])
+def test_an_unusable_image_ends_the_run_with_one_line(recipe, ray_cluster, fault, workers):
+    settings, folder = recipe
+    message = fault(folder)
+    with pytest.raises(UserError, match=rf"^[^\n]*training stopped: [^\n]*{message}[^\n]*$"):
+        train(with_overrides(settings, {"cluster.workers": workers}, "test"))
+
+
+def test_skip_bad_trains_on_the_rest_and_counts_what_it_left_out(recipe, ray_cluster, capfd):
+    settings, folder = recipe
+    (folder / "images" / "3.jpg").write_text("<html></html>")
+    result = train(with_overrides(settings, {"cluster.workers": 2, "train.steps": 8, "data.skip_bad": True}, "test"))
+    assert result.metrics["step"] == 8
+    rows = [json.loads(line) for line in (folder.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_images"] == 1, "12 images, 16 places"
+    printed = capfd.readouterr().out
+    assert "left out: " in printed and "3.jpg: not an image" in printed and "left out so far: 1 images" in printed
