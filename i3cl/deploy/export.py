@@ -71,7 +71,7 @@ def export_onnx(checkpoint: str, out: str, size: tuple[int, int] | None = None, 
     settings = network.recipe or Settings(model=network.settings)
     model = build(network, size)
     if weights == "float16":
-        _halve(model)
+        halve(model)
     info = ModelInfo(
         name=settings.name,
         num_classes=network.settings.num_classes,
@@ -192,7 +192,7 @@ def _take_images(model: Any, network: I3CL, size: tuple[int, int] | None) -> Non
     graph.output.extend(helper.make_tensor_value_info(name, *kind) for name, kind in zip(_OUTPUTS, kinds, strict=True))
 
 
-def _halve(model: Any) -> None:
+def halve(model: Any) -> None:
     """Stores the large float32 tensors as float16, in place, each with a Cast behind it that the runtime folds when it loads."""
     from onnx import TensorProto, helper, numpy_helper
 
