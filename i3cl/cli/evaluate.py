@@ -80,11 +80,8 @@ class _Progress:
 
 def _checkpoints(settings: Settings, options: argparse.Namespace) -> None:
     """Scores label.members on data.validation by polygon IoU and COCO mask AP."""
-    from i3cl.data.formats.predictions import member_predictions
     from i3cl.data.loading.ingest import read_source
-    from i3cl.evaluation.formats.table import check_image_sizes
-    from i3cl.evaluation.metrics.model_score import score_predictions
-    from i3cl.labelling.predict import predict
+    from i3cl.labelling.scoring import score_checkpoints
 
     if settings.data.validation is None:
         raise UserError(
@@ -95,11 +92,9 @@ def _checkpoints(settings: Settings, options: argparse.Namespace) -> None:
         raise UserError("label.members: names no checkpoint; add label.members.NAME=CHECKPOINT_DIRECTORY")
     truth = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
     out = storage.join(storage.absolute(settings.storage), settings.name, "predictions", "validation")
-    predictions = predict(truth, settings.label.members, settings, out, "evaluate")
-    check_image_sizes(predictions, truth.records)
     result = {}
-    for name in settings.label.members:
-        score = score_predictions(name, truth.records, member_predictions(predictions, name), settings.evaluate).score
+    for name, measured in score_checkpoints(truth, settings.label.members, settings, out, "evaluate").members.items():
+        score = measured.score
         result[name] = vars(score)
         print(
             f"{name}: R {score.recall:.4f}  P {score.precision:.4f}  F {score.hmean:.4f}  (short side >= "
