@@ -7,6 +7,7 @@ from i3cl.circle import verdict
 from i3cl.config import with_overrides
 from i3cl.data.formats.predictions import member_predictions, prediction_table
 from i3cl.data.formats.records import Dataset, ImageRecord, Instance
+from i3cl.errors import SettingsError, UserError
 from i3cl.evaluation.metrics.model_score import score_predictions
 from i3cl.labelling.pseudo import with_pseudo_labels, without_pseudo_labels
 from i3cl.labelling.scoring import Gain, Scores, gain
@@ -59,6 +60,19 @@ def test_a_control_per_step_sees_as_many_images_as_the_student(tiny_settings):
     # Both are recipes that training accepts.
     for sources in (student, control):
         with_overrides(settings, {"data.train": sources, "train.batch": 8}, "test")
+
+
+def test_labelled_images_per_step_of_a_student_whose_teachers_take_any_number(tiny_settings):
+    changes = {"selftrain.labelled_per_step": 3, "selftrain.pseudo_per_step": 5}
+    settings = with_overrides(tiny_settings, changes, "test")
+    student, control = with_pseudo_labels(settings, "pseudo.json", "images"), without_pseudo_labels(settings)
+    assert [s["per_step"] for s in student] == [s["per_step"] for s in control] == [3, 5]
+    assert settings.data.train[0].per_step is None
+    with pytest.raises(SettingsError, match="labelled_per_step: goes with pseudo_per_step"):
+        with_overrides(tiny_settings, {"selftrain.labelled_per_step": 3}, "test")
+    two = with_overrides(settings, {"data.train": [settings.data.train[0].model_dump()] * 2}, "test")
+    with pytest.raises(UserError, match=r"use data\.train\.N\.per_step"):
+        with_pseudo_labels(two, "pseudo.json", "images")
 
 
 def box(x):

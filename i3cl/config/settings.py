@@ -591,8 +591,10 @@ class SelfTrainSettings(_Settings):
     pseudo_weight: Positive = 1.0
     """Share of the pseudo-labelled images in the student's mixture; data.train.N.weight of that training set."""
     pseudo_per_step: PositiveInt | None = None
-    """Pseudo-labelled images in each worker's share of a step, in place of pseudo_weight; then every set of data.train has a
-    per_step too, and the student's train.batch is the sum."""
+    """Pseudo-labelled images in each worker's share of a step, in place of pseudo_weight. The labelled sets then need a number
+    too: labelled_per_step, or data.train.N.per_step. The student's train.batch is the sum of all."""
+    labelled_per_step: PositiveInt | None = None
+    """Labelled images in each worker's share of a student's step, where data.train names one set without a per_step."""
     pseudo_loss_scale: NonNegative = 1.0
     """data.train.N.loss_scale of the pseudo-labelled images."""
     pseudo_transform: dict[str, Any] = {}
@@ -609,6 +611,12 @@ class SelfTrainSettings(_Settings):
     Only the difference between student and control shows what pseudo labels bring. false: for those who know already."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known. Only used to score the pseudo labels, never for training."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> SelfTrainSettings:
+        if self.labelled_per_step is not None and self.pseudo_per_step is None:
+            raise ValueError("labelled_per_step: goes with pseudo_per_step; give both or neither")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------------------------ study

@@ -28,6 +28,7 @@ from i3cl.data.formats.records import (
     record_table,
 )
 from i3cl.data.formats.table import write_parquet
+from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.select import SelectionSummary, select
@@ -171,9 +172,11 @@ def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:
 
 
 def with_pseudo_labels(settings: Settings, pseudo: str, images_root: str) -> list[dict[str, Any]]:
-    """data.train of a student: the labelled sources, and the pseudo-labelled one as selftrain.pseudo_* say."""
-    labelled = [source.model_dump() for source in settings.data.train]
-    return [*labelled, {"annotations": pseudo, "images": images_root, **_pseudo_options(settings)}]
+    """data.train of a student: the labelled sources, and the pseudo-labelled one as selftrain.pseudo_* say.
+
+    UserError for selftrain.labelled_per_step where it does not fit data.train.
+    """
+    return [*_labelled_sources(settings), {"annotations": pseudo, "images": images_root, **_pseudo_options(settings)}]
 
 
 def without_pseudo_labels(settings: Settings) -> list[dict[str, Any]]:
@@ -182,7 +185,7 @@ def without_pseudo_labels(settings: Settings) -> list[dict[str, Any]]:
     Where the sets are mixed by weight these are the labelled sources alone. With selftrain.pseudo_per_step the labelled sources
     appear a second time, with the augmentation of the pseudo-labelled images and their share of a step.
     """
-    labelled = [source.model_dump() for source in settings.data.train]
+    labelled = _labelled_sources(settings)
     count = settings.selftrain.pseudo_per_step
     if count is None:
         return labelled
@@ -193,6 +196,16 @@ def without_pseudo_labels(settings: Settings) -> list[dict[str, Any]]:
     options = _pseudo_options(settings) | {"loss_scale": 1.0}
     again = [source | options | {"per_step": part} for source, part in zip(labelled, parts, strict=True) if part]
     return [*labelled, *again]
+
+
+def _labelled_sources(settings: Settings) -> list[dict[str, Any]]:
+    sources = [source.model_dump() for source in settings.data.train]
+    count = settings.selftrain.labelled_per_step
+    if count is None:
+        return sources
+    if len(sources) != 1 or sources[0]["per_step"] is not None:
+        raise UserError("selftrain.labelled_per_step: fits one set in data.train without a per_step; use data.train.N.per_step")
+    return [sources[0] | {"per_step": count, "weight": 1.0}]
 
 
 def _pseudo_options(settings: Settings) -> dict[str, Any]:
