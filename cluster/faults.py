@@ -118,6 +118,7 @@ class Training(Job):
         self.metrics = folder / "runs" / "train" / "metrics.jsonl"
 
     def warm_up(self) -> None:
+        """Wait for the middle after the second checkpoint."""
         self.wait_for_step(2 * self.interval + 3)
 
     def rows(self) -> list[dict]:
@@ -220,6 +221,7 @@ class Labelling(Job):
         self.out = folder / "runs" / "label" / "predictions" / "unlabelled"
 
     def warm_up(self) -> None:
+        """Wait until two shards are finished."""
         self.wait_for_parts(2)
 
     def parts(self) -> set[str]:
@@ -354,6 +356,7 @@ def break_labelling(folder: Path, network: bool, checkpoint: str) -> Iterator[Ro
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=("training", "labelling"), help="only this job")
     parser.add_argument(
