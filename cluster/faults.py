@@ -118,7 +118,7 @@ class Training(Job):
         self.metrics = folder / "runs" / "train" / "metrics.jsonl"
 
     def warm_up(self) -> None:
-        """Wait until training has a checkpoint to go back to."""
+        """Wait for the middle after the second checkpoint."""
         self.wait_for_step(2 * self.interval + 3)
 
     def rows(self) -> list[dict]:
@@ -221,7 +221,7 @@ class Labelling(Job):
         self.out = folder / "runs" / "label" / "predictions" / "unlabelled"
 
     def warm_up(self) -> None:
-        """Wait until labelling has written its first parts."""
+        """Wait until two shards are finished."""
         self.wait_for_parts(2)
 
     def parts(self) -> set[str]:

@@ -169,10 +169,10 @@ def write_bytes_atomic(url: str, data: bytes) -> None:
 
 
 def write_text_atomic(url: str, text: str) -> None:
-    r"""Write UTF-8 text as `write_bytes_atomic` does.
+    """Write UTF-8 text as `write_bytes_atomic` does.
 
-    Python represents the bytes of a file name that is not UTF-8 as lone surrogates. They are written as escapes such as
-    \udce9, which JSON readers turn back into the same name.
+    Python represents the bytes of a file name that is not UTF-8 as lone surrogates. They are written as escapes with a backslash,
+    which JSON readers turn back into the same name.
     """
     write_bytes_atomic(url, text.encode("utf-8", "backslashreplace"))
 

@@ -89,7 +89,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """The command lines of a page, also in running text, continued ones joined, each with whether it is marked `Needs X.`."""
+    """The command lines of a page, also in running text, continued ones joined, each with whether a marker is above it."""
     found = []
     for block in blocks(page):
         if block.language not in ("", "?", "sh", "bash", "console"):
