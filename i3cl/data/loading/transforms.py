@@ -212,7 +212,7 @@ def check_size(height: int, width: int, record: ImageRecord) -> None:
     """ImageError when an image of height x width pixels is not of the size that its record says."""
     if (height, width) != (record.height, record.width):
         on_its_side = (width, height) == (record.height, record.width)
-    turned = " (turned: pixels count as stored, without EXIF rotation)" if on_its_side else ""
+        turned = " (turned: pixels count as stored, without EXIF rotation)" if on_its_side else ""
         raise ImageError(
             f"{record.file_name}: the image is {width} x {height} but its annotation says "
             f"{record.width} x {record.height}{turned}; correct the annotation"
