@@ -34,7 +34,8 @@ class ImageError(UserError):
 def check_size(name: str, found: tuple[int, ...], stated: tuple[int, int]) -> None:
     """ImageError unless an image's (height, width) in pixels is the one that its annotation states."""
     if tuple(found) != stated:
-        turned = " (turned: pixels count as stored, without EXIF rotation)" if found[0] == stated[1] else ""
+        on_its_side = tuple(found[::-1]) == stated
+        turned = " (turned: pixels count as stored, without EXIF rotation)" if on_its_side else ""
         raise ImageError(
             f"{name}: the image is {found[1]} x {found[0]} but its annotation says {stated[1]} x {stated[0]}{turned}; "
             "correct the annotation"
