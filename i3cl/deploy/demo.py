@@ -13,7 +13,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -149,7 +149,8 @@ class _Demo:
         self.detector = detector
         self.limits = limits
         self._busy = asyncio.Lock()
-        self._waiting = 0
+        # photographs that are looked at, wait, or are arriving
+        self._inside = 0
         self._files = {path: ((_PAGE / name).read_text(encoding="utf-8"), kind) for path, (name, kind) in _FILES.items()}
         page, kind = self._files["/"]
         shown = title.replace("&", "&amp;").replace("<", "&lt;")
@@ -164,11 +165,13 @@ class _Demo:
     async def detect(self, request: Request) -> Response:
         """Texts of the photograph that is the request's body, in pixels of the picture as it is shown (EXIF applied)."""
         _only_from_our_page(request)
-        data = await self._body(request, self.limits.bytes, "the file")
-        async with self._turn():
-            started = time.perf_counter()
-            found = await run_in_threadpool(self._look, data)
-            seconds = time.perf_counter() - started
+        # The place is taken before the file is read, so that few files are in memory at a time.
+        with self._place():
+            data = await self._body(request, self.limits.bytes, "the file")
+            async with self._busy:
+                started = time.perf_counter()
+                found = await run_in_threadpool(self._look, data)
+                seconds = time.perf_counter() - started
         texts = [{"points": np.round(p, 2).tolist(), "score": round(score, 4)} for p, score in found]
         return _json({"width": found.width, "height": found.height, "seconds": round(seconds, 2), "texts": texts})
 
@@ -211,18 +214,17 @@ class _Demo:
             raise _Refused(400, f"{what} did not arrive completely") from None
         return bytes(body)
 
-    @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        if self._waiting > self.limits.waiting:
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._inside > self.limits.waiting:
             raise _Refused(
-                503, f"{self._waiting} photographs are waiting already; try again in a few seconds", headers={"Retry-After": "5"}
+                503, f"{self._inside} photographs are in hand already; try again in a few seconds", headers={"Retry-After": "5"}
             )
-        self._waiting += 1
+        self._inside += 1
         try:
-            async with self._busy:
-                yield
+            yield
         finally:
-            self._waiting -= 1
+            self._inside -= 1
 
 
 def upright(image: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
