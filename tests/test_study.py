@@ -119,7 +119,8 @@ def test_split_is_fixed_by_the_seeds(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"study.arms.S.labels_from": ["X"]}, "arms.S.labels_from: X is not an arm above it; there are T"),
+        ({"study.arms.S.labels_from": ["X"]}, "arms.S.labels_from: X is not an arm; there are T, S, C"),
+        ({"study.arms.T.start_from": "C"}, "arms: T, S, C need each other in a circle"),
         ({"study.compare": [["S", "Z"]]}, "compare: Z is not an arm; there are T, S, C"),
         ({"study.arms.T.train": [{"use": "pseudo"}]}, "labels_from: goes with"),
         ({"study.seeds": [1, 1]}, "seeds: give each seed once"),

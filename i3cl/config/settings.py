@@ -670,7 +670,7 @@ class StudySettings(_Settings):
     split_seed: int = 0
     """Draws the test images."""
     arms: dict[str, ArmSettings] = {}
-    """Name -> arm; an arm may only refer to arms above it."""
+    """Name -> arm."""
     compare: tuple[tuple[str, str], ...] = ()
     """Pairs of arms; for each, F of the first minus F of the second with its 95 % interval."""
 
@@ -678,15 +678,17 @@ class StudySettings(_Settings):
     def _arms_are_there(self) -> StudySettings:
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise ValueError("seeds: give each seed once, and at least one")
-        above: list[str] = []
-        for name, arm in self.arms.items():
-            for key, used in (("start_from", [arm.start_from] if arm.start_from else []), ("labels_from", arm.labels_from)):
-                for other in used:
-                    if other not in above:
-                        raise ValueError(
-                            f"arms.{name}.{key}: {other} is not an arm above it; there are {', '.join(above) or 'none'}"
-                        )
-            above.append(name)
+        needs = {name: {*([arm.start_from] if arm.start_from else []), *arm.labels_from} for name, arm in self.arms.items()}
+        for name, others in needs.items():
+            for other in sorted(others - self.arms.keys()):
+                key = "start_from" if other == self.arms[name].start_from else "labels_from"
+                raise ValueError(f"arms.{name}.{key}: {other} is not an arm; there are {', '.join(self.arms)}")
+        waiting = dict(needs)
+        while ready := [name for name, others in waiting.items() if not others & waiting.keys()]:
+            for name in ready:
+                del waiting[name]
+        if waiting:
+            raise ValueError(f"arms: {', '.join(waiting)} need each other in a circle; let one of them start from none of these")
         for pair in self.compare:
             for name in pair:
                 if name not in self.arms:
