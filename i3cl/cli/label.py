@@ -10,6 +10,7 @@ audit     find given labels that an ensemble contradicts which has not seen the 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from i3cl.cli.command_line import run
@@ -60,10 +61,9 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     found = measure_trust(predictions, dataset.records, settings.label, settings.evaluate)
     out = options.out or storage.join(folder, "trust")
     write_calibration(storage.join(out, "calibration.json"), found.calibration)
-    disputed = found.disputed
     if settings.label.trust.order == "diverse":
-        disputed = diverse_order(disputed, len(found.members), dataset.images_root)
-    write_disputed(storage.join(out, "disputed.json"), disputed)
+        found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root))
+    write_disputed(storage.join(out, "disputed.json"), found.disputed)
     write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, f"Trust in the labels: {settings.name}")
     for row in [found.ensemble, *found.members]:
         print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
@@ -81,9 +81,7 @@ def audit(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     dataset = _labelled(settings, options)
     folders = _folders(options)
     if not folders:
-        raise UserError(
-            "--predictions: names no folder; give one for each fold, predicted by members that were trained without it"
-        )
+        raise UserError("--predictions: names no folder; give one for each fold, of members trained without it")
     found = audit_labels(folders, dataset.records, settings.label)
     out = options.out or storage.join(folder, "audit")
     write_audit(storage.join(out, "audit.json"), found)
@@ -116,11 +114,8 @@ def _labelled(settings: Settings, options: argparse.Namespace) -> Dataset:
 
 def _folders(options: argparse.Namespace) -> list[str]:
     """The folders of --predictions, which also takes words that were meant as settings."""
-    from i3cl.config.loading import setting_names
-
-    known = set(setting_names())
     for word in options.predictions:
-        if word.partition("=")[0] in known and "=" in word:
+        if "=" in word and word.partition("=")[0].partition(".")[0] in Settings.model_fields:
             raise UserError(f"--predictions: {word} is a setting; write settings before --predictions")
     return list(options.predictions)
 

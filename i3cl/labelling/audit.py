@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
-from i3cl.config import LabelSettings
+from i3cl.config import AuditSettings, LabelSettings
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.predictions import read_batches
 from i3cl.data.formats.records import ImageRecord, Instance
@@ -22,7 +22,7 @@ from i3cl.evaluation.formats.table import check_image_sizes
 from i3cl.geometry import overlaps, polygon_box, short_side
 from i3cl.labelling.calibration import active_members
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, Ring
-from i3cl.labelling.pseudo import fused_images
+from i3cl.labelling.pseudo import FusedImage, fused_images
 
 Kind = Literal["missing", "unsupported", "loose"]
 
@@ -38,7 +38,9 @@ _COVERED = 0.5
 _ALIKE = 0.3
 """IoU from which a detection supports a label even if the label is much larger."""
 _SIZES = (6.0, 10.0, 16.0, 24.0, 40.0)
-"""Pixels of the short side; limits of the sizes whose labels are found equally well."""
+"""Pixels of the short side; limits of the ranges in which labels are compared."""
+_NEAR = 0.05
+"""Difference of fused scores up to which instances are comparable."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Contradiction:
 
     kind: Kind
     score: float
-    """0-1, how strong the evidence is."""
+    """0-1, the share of comparable cases in which labels and ensemble agree: how unusual the contradiction is."""
     label: int | None
     """Index of the label in the image's record; None for a missing one."""
     polygon: Ring
@@ -56,6 +58,8 @@ class Contradiction:
     """The ensemble's outline of a missing or loose word."""
     votes: int = 0
     """Members that found it; 0 for an unsupported label."""
+    found_score: float | None = None
+    """Fused score of a missing or loose word."""
 
 
 @dataclass(frozen=True)
@@ -106,41 +110,23 @@ def audit_labels(predictions: Sequence[str], truth: Sequence[ImageRecord], setti
     """
     known = {record.id: record for record in truth}
     unreadable = _check_folds(predictions, known)
-    drafts: dict[int, tuple[list[Contradiction], NDArray[np.float64]]] = {}
+    compared: dict[int, _Compared] = {}
     for folder in predictions:
         for item in fused_images(folder, settings):
             record = known.get(item.image_id)
             if record is not None:
-                active = set(active_members({part.member for part in item.members}, settings.fusion))
-                support = _support(record, [part for part in item.members if part.member in active])
-                drafts[record.id] = _missing_and_loose(record, item.fused, settings), support
-    if not drafts:
+                compared[record.id] = _compare(record, item, settings)
+    if not compared:
         raise UserError(f"{', '.join(predictions)}: no image of the labelled set could be read there; predict its images first")
-
-    # A label that nobody finds says little in a size of which most labels are not found.
-    care = {i: [k for k, label in enumerate(known[i].instances) if not label.ignore] for i in drafts}
-    size_of = {i: np.digitize([short_side(label.polygon) for label in known[i].instances], _SIZES) for i in drafts}
-    there, seen = np.zeros(len(_SIZES) + 1), np.zeros(len(_SIZES) + 1)
-    for i, (_, support) in drafts.items():
-        np.add.at(there, size_of[i][care[i]], 1)
-        np.add.at(seen, size_of[i][care[i]], support[care[i]] >= settings.audit.support)
-    usually_found = (seen + 1) / (there + 2)
-
     ranking = []
-    for i, (problems, support) in drafts.items():
-        labels = known[i].instances
-        loose = {problem.label for problem in problems}
-        for k in care[i]:
-            if k not in loose and support[k] < settings.audit.support:
-                score = float(usually_found[size_of[i][k]] * (1 - support[k]))
-                problems.append(Contradiction("unsupported", score, k, labels[k].polygon))
+    for i, problems in zip(compared, _problems(list(compared.values()), settings.audit)):
         if problems:
             ranking.append(AuditedImage(known[i], tuple(sorted(problems, key=lambda p: -p.score))))
-    unreadable -= set(drafts)
-    missed = set(known) - set(drafts) - unreadable
+    unreadable -= set(compared)
+    missed = set(known) - set(compared) - unreadable
     return Audit(
-        images=len(drafts),
-        labels=sum(map(len, care.values())),
+        images=len(compared),
+        labels=sum(len(case.care) for case in compared.values()),
         ranking=sorted(ranking, key=lambda item: (-item.score, item.record.id)),
         unpredicted=[known[i].file_name for i in known if i in missed],
         unreadable=[known[i].file_name for i in known if i in unreadable],
@@ -170,42 +156,100 @@ def _check_folds(predictions: Sequence[str], known: dict[int, ImageRecord]) -> s
                 )
             if image_id in owner:
                 raise UserError(
-                    f"{folder}: {name} is also predicted in {owner[image_id]}; each image must be predicted once, by members that "
-                    "were trained without it"
+                    f"{folder}: {name} is also predicted in {owner[image_id]}; each image must be predicted once, by members "
+                    "that were trained without it"
                 )
         owner |= dict.fromkeys(names, folder)
     return unreadable & set(known)
 
 
-def _missing_and_loose(record: ImageRecord, fused: FusedInstances, settings: LabelSettings) -> list[Contradiction]:
-    limits = settings.audit
+@dataclass(frozen=True)
+class _Compared:
+    """An image's labels beside what was found in it."""
+
+    labels: list[Ring]
+    care: NDArray[np.int64]
+    """(n,) indices of the labels that are not ignore regions."""
+    size: NDArray[np.int64]
+    """(n,) index of the range of sizes in which each of them is."""
+    support: NDArray[np.float64]
+    """(n,) the highest score at which a member finds each of them."""
+    fused: FusedInstances
+    covered: NDArray[np.bool_]
+    """(m,) whether labels cover the fused instance."""
+    same: list[tuple[int, int, float]]
+    """Label, fused instance and their IoU where both mean the same word and the members agree on its outline."""
+
+
+def _compare(record: ImageRecord, item: FusedImage, settings: LabelSettings) -> _Compared:
     labels = [label.polygon for label in record.instances]
+    care = np.array([k for k, label in enumerate(record.instances) if not label.ignore], np.int64)
+    fused = item.fused
     pairs = overlaps(labels, fused.polygons)
     covered = np.zeros(len(fused))
     np.add.at(covered, pairs.second, pairs.intersection)
-    covered /= np.maximum(pairs.area_second, 1e-9)
-    problems = [
-        Contradiction("missing", float(fused.scores[j]), None, fused.polygons[j], fused.polygons[j], int(fused.votes[j]))
-        for j in np.flatnonzero((covered < _COVERED) & (fused.scores >= limits.confident)).tolist()
-    ]
+    same = []
     iou = pairs.dense_iou()
-    if not iou.size:
-        return problems
-    for k, j in enumerate(iou.argmax(axis=1).tolist()):
-        best = float(iou[k, j])
-        sure = fused.scores[j] >= limits.confident and fused.agreement[j] >= limits.agreement
-        # The label that overlaps the instance most is the one that it contradicts; a neighbour touches it only.
-        if sure and not record.instances[k].ignore and iou[:, j].argmax() == k and limits.loose_low <= best < limits.loose_high:
-            distance = (limits.loose_high - best) / (limits.loose_high - limits.loose_low)
-            score = float(np.clip(distance * fused.agreement[j], 0, 1))
-            problems.append(Contradiction("loose", score, k, labels[k], fused.polygons[j], int(fused.votes[j])))
-    return problems
+    if iou.size:
+        for k in care.tolist():
+            j = int(iou[k].argmax())
+            # The label that overlaps the instance most is the one that it contradicts; a neighbour touches it only.
+            alike = iou[k, j] >= settings.audit.loose_low and iou[:, j].argmax() == k
+            if alike and fused.agreement[j] >= settings.audit.agreement:
+                same.append((k, j, float(iou[k, j])))
+    active = set(active_members({part.member for part in item.members}, settings.fusion))
+    support = _support(labels, [part for part in item.members if part.member in active])
+    return _Compared(
+        labels=labels,
+        care=care,
+        size=np.digitize([short_side(labels[k]) for k in care.tolist()], _SIZES),
+        support=support[care],
+        fused=fused,
+        covered=covered >= _COVERED * pairs.area_second,
+        same=same,
+    )
 
 
-def _support(record: ImageRecord, members: Sequence[MemberPrediction]) -> NDArray[np.float64]:
-    """(N,) for each label the highest score at which one view of one member covers half of it or has a similar outline, else 0."""
-    support = np.zeros(len(record.instances))
-    labels = [label.polygon for label in record.instances]
+def _problems(cases: Sequence[_Compared], limits: AuditSettings) -> Iterator[list[Contradiction]]:
+    """The problems of each image. A score is the share of comparable cases in which labels and ensemble agree.
+
+    So a contradiction counts little where contradictions are common: for small words that are often missed, and for scores at
+    which many detections are false alarms.
+    """
+    scores = np.concatenate([case.fused.scores for case in cases])
+    covered = np.concatenate([case.covered for case in cases])
+    size, support = (np.concatenate(parts) for parts in zip(*((case.size, case.support) for case in cases)))
+    outlines = np.sort([iou for case in cases for _, _, iou in case.same])
+
+    def confirmed(score: float) -> float:
+        near = covered[np.abs(scores - score) <= _NEAR]
+        # With few such instances the score itself is the best guess.
+        return float((near.sum() + 2 * score) / (len(near) + 2))
+
+    ranges = range(len(_SIZES) + 1)
+    usual = [(np.count_nonzero(support[size == k] >= limits.support) + 1) / (np.count_nonzero(size == k) + 2) for k in ranges]
+    for case in cases:
+        fused = case.fused
+        problems = []
+        for j in np.flatnonzero(~case.covered & (fused.scores >= limits.confident)).tolist():
+            votes, ring, found = int(fused.votes[j]), fused.polygons[j], float(fused.scores[j])
+            problems.append(Contradiction("missing", confirmed(found), None, ring, ring, votes, found))
+        for k, j, iou in case.same:
+            if iou < limits.loose_high:
+                better = len(outlines) - int(np.searchsorted(outlines, iou, "right"))
+                score = (better + 1) / (len(outlines) + 2)
+                votes, found = int(fused.votes[j]), float(fused.scores[j])
+                problems.append(Contradiction("loose", score, k, case.labels[k], fused.polygons[j], votes, found))
+        loose = {problem.label for problem in problems}
+        for k, own_size, own_support in zip(case.care.tolist(), case.size.tolist(), case.support.tolist()):
+            if own_support < limits.support and k not in loose:
+                problems.append(Contradiction("unsupported", usual[own_size] * (1 - own_support), k, case.labels[k]))
+        yield problems
+
+
+def _support(labels: Sequence[Ring], members: Sequence[MemberPrediction]) -> NDArray[np.float64]:
+    """(N,) the highest score at which one view of one member covers half of each label or has a similar outline; else 0."""
+    support = np.zeros(len(labels))
     for part in members:
         scores = np.asarray(part.scores, np.float64)
         pairs = overlaps(labels, [np.asarray(polygon, np.float32) for polygon in part.polygons])
@@ -240,7 +284,7 @@ def _for_review(item: AuditedImage) -> ImageRecord:
     for problem in item.problems:
         mark = (problem.kind, problem.score)
         if problem.label is None:
-            added.append(Instance(problem.polygon, score=problem.score, votes=problem.votes, problem=mark))
+            added.append(Instance(problem.polygon, score=problem.found_score, votes=problem.votes, problem=mark))
         else:
             labels[problem.label] = replace(labels[problem.label], problem=mark)
     return replace(item.record, instances=(*labels, *added))

@@ -278,7 +278,9 @@ def damage_labels(truth, share, rng):
             labels[number][k] = None
         elif kind == "shifted":
             # Along the short side, where a third to half of the word is lost.
-            polygon = labels[number][k] = polygon + np.array([0, rng.choice([-1, 1]) * rng.uniform(0.35, 0.5) * short], np.float32)
+            polygon = labels[number][k] = polygon + np.array(
+                [0, rng.choice([-1, 1]) * rng.uniform(0.35, 0.5) * short], np.float32
+            )
         elif kind == "enlarged":
             centre = polygon.mean(axis=0)
             polygon = labels[number][k] = ((polygon - centre) * rng.uniform(1.3, 1.6) + centre).astype(np.float32)

@@ -54,7 +54,7 @@ def _image(record: ImageRecord, number: int, prefix: str) -> str:
 
 
 def _attributes(instance: Instance) -> str:
-    """Score, votes, text and problem of an instance as CVAT's attribute elements; CVAT shows those that the task's labels declare."""
+    """Score, votes, text and problem of an instance as CVAT's attribute elements; CVAT shows those that its labels declare."""
     score = None if instance.score is None else f"{instance.score:.3f}"
     values = {"score": score, "votes": instance.votes, "text": instance.text}
     if instance.problem is not None:
