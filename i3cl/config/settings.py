@@ -455,8 +455,8 @@ class SelectSettings(_Settings):
 class AuditSettings(_Settings):
     """What counts as a contradiction between given labels and an ensemble that has not seen the image; see docs/review.md."""
 
-    confident: Fraction = 0.6
-    """Fused score from which the ensemble is sure that there is a word."""
+    confident: Fraction = 0.4
+    """Fused score from which an instance that no label covers is a 'missing' word."""
     support: Fraction = 0.1
     """A label that no member finds with at least this score is 'unsupported'."""
     loose_low: Fraction = 0.3

@@ -18,7 +18,7 @@ from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
 from i3cl.geometry import overlaps
-from i3cl.labelling.audit import audit_labels, write_audit, write_audit_table
+from i3cl.labelling.audit import audit_labels
 
 WIDTH, HEIGHT = 640, 480
 
@@ -173,13 +173,15 @@ def test_the_command_writes_ranking_table_and_page(audited, capsys):
     assert [entry.get("problem") for entry in content["annotations"]] == [None, "unsupported", "missing"]
     assert all(0 < entry["problem_score"] <= 1 for entry in content["annotations"][1:])
     assert content["annotations"][0]["text"] == "exit"
+    assert (content["annotations"][2]["score"], content["annotations"][2]["votes"]) == (pytest.approx(0.8), 2)
     with open(audited / "out/audit.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["image"], row["problem"]) for row in rows] == [("1.jpg", "missing"), ("1.jpg", "unsupported")]
-    assert rows[0]["box"] == "20.0 120.0 100.0 140.0"
+    assert [(row["image"], row["problem"]) for row in rows] == [("1.jpg", "unsupported"), ("1.jpg", "missing")]
+    assert rows[1]["box"] == "20.0 120.0 100.0 140.0"
+    assert float(rows[0]["score"]) > float(rows[1]["score"])
     page = (audited / "out/report.html").read_text()
     assert page.count("<figure>") == 1
-    assert "1.jpg: missing 0.80, unsupported" in page
+    assert re.search(r"1.jpg: unsupported 0\.\d\d, missing 0\.\d\d<", page)
     assert 'href="http' not in page
 
 
@@ -200,11 +202,11 @@ def test_corrections_of_the_audit_come_back(audited):
     source = str(audited / "out/audit.json")
     export_labels("cvat", source, str(audited / "annotations.xml"))
     xml = (audited / "annotations.xml").read_text()
-    assert '<attribute name="problem">missing 0.80</attribute>' in xml
+    assert re.search(r'<attribute name="problem">missing 0\.\d\d</attribute>', xml)
     assert re.findall(r'<image id="\d+" name="([^"]+)"', xml) == ["1.jpg"]
     export_labels("label-studio", source, str(audited / "tasks.json"))
     tasks = json.loads((audited / "tasks.json").read_text())
-    assert re.fullmatch(r"unsupported 0\.\d\d, missing 0\.80", tasks[0]["data"]["problems"])
+    assert re.fullmatch(r"unsupported 0\.\d\d, missing 0\.\d\d", tasks[0]["data"]["problems"])
 
     # The reviewer deletes the wrong word and keeps the missing one.
     export_labels("labelme", source, str(audited / "labelme"))
@@ -277,7 +279,7 @@ def damage_labels(truth, share, rng):
         if kind == "dropped":
             labels[number][k] = None
         elif kind == "shifted":
-            # Along the short side, where a third to half of the word is lost.
+            # Along the short side, by a third to half of the word.
             polygon = labels[number][k] = polygon + np.array(
                 [0, rng.choice([-1, 1]) * rng.uniform(0.35, 0.5) * short], np.float32
             )
@@ -343,7 +345,7 @@ def at_damaged_count(audit, damages):
     return np.mean([bool(own) for own in seen]), len(found) / len(damages), by_kind
 
 
-def measure(folder, seed, members=("a", "b", "c"), images=200):
+def measure(folder, seed, members, images=200):
     rng = np.random.default_rng(seed)
     truth = make_truth(rng, images)
     given, damages = damage_labels(truth, 0.05, rng)
@@ -353,10 +355,13 @@ def measure(folder, seed, members=("a", "b", "c"), images=200):
     return audit, damages
 
 
-def test_damaged_labels_lead_the_ranking(tmp_path):
-    """Floors a little under the lowest of five seeds."""
-    results = [at_damaged_count(*measure(tmp_path, seed)) for seed in range(3)]
-    precision, recall = np.mean([r[0] for r in results]), np.mean([r[1] for r in results])
-    print(f"precision {precision:.3f}, recall {recall:.3f} at the damaged count")
-    assert precision >= 0.5
-    assert recall >= 0.5
+@pytest.mark.parametrize(("members", "floor"), [("abc", 0.6), ("ab", 0.45)])
+def test_damaged_labels_lead_the_ranking(tmp_path, members, floor):
+    """Two folds, 200 images; floors under the lowest of ten seeds. Taking problems by chance finds one in twenty."""
+    audit, damages = measure(tmp_path, 10, members)
+    assert len(damages) > 60
+    precision, recall, by_kind = at_damaged_count(audit, damages)
+    print(f"{len(damages)} damaged labels: precision {precision:.3f}, recall {recall:.3f}, by kind {by_kind}")
+    assert precision >= floor
+    assert recall >= floor
+    assert min(by_kind.values()) > 0
