@@ -152,12 +152,17 @@ def _split(settings: Settings, run: str) -> tuple[dict[int, Part], Dataset | Non
         path = storage.join(run, "test.json")
         _write_once(path, [records[i] for i in sorted(order[: wanted.test])])
         test = read_coco(path, images)
-    pool = order[wanted.test :]
-    return {seed: _seed_part(settings, run, seed, [records[i] for i in pool], images) for seed in wanted.seeds}, test
+    pool, known = order[wanted.test :], {storage.join(source.images, record.file_name) for record in records}
+    parts = {seed: _seed_part(settings, run, seed, [records[i] for i in pool], images, known) for seed in wanted.seeds}
+    return parts, test
 
 
-def _seed_part(settings: Settings, run: str, seed: int, pool: Sequence[ImageRecord], images: str) -> Part:
-    """Draw the labelled images of a seed; the others lose their labels and join the images of label.source."""
+def _seed_part(settings: Settings, run: str, seed: int, pool: Sequence[ImageRecord], images: str, known: set[str]) -> Part:
+    """Draw the labelled images of a seed; the others lose their labels and join the images of label.source.
+
+    known: file names, from data_root on, of all images of data.train; label.source may hold them too, but test images must not be
+    labelled and none may be there twice.
+    """
     source, folder = settings.data.train[0], storage.join(run, f"seed-{seed}")
     count = settings.study.labelled or len(pool)
     order = np.random.default_rng([seed, 2]).permutation(len(pool))
@@ -171,7 +176,9 @@ def _seed_part(settings: Settings, run: str, seed: int, pool: Sequence[ImageReco
     truth = [(source.images, record) for record in hidden]
     others: list[tuple[str, ImageRecord]] = []
     if settings.label.source is not None:
-        others = [(settings.label.source.images, record) for record in unlabelled_images(settings).records]
+        folder_name = settings.label.source.images
+        own = unlabelled_images(settings).records
+        others = [(folder_name, record) for record in own if storage.join(folder_name, record.file_name) not in known]
     records = []
     for number, (folder_name, record) in enumerate([*truth, *others], 1):
         name = storage.join(folder_name, record.file_name)

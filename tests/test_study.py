@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from i3cl.config import with_overrides
-from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.coco import read_coco, write_coco
+from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import SettingsError, UserError
 from i3cl.evaluation.analysis.intervals import compare, seeds_difference
 from i3cl.report.study import write_study_figure
@@ -93,7 +94,11 @@ def recipe(tiny_settings, tmp_path):
 
 
 def test_split_is_fixed_by_the_seeds(recipe, tmp_path):
-    settings = with_overrides(recipe, {"study.seeds": [0, 1]}, "test")
+    more = [ImageRecord(r.id, r.file_name, 96, 96) for r in read_coco(f"{recipe.data_root}/unlabelled.json", "").records]
+    more += [ImageRecord(100 + i, f"more/{i}.jpg", 96, 96) for i in range(30)]
+    write_coco(str(tmp_path / "more.json"), more)
+    changes = {"study.seeds": [0, 1], "label.source": {"annotations": str(tmp_path / "more.json"), "images": "images"}}
+    settings = with_overrides(recipe, changes, "test")
     parts, test = _split(settings, str(tmp_path / "a"))
     again, test_again = _split(settings, str(tmp_path / "b"))
     assert test is not None and test_again is not None
@@ -107,10 +112,10 @@ def test_split_is_fixed_by_the_seeds(recipe, tmp_path):
         assert (tmp_path / f"a/seed-{seed}/labelled.json").read_bytes() == (
             tmp_path / f"b/seed-{seed}/labelled.json"
         ).read_bytes()
-        unlabelled = read_coco(part.unlabelled.annotations, part.unlabelled.images)
+        unlabelled = read_coco(part.unlabelled.annotations, part.unlabelled.images, check_files=False)
         hidden = read_coco(part.hidden.annotations, part.hidden.images)
-        # 12 images: 3 test, 4 labelled, 5 hidden, and the 12 of label.source.
-        assert len(hidden) == 5 and len(unlabelled) == 17
+        # 12 images: 3 test, 4 labelled, 5 hidden. label.source has all 12 of them, and thirty others in `more`.
+        assert len(hidden) == 5 and len(unlabelled) == 5 + 30
         assert not any(r.instances for r in unlabelled.records) and any(r.instances for r in hidden.records)
         assert not {r.file_name for r in hidden.records} & {f"images/{name}" for name in names | seen[seed]}
     assert seen[0] != seen[1] and list(again) == [0, 1]

@@ -17,7 +17,7 @@ GROUPS = {
         "study": "train the arms of a study with several seeds and compare them, with intervals",
     },
     "labels": {
-        "label": "predict with an ensemble, select pseudo labels, measure how far to trust them",
+        "label": "predict with an ensemble, select pseudo labels, measure how far to trust them, audit given labels",
         "search": "search thresholds, loss weights or any other settings with Ray Tune",
     },
     "measuring": {

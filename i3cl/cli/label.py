@@ -4,13 +4,21 @@ predict   the members predict the images: GPU actors, Parquet out
 select    thresholds turn the predictions into pseudo labels: COCO json or Parquet out
 all       both
 trust     compare fused predictions of labelled images with their truth: report, calibration.json, disputed.json
+audit     find given labels that an ensemble contradicts which has not seen the images: report, audit.json, audit.csv
 """
 
+from __future__ import annotations
+
 import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from i3cl.cli.command_line import run
 from i3cl.config import Settings
 from i3cl.errors import UserError
+
+if TYPE_CHECKING:
+    from i3cl.data.formats.records import Dataset
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
@@ -34,29 +42,27 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         print(f"pseudo labels: {labels.path}")
     if options.step == "trust":
         trust(settings, options, folder)
+    if options.step == "audit":
+        audit(settings, options, folder)
 
 
 def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     """Measure how far the labels can be trusted; write the report, calibration.json and disputed.json."""
     from i3cl import storage
-    from i3cl.config import SourceSettings
-    from i3cl.data.loading.ingest import read_source
     from i3cl.labelling.calibration import write_calibration
-    from i3cl.labelling.trust import measure_trust, write_disputed
+    from i3cl.labelling.trust import diverse_order, measure_trust, write_disputed
     from i3cl.report.trust import write_trust_report
 
-    source = settings.data.validation
-    if options.truth or options.images:
-        if not (options.truth and options.images):
-            raise UserError("--truth and --images: give both: a COCO json and the folder of its images")
-        source = SourceSettings(annotations=storage.absolute(options.truth), images=storage.absolute(options.images))
-    if source is None:
-        raise UserError("--truth: names no labelled set; give --truth SET.json --images FOLDER or data.validation")
-    dataset = read_source(source, settings.data_root, settings.data.skip_bad)
-    predictions = options.predictions or storage.join(folder, "predictions", "validation")
+    dataset = _labelled(settings, options)
+    given = _folders(options)
+    if len(given) > 1:
+        raise UserError("--predictions: trust takes one folder; several belong to audit")
+    predictions = given[0] if given else storage.join(folder, "predictions", "validation")
     found = measure_trust(predictions, dataset.records, settings.label, settings.evaluate)
     out = options.out or storage.join(folder, "trust")
     write_calibration(storage.join(out, "calibration.json"), found.calibration)
+    if settings.label.trust.order == "diverse":
+        found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root))
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
     write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, f"Trust in the labels: {settings.name}")
     for row in [found.ensemble, *found.members]:
@@ -66,15 +72,67 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     print(f"report, calibration.json, disputed.json: {out}")
 
 
+def audit(settings: Settings, options: argparse.Namespace, folder: str) -> None:
+    """Find labels that the ensemble contradicts; write the report, audit.json and audit.csv."""
+    from i3cl import storage
+    from i3cl.labelling.audit import audit_labels, write_audit, write_audit_table
+    from i3cl.report.audit import write_audit_report
+
+    dataset = _labelled(settings, options)
+    folders = _folders(options)
+    if not folders:
+        raise UserError("--predictions: names no folder; give one for each fold, of members trained without it")
+    found = audit_labels(folders, dataset.records, settings.label)
+    out = options.out or storage.join(folder, "audit")
+    write_audit(storage.join(out, "audit.json"), found)
+    write_audit_table(storage.join(out, "audit.csv"), found)
+    write_audit_report(storage.join(out, "report.html"), found, dataset.images_root, f"Audit of the labels: {settings.name}")
+    for title, names in (("without predictions", found.unpredicted), ("that could not be read", found.unreadable)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(f"not compared: {len(names)} images {title}: {', '.join(names[:5])}{more}")
+    print("  ".join(f"{kind} {count}" for kind, count in found.counts().items()))
+    print(f"{found.labels} labels in {found.images} images compared; {len(found.ranking)} images with a problem")
+    print(f"report, audit.json, audit.csv: {out}")
+
+
+def _labelled(settings: Settings, options: argparse.Namespace) -> Dataset:
+    """The set of --truth and --images, else data.validation."""
+    from i3cl import storage
+    from i3cl.config import SourceSettings
+    from i3cl.data.loading.ingest import read_source
+
+    source = settings.data.validation
+    if options.truth or options.images:
+        if not (options.truth and options.images):
+            raise UserError("--truth and --images: give both: a COCO json and the folder of its images")
+        source = SourceSettings(annotations=storage.absolute(options.truth), images=storage.absolute(options.images))
+    if source is None:
+        raise UserError("--truth: names no labelled set; give --truth SET.json --images FOLDER or data.validation")
+    return read_source(source, settings.data_root, settings.data.skip_bad)
+
+
+def _folders(options: argparse.Namespace) -> list[str]:
+    """The folders of --predictions, which also takes words that were meant as settings."""
+    for word in options.predictions:
+        if "=" in word and word.partition("=")[0].partition(".")[0] in Settings.model_fields:
+            raise UserError(f"--predictions: {word} is a setting; write settings before --predictions")
+    return list(options.predictions)
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
-        "step", choices=("predict", "select", "all", "trust"), help="what to do (see above); select and trust need no GPU"
+        "step",
+        choices=("predict", "select", "all", "trust", "audit"),
+        help="what to do (see above); select, trust and audit need no GPU",
     )
-    parser.add_argument("--truth", metavar="SET.json", help="trust: labelled images, COCO json; default data.validation")
-    parser.add_argument("--images", metavar="FOLDER", help="trust: folder of the images of --truth")
-    parser.add_argument("--predictions", metavar="FOLDER", help="trust: stored predictions of the labelled images")
-    parser.add_argument("--out", metavar="FOLDER", help="trust: folder for its files; default <run>/trust")
+    parser.add_argument("--truth", metavar="SET.json", help="trust, audit: labelled images, COCO json; default data.validation")
+    parser.add_argument("--images", metavar="FOLDER", help="trust, audit: folder of the images of --truth")
+    stored = "trust: stored predictions of the labelled images; audit: those of each fold, by members trained without it"
+    parser.add_argument("--predictions", nargs="+", action="extend", default=[], metavar="FOLDER", help=stored)
+    place = "trust, audit: folder for the files; default <run>/trust, <run>/audit"
+    parser.add_argument("--out", metavar="FOLDER", help=place)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from i3cl.config.loading import load_settings, to_yaml, with_overrides
 from i3cl.config.settings import (
     ArmSettings,
     ArmSourceSettings,
+    AuditSettings,
     BackboneSettings,
     CatalogueEntry,
     ClusterSettings,
@@ -24,12 +25,14 @@ from i3cl.config.settings import (
     TeacherSettings,
     TrainSettings,
     TransformSettings,
+    TrustSettings,
     ViewSettings,
 )
 
 __all__ = [
     "ArmSettings",
     "ArmSourceSettings",
+    "AuditSettings",
     "BackboneSettings",
     "CatalogueEntry",
     "ClusterSettings",
@@ -50,6 +53,7 @@ __all__ = [
     "TeacherSettings",
     "TrainSettings",
     "TransformSettings",
+    "TrustSettings",
     "ViewSettings",
     "load_settings",
     "to_yaml",

@@ -452,6 +452,35 @@ class SelectSettings(_Settings):
         return self
 
 
+class AuditSettings(_Settings):
+    """What counts as a contradiction between given labels and an ensemble that has not seen the image; see docs/review.md."""
+
+    confident: Fraction = 0.4
+    """Fused score from which an instance that no label covers is a 'missing' word."""
+    support: Fraction = 0.1
+    """A label that no member finds with at least this score is 'unsupported'."""
+    loose_low: Fraction = 0.3
+    """IoU of a label with the ensemble's outline from which they mean the same word."""
+    loose_high: Fraction = 0.7
+    """IoU from which the label's outline is good enough; between loose_low and this it is 'loose'."""
+    agreement: Fraction = 0.7
+    """Agreement of the members' outlines (mean IoU) from which the ensemble's outline may contradict that of a label."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AuditSettings:
+        if not self.loose_low < self.loose_high:
+            raise ValueError(f"loose_low: must be below loose_high, not {self.loose_low} and {self.loose_high}")
+        return self
+
+
+class TrustSettings(_Settings):
+    """The images that `label.py trust` proposes for review."""
+
+    order: Literal["dispute", "diverse"] = "dispute"
+    """Order of disputed.json. dispute: by how much the members contradict each other. diverse: images that look like an earlier
+    one come later (perceptual hashes; reads every image)."""
+
+
 class LabelSettings(_Settings):
     """Labelling with an ensemble."""
 
@@ -484,6 +513,8 @@ class LabelSettings(_Settings):
     """Price of one GPU (without GPUs: of one actor) per hour, in any currency; 0: no money is shown."""
     fusion: FusionSettings = FusionSettings()
     select: SelectSettings = SelectSettings()
+    audit: AuditSettings = AuditSettings()
+    trust: TrustSettings = TrustSettings()
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation

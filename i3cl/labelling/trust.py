@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from i3cl.config import EvaluateSettings, LabelSettings
 from i3cl.data.formats.coco import write_coco
-from i3cl.data.formats.records import ImageRecord, Instance
+from i3cl.data.formats.records import Dataset, ImageRecord, Instance
+from i3cl.data.tools.splits import hash_images
 from i3cl.errors import UserError
 from i3cl.evaluation.analysis.intervals import difference_interval
 from i3cl.evaluation.formats.table import check_image_sizes
@@ -33,6 +34,8 @@ from i3cl.labelling.pseudo import FusedImage, fused_images
 
 _SIDES = (0.0, 6.0, 10.0, 16.0, 24.0, 40.0, np.inf)
 """Pixels; limits of the rows of the size table."""
+_UNRELATED = 32
+"""Bits in which the perceptual hashes of unrelated images differ."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,48 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
         calibration=calibration,
         disputed=sorted(images.values(), key=lambda item: (-dispute(item.fused, len(names)), item.image_id)),
     )
+
+
+def diverse_order(disputed: Sequence[FusedImage], members: int, images_root: str) -> list[FusedImage]:
+    """The same images in the order of `spread`: disputed ones first, but none that looks like an earlier one.
+
+    Images are compared by 64-bit perceptual hashes. One that cannot be read counts as unlike all others.
+    """
+    records = tuple(ImageRecord(item.image_id, item.file_name, item.height, item.width) for item in disputed)
+    hashes, names = hash_images(Dataset("disputed", images_root, records))
+    hash_of = dict(zip(names, hashes))
+    readable = np.array([record.file_name in hash_of for record in records], bool)
+    every = np.array([hash_of.get(record.file_name, np.uint64(0)) for record in records], np.uint64)
+    order = spread(np.array([dispute(item.fused, members) for item in disputed]), every, readable)
+    return [disputed[k] for k in order]
+
+
+def spread(values: NDArray[np.float64], hashes: NDArray[np.uint64], comparable: NDArray[np.bool_]) -> list[int]:
+    """Greedy order: each place takes the image with the largest value x distance to the nearest image that was taken before.
+
+    Args:
+        values: (N,) what a review of the image is worth, >= 0.
+        hashes: (N,) 64-bit perceptual hashes.
+        comparable: (N,) False for images without a hash, whose distance to others is 1.
+
+    Returns:
+        All N positions. The distance is the number of differing bits / 32, at most 1: unrelated images differ in about 32. Ties
+        go by value, then by position.
+    """
+    near = np.ones(len(values))
+    left = np.ones(len(values), bool)
+    # By value, so that the first of equal products has the larger value.
+    ranked = np.argsort(-values, kind="stable")
+    order: list[int] = []
+    for _ in range(len(values)):
+        products = np.where(left[ranked], values[ranked] * near[ranked], -1.0)
+        taken = int(ranked[products.argmax()])
+        order.append(taken)
+        left[taken] = False
+        if comparable[taken]:
+            distance = np.minimum(np.bitwise_count(hashes ^ hashes[taken]) / _UNRELATED, 1.0)
+            near = np.minimum(near, np.where(comparable, distance, 1.0))
+    return order
 
 
 def _truths(record: ImageRecord) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:

@@ -54,9 +54,11 @@ def _image(record: ImageRecord, number: int, prefix: str) -> str:
 
 
 def _attributes(instance: Instance) -> str:
-    """Score, votes and text of an instance as CVAT's attribute elements; CVAT shows those that the task's labels declare."""
+    """Score, votes, text and problem of an instance as CVAT's attribute elements; CVAT shows those that its labels declare."""
     score = None if instance.score is None else f"{instance.score:.3f}"
     values = {"score": score, "votes": instance.votes, "text": instance.text}
+    if instance.problem is not None:
+        values["problem"] = "{} {:.2f}".format(*instance.problem)
     # Control characters cannot stand in XML, not even escaped.
     clean = {key: "".join(c for c in str(value) if c >= " " or c in "\t\n") for key, value in values.items() if value is not None}
     return "".join(f'<attribute name="{key}">{escape(value)}</attribute>' for key, value in clean.items())

@@ -93,6 +93,9 @@ def _task(record: ImageRecord, prefix: str, from_name: str, to_name: str) -> dic
         prediction["score"] = min(scores)
     name = record.file_name if prefix.startswith(_OF_BUCKETS) else quote(record.file_name)
     data = {"image": prefix + name, "file_name": record.file_name, "image_id": record.id}
+    problems = ["{} {:.2f}".format(*i.problem) for i in record.instances if i.problem is not None]
+    if problems:
+        data["problems"] = ", ".join(problems)
     return {"data": data, "predictions": [prediction]}
 
 

@@ -58,7 +58,7 @@ def _content(record: ImageRecord, prefix: str) -> dict[str, Any]:
             "group_id": None,
             "description": instance.text or "",
             "shape_type": "polygon",
-            "flags": {},
+            "flags": {instance.problem[0]: True} if instance.problem else {},
         }
         for instance in record.instances
     ]

@@ -157,6 +157,7 @@ def checked_instance(entry: dict[str, Any], categories: dict[int, bool], height:
             raise BadItem("type", f"votes is {shown(entry['votes'])}; write a whole number from 0")
 
     text, language = _text(entry, "text"), _text(entry, "language")
+    problem, strength = _text(entry, "problem"), _number(entry, "problem_score", 0.0, 1.0, "a number from 0 to 1")
 
     notes: Notes = []
     segmentation = entry.get("segmentation")
@@ -178,7 +179,8 @@ def checked_instance(entry: dict[str, Any], categories: dict[int, bool], height:
         raise BadItem("outside", f"nothing of it is inside the image of {width} x {height}; correct the coordinates")
     weight = 1.0 if lossweight is None else lossweight
     outline = 1.0 if outlineweight is None else outlineweight
-    return Instance(inside, ignore, weight, score, votes, text, language, outline), notes + repaired
+    mark = None if problem is None or strength is None else (problem, strength)
+    return Instance(inside, ignore, weight, score, votes, text, language, outline, mark), notes + repaired
 
 
 def _largest_part(segmentation: Any, notes: Notes) -> NDArray[np.float32]:

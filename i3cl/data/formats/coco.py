@@ -268,4 +268,6 @@ def _annotation(instance: Instance, identity: int, image_id: int) -> dict[str, A
         entry["text"] = instance.text
     if instance.language is not None:
         entry["language"] = instance.language
+    if instance.problem is not None:
+        entry["problem"], entry["problem_score"] = instance.problem
     return entry

@@ -41,6 +41,8 @@ class Instance:
     """Language or script as the source names it, e.g. 'Latin'."""
     outlineweight: float = 1.0
     """Factor >= 0, beside lossweight, of the box and mask losses alone; 0: teaches that here is text, but not its outline."""
+    problem: tuple[str, float] | None = None
+    """What an audit of labels says against it, and how strongly (0-1). For review: COCO json has it, Parquet does not."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
