@@ -87,7 +87,7 @@ def join(found: Sequence[Found], height: int, width: int) -> tuple[list[NDArray[
     # Whole words first, the surest first; then pieces, the largest first.
     for i in np.lexsort((np.where(cut, -areas, -scores), cut)).tolist():
         links = [link for link in pairs.of(i) if link.other in kept]
-        if any(link.inside >= _INSIDE and (link.agree >= _AGREE or (cut[i] and link.covered >= _COVERED)) for link in links):
+        if any(_says_it_all(link, bool(cut[i]), bool(cut[link.other])) for link in links):
             continue
         kept.add(i)
         joined[i] = {link.other for link in links if link.agree >= _AGREE}
@@ -114,6 +114,15 @@ class _Link(NamedTuple):
     """Share of the polygon under the other one ..."""
     inside: float
     """... and inside the other one's tile."""
+
+
+def _says_it_all(link: _Link, cut: bool, other_cut: bool) -> bool:
+    """Whether a polygon adds nothing to the one that it is linked to; two pieces that agree add to each other."""
+    if link.inside < _INSIDE:
+        return False
+    if link.agree >= _AGREE:
+        return not other_cut
+    return cut and link.covered >= _COVERED
 
 
 class _Pairs:
