@@ -79,8 +79,10 @@ def join(found: Sequence[Found], height: int, width: int) -> tuple[list[NDArray[
     frames = np.array([[each.tile.x0, each.tile.y0, each.tile.x1, each.tile.y1] for each in found], np.float64)[tile]
     shapes = to_shapely(polygons)
     areas = shapely.area(shapes)
-    cut = _cut(boxes_of(polygons), frames, height, width)
-    pairs = _Pairs(shapes, areas, tile, frames)
+    # Outlines are only so exact, and end a little before a border that cuts them.
+    margin = np.maximum(2.0, (frames[:, 2:] - frames[:, :2]).max(axis=1) / 100)
+    cut = _cut(boxes_of(polygons), frames, margin[:, None], height, width)
+    pairs = _Pairs(shapes, areas, tile, frames, margin)
 
     kept: set[int] = set()
     joined: dict[int, set[int]] = {}
@@ -95,10 +97,13 @@ def join(found: Sequence[Found], height: int, width: int) -> tuple[list[NDArray[
     return [polygon for polygon, _ in words], np.array([score for _, score in words], np.float32)
 
 
-def _cut(boxes: NDArray[np.float32], frames: NDArray[np.float64], height: int, width: int) -> NDArray[np.bool_]:
-    """Whether each box reaches a border of its tile at which the image goes on."""
-    # Outlines end a little before the border. A whole word that is taken for a piece does no harm: another tile has it too.
-    margin = np.maximum(2.0, (frames[:, 2:] - frames[:, :2]).max(axis=1, keepdims=True) / 100)
+def _cut(
+    boxes: NDArray[np.float32], frames: NDArray[np.float64], margin: NDArray[np.float64], height: int, width: int
+) -> NDArray[np.bool_]:
+    """Whether each box comes within `margin` of a border of its tile at which the image goes on.
+
+    A whole word that is taken for a piece does no harm: another tile has it too.
+    """
     low = (boxes[:, :2] - frames[:, :2] < margin) & (frames[:, :2] > 0)
     high = (frames[:, 2:] - boxes[:, 2:] < margin) & (frames[:, 2:] < [width, height])
     return (low | high).any(axis=1)
@@ -111,7 +116,7 @@ class _Link(NamedTuple):
     agree: float
     """IoU where both tiles see."""
     covered: float
-    """Share of the polygon under the other one ..."""
+    """Share of the polygon under the other one, grown by the margin ..."""
     inside: float
     """... and inside the other one's tile."""
 
@@ -129,21 +134,29 @@ class _Pairs:
     """The pairs of polygons of different tiles that overlap."""
 
     def __init__(
-        self, shapes: NDArray[np.object_], areas: NDArray[np.float64], tile: NDArray[np.int64], frames: NDArray[np.float64]
+        self,
+        shapes: NDArray[np.object_],
+        areas: NDArray[np.float64],
+        tile: NDArray[np.int64],
+        frames: NDArray[np.float64],
+        margin: NDArray[np.float64],
     ) -> None:
-        first, second = shapely.STRtree(shapes).query(shapes)
+        # Grown, because the outline of a long word may leave out all of a thin piece at its end.
+        grown = shapely.buffer(shapes, margin, quad_segs=2)
+        first, second = shapely.STRtree(grown).query(shapes)
         apart = tile[first] != tile[second]
         first, second = first[apart], second[apart]
+        covered = shapely.area(shapely.intersection(shapes[first], grown[second])) / np.maximum(areas[first], 1e-9)
+        touching = covered > 0
+        first, second, covered = first[touching], second[touching], covered[touching]
         common = shapely.area(shapely.intersection(shapes[first], shapes[second]))
-        touching = common > 0
-        first, second, common = first[touching], second[touching], common[touching]
         windows = shapely.box(*frames.T)
         # The part of the first that the second's tile sees, and the other way round.
         seen = shapely.area(shapely.intersection(shapes[first], windows[second]))
         back = shapely.area(shapely.intersection(shapes[second], windows[first]))
         agree = common / np.maximum(seen + back - common, 1e-9)
         self._of: dict[int, list[_Link]] = {}
-        columns = (first, second, agree, common / areas[first], seen / areas[first])
+        columns = (first, second, agree, covered, seen / np.maximum(areas[first], 1e-9))
         for i, *rest in zip(*(column.tolist() for column in columns), strict=True):
             self._of.setdefault(i, []).append(_Link(*rest))
 

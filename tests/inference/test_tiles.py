@@ -87,21 +87,21 @@ def pages(draw, longest: int):
     return height, width, words
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(pages(longest=OVERLAP - 4))
 def test_words_up_to_the_overlap_come_out_once_and_whole(drawn):
     height, width, words = drawn
     check(predictor(TILE)([page(height, width, words)])[0], words)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(pages(longest=400))
 def test_words_longer_than_the_overlap_and_than_a_tile_are_united(drawn):
     height, width, words = drawn
     check(predictor(TILE)([page(height, width, words)])[0], words)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 360), st.integers(0, 260), st.integers(8, 140), st.integers(8, 140))
 def test_a_block_larger_than_the_overlap_both_ways_is_united(x, y, w, h):
     word = (x, y, x + w, y + h)
@@ -169,7 +169,8 @@ def test_tiles_that_do_not_fit_into_memory_together_go_through_in_halves():
         predictor(TILE, Rectangles(room=0))([page(300, 300, words)])
 
 
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(2, 300), st.data())
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(40, 300), st.data())
 def test_tiles_cover_the_image_and_share_the_overlap(height, width, side, data):
     overlap = data.draw(st.integers(1, side // 2))
     tiles = tiles_of(height, width, side, overlap)
