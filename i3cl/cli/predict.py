@@ -30,7 +30,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.inference.device import choose_device
     from i3cl.inference.predictor import Predictor
-    from i3cl.inference.recipe import describe_sizes, given_size, recipe_of, test_size
+    from i3cl.inference.recipe import describe_sizes, describe_tiles, given_size, recipe_of, test_size, tiles
 
     files = find_images(options.images)
     names = relative_names(files)
@@ -40,8 +40,10 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     storage.make_dirs(out)
     given = given_size(settings)
     recipe = recipe_of(options.checkpoint)
-    size = {"test size": str(test_size(recipe, given))}
-    results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **size})
+    tile = tiles(recipe, given)
+    # Without tiles as in folders that were begun before there were any.
+    sizes = {"test size": str(test_size(recipe, given)), "data.tile": tile and describe_tiles(tile)}
+    results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **sizes})
     versions = [None if storage.is_remote(file) else storage.version(file) for file in files]
     waiting = [index for index, file in enumerate(files) if not results.has(file, versions[index])]
     if len(waiting) < len(files):
@@ -150,7 +152,7 @@ def picture_names(names: list[str]) -> list[str]:
 class Results:
     """The stored result of every image, as JSON lines in <out>/parts; written as it goes.
 
-    UserError when the folder holds results of another checkpoint or score.
+    UserError when the folder holds results of another checkpoint, score, test size or tile setting.
     """
 
     def __init__(self, out: str, claim: dict[str, Any]) -> None:

@@ -255,6 +255,28 @@ class TransformSettings(_Settings):
         return self
 
 
+class TileSettings(_Settings):
+    """Tiles in which images far larger than the test size are predicted."""
+
+    side: PositiveInt
+    """Pixels of the original image. Every tile is shown to the network as if it were an image of its own, at the test size; an
+    image with no longer side is not cut."""
+    overlap: Positive = 0.25
+    """What neighbouring tiles share at least: below 1 a share of side, from 1 on pixels of the original image; at most half of
+    side. Make it as long as the longest usual word: the pieces of longer ones are united."""
+
+    @property
+    def overlap_pixels(self) -> int:
+        """The overlap in pixels of the original image, at least 1."""
+        return max(1, round(self.overlap * self.side if self.overlap < 1 else self.overlap))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TileSettings:
+        if 2 * self.overlap_pixels > self.side:
+            raise ValueError(f"overlap: {self.overlap:g} is more than half of side ({self.side})")
+        return self
+
+
 class DataSettings(_Settings):
     """Data sets, how training sees them, and the size at test."""
 
@@ -271,6 +293,9 @@ class DataSettings(_Settings):
     """... and the long side at most this (the smaller ratio counts)."""
     test_upscale: bool = True
     """Enlarge images that are smaller than the test size."""
+    tile: TileSettings | None = None
+    """Cut images that are larger than side into overlapping tiles at test, and join what is found: {side: 2000, overlap: 0.25};
+    null: every image is predicted as a whole."""
     skip_bad: bool = False
     """Leave bad images and annotations out, list and count them, instead of stopping at the first."""
     ray_data: bool = True

@@ -18,16 +18,22 @@ from i3cl.detections import Detections
 from i3cl.errors import UserError
 from i3cl.geometry import outlines_from_masks
 from i3cl.inference.device import Precision, autocast, choose_device
-from i3cl.inference.recipe import AS_TRAINED, Given, test_size
+from i3cl.inference.recipe import AS_TRAINED, Given, test_size, tiles
+from i3cl.inference.tiles import Found, Tile, join, tiles_of
 from i3cl.model.checkpoint import STATE, load_weights
 from i3cl.model.network import I3CL
 
 ImageArray = NDArray[np.uint8]
 """(H, W, 3) RGB."""
+_TILES = 4
+"""Tiles that go through the network together, unless a call has more images than this."""
 
 
 class Predictor:
     """One network on one device, at one test size and precision. Everything in the project that predicts does so with one.
+
+    With the setting data.tile, images that are larger than a tile are cut, and what is found in their tiles is joined. Besides
+    the image itself this takes memory for a few tiles only.
 
     The network's mode is the same after a call as before it, so that a network in training can be used.
     """
@@ -39,13 +45,14 @@ class Predictor:
 
         Args:
             network: On its device already.
-            recipe: What it was trained with: its test size and precision count.
-            given: What the user gives in place of the recipe's test size.
+            recipe: What it was trained with: its test size, tiles and precision count.
+            given: What the user gives in place of the recipe's test size and tiles.
             precision: In place of the recipe's train.precision; None keeps that.
         """
         self.network = network
         self.recipe = recipe
         self.size = test_size(recipe, given)
+        self.tile = tiles(recipe, given)
         self.precision: Precision = precision or recipe.train.precision
 
     @classmethod
@@ -66,10 +73,38 @@ class Predictor:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[ImageArray], view: ViewSettings | None = None) -> list[Detections]:
         """One batch of (H, W, 3) uint8 RGB images in one view; all detections above the network's own score threshold."""
         view = view or ViewSettings()
+        if self.tile is None:
+            return self._whole(images, view)
+        side, overlap = self.tile.side, self.tile.overlap_pixels
+        work = [(index, tile) for index, image in enumerate(images) for tile in tiles_of(*image.shape[:2], side, overlap)]
+        parts: list[list[tuple[Tile, Detections]]] = [[] for _ in images]
+        step = max(_TILES, len(images))
+        for start in range(0, len(work), step):
+            batch = work[start : start + step]
+            found = self._tiles([tile.cut(images[index]) for index, tile in batch], view)
+            for (index, tile), detections in zip(batch, found, strict=True):
+                parts[index].append((tile, detections))
+        return [_joined(image, part) for image, part in zip(images, parts, strict=True)]
+
+    def _tiles(self, cuts: Sequence[ImageArray], view: ViewSettings) -> list[Detections]:
+        """As `_whole`; where they do not fit into the GPU's memory together, in halves."""
+        try:
+            return self._whole(cuts, view)
+        except torch.OutOfMemoryError:
+            if len(cuts) == 1:
+                raise
+        # Outside the handler, whose traceback holds on to the tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(cuts) // 2
+        return self._tiles(cuts[:half], view) + self._tiles(cuts[half:], view)
+
+    @torch.inference_mode()
+    def _whole(self, images: Sequence[ImageArray], view: ViewSettings) -> list[Detections]:
+        """The images, or tiles, as they are, through the network together."""
         device = self.device
         tensors, scales = [], []
         for image in images:
@@ -143,6 +178,18 @@ def detect(
     """
     predictor = model if isinstance(model, Predictor) else Predictor(model, model.recipe or Settings(model=model.settings))
     return predictor.detect(images, score_threshold, batch)
+
+
+def _joined(image: ImageArray, parts: Sequence[tuple[Tile, Detections]]) -> Detections:
+    """What was found in an image, in its own pixels, from what was found in each of its tiles."""
+    if len(parts) == 1:
+        return parts[0][1]
+    moved = [
+        Found(tile, [polygon + np.array([tile.x0, tile.y0], np.float32) for polygon in found.polygons], found.scores)
+        for tile, found in parts
+    ]
+    height, width = image.shape[:2]
+    return Detections(*join(moved, height, width), height=height, width=width)
 
 
 def _to_detections(

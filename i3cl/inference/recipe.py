@@ -1,7 +1,7 @@
 """What a checkpoint's own recipe says about prediction, and what the user puts in its place.
 
-The three keys of `TEST_SIZE` that a recipe or command line gives count for every checkpoint; each one that is not given comes
-from the checkpoint's own recipe. Nothing here needs torch.
+The keys of `TEST_SIZE` and `TILE` that a recipe or command line gives count for every checkpoint; each one that is not given
+comes from the checkpoint's own recipe. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import Settings, load_settings
+from i3cl.config import Settings, TileSettings, load_settings
 from i3cl.data.loading.images import test_scale
 from i3cl.errors import UserError
 
 TEST_SIZE = ("data.test_short_side", "data.test_long_side", "data.test_upscale")
 """Settings keys that say how large the network sees an image."""
+TILE = "data.tile"
+"""Settings key that says whether, and into what, an image is cut."""
 Given = Mapping[str, Any]
-"""Some of the keys of `TEST_SIZE` -> the values that take the place of the checkpoint's own."""
+"""Some of the keys of `TEST_SIZE` and `TILE` -> the values, as JSON has them, that take the place of the checkpoint's own."""
 AS_TRAINED: Given = {}
-"""Every checkpoint at its own test size: for models that this run has trained, whose recipes hold all that was given."""
+"""Every checkpoint at its own test size and tiles: for models of this run, whose recipes hold all that was given."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,26 @@ def recipe_of(checkpoint: str) -> Settings:
 
 
 def given_size(settings: Settings) -> Given:
-    """The keys of `TEST_SIZE` that the recipe or the command line gives, with their values."""
-    names = [key.removeprefix("data.") for key in TEST_SIZE]
-    return {f"data.{name}": getattr(settings.data, name) for name in names if name in settings.data.model_fields_set}
+    """The keys of `TEST_SIZE` and `TILE` that the recipe or the command line gives, with their values."""
+    keys = [key for key in (*TEST_SIZE, TILE) if key.removeprefix("data.") in settings.data.model_fields_set]
+    return {key: _own(settings, key) for key in keys}
+
+
+def _own(recipe: Settings, key: str) -> Any:
+    """What a recipe says for a key, as JSON has it; an overlap of tiles in pixels, so that equal tiles are equal."""
+    value = getattr(recipe.data, key.removeprefix("data."))
+    return {"side": value.side, "overlap": value.overlap_pixels} if isinstance(value, TileSettings) else value
+
+
+def tiles(recipe: Settings, given: Given = AS_TRAINED) -> TileSettings | None:
+    """The tiles in which a checkpoint of this recipe sees large images; None: it sees every image as a whole."""
+    value = given.get(TILE) if TILE in given else _own(recipe, TILE)
+    return None if value is None else TileSettings.model_validate(value)
+
+
+def describe_tiles(tile: TileSettings | None) -> str:
+    """'tiles of 1024 px that share 256', or 'no tiles'."""
+    return "no tiles" if tile is None else f"tiles of {tile.side} px that share {tile.overlap_pixels}"
 
 
 def test_size(recipe: Settings, given: Given = AS_TRAINED) -> TestSize:
@@ -69,24 +88,27 @@ test_size.__test__ = False  # type: ignore[attr-defined]
 
 def effective(recipes: Mapping[str, Settings], given: Given) -> Given:
     """Those of `given` that differ from what at least one of the recipes says."""
-    return {
-        key: value
-        for key, value in given.items()
-        if any(getattr(recipe.data, key.removeprefix("data.")) != value for recipe in recipes.values())
-    }
+    return {key: value for key, value in given.items() if any(_own(recipe, key) != value for recipe in recipes.values())}
 
 
 def describe_sizes(recipes: Mapping[str, Settings], given: Given) -> str:
-    """One line for people: the test size of every member and where it comes from.
+    """One line for people: the test size and the tiles of every member and where they come from.
 
     'test size 640/1024 from the checkpoint', 'test size a 320/1024, b 320/1333 (data.test_short_side as given, the rest from the
-    checkpoints)'.
+    checkpoints); tiles of 1024 px that share 256 (data.tile as given)'. Tiles are left out where nobody asks for any.
     """
-    sizes = {name: str(test_size(recipe, given)) for name, recipe in recipes.items()}
-    same = len(set(sizes.values())) == 1
-    text = next(iter(sizes.values())) if same else ", ".join(f"{name} {size}" for name, size in sizes.items())
     source = "the checkpoint" if len(recipes) == 1 else "the checkpoints"
-    if not given:
-        return f"test size {text} from {source}"
-    rest = "" if len(given) == len(TEST_SIZE) else f", the rest from {source}"
-    return f"test size {text} ({', '.join(given)} as given{rest})"
+    text = f"test size {_by_member({name: str(test_size(recipe, given)) for name, recipe in recipes.items()})}"
+    keys = [key for key in given if key in TEST_SIZE]
+    rest = "" if len(keys) == len(TEST_SIZE) else f", the rest from {source}"
+    text += f" ({', '.join(keys)} as given{rest})" if keys else f" from {source}"
+    if given.get(TILE) is None and all(recipe.data.tile is None for recipe in recipes.values()):
+        return text
+    text += f"; {_by_member({name: describe_tiles(tiles(recipe, given)) for name, recipe in recipes.items()})}"
+    return text + (f" ({TILE} as given)" if TILE in given else f" from {source}")
+
+
+def _by_member(texts: Mapping[str, str]) -> str:
+    """What holds for every member, said once where it is the same for all."""
+    same = len(set(texts.values())) == 1
+    return next(iter(texts.values())) if same else ", ".join(f"{name} {text}" for name, text in texts.items())

@@ -56,7 +56,7 @@ class Plan:
     device: str = "cpu"
     """'cuda' or 'cpu', for every network. Never chosen by what an actor can see: cluster.gpu=false leaves visible GPUs alone."""
     given: Given = field(default_factory=dict)
-    """What takes the place of the checkpoints' own test size."""
+    """What takes the place of the checkpoints' own test size and tiles."""
 
 
 @dataclass(frozen=True)

@@ -53,15 +53,15 @@ def predict(
         settings: Of which `label` and `cluster.gpu` count.
         out: Folder of the job.
         title: Begins the lines of progress.
-        given: What takes the place of the checkpoints' own test sizes; None: the keys of data.test_* that the recipe or the
-            command line gives.
+        given: What takes the place of the checkpoints' own test sizes and tiles; None: the keys of data.test_* and data.tile that
+            the recipe or the command line gives.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size or shard
-            size); or a larger share of the images than label.max_error_share cannot be labelled.
+        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles or
+            shard size); or a larger share of the images than label.max_error_share cannot be labelled.
     """
     label = settings.label
     if not members:

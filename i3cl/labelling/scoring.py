@@ -41,8 +41,8 @@ def score_checkpoints(
         settings: The whole recipe; `evaluate`, `label` and `cluster.gpu` count.
         out: Folder for the predictions.
         title: Begins the lines of progress.
-        given: What takes the place of the checkpoints' own test sizes; None: the keys of data.test_* that the recipe or the
-            command line gives.
+        given: What takes the place of the checkpoints' own test sizes and tiles; None: the keys of data.test_* and data.tile that
+            the recipe or the command line gives.
 
     Raises:
         UserError: As `predict` raises it, and for an image whose size is not the one that its annotation states.
