@@ -42,7 +42,7 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     from i3cl.config import SourceSettings
     from i3cl.data.loading.ingest import read_source
     from i3cl.labelling.calibration import write_calibration
-    from i3cl.labelling.trust import measure_trust, write_disputed
+    from i3cl.labelling.trust import exif_of_predictions, measure_trust, write_disputed
     from i3cl.report.trust import write_trust_report
 
     source = settings.data.validation
@@ -54,11 +54,13 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
         raise UserError("--truth: names no labelled set; give --truth SET.json --images FOLDER or data.validation")
     dataset = read_source(source, settings.data_root, settings.data.skip_bad)
     predictions = options.predictions or storage.join(folder, "predictions", "validation")
+    exif = exif_of_predictions(predictions, settings)
     found = measure_trust(predictions, dataset.records, settings.label, settings.evaluate)
     out = options.out or storage.join(folder, "trust")
     write_calibration(storage.join(out, "calibration.json"), found.calibration)
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
-    write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, f"Trust in the labels: {settings.name}")
+    title = f"Trust in the labels: {settings.name}"
+    write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=exif == "upright")
     for row in [found.ensemble, *found.members]:
         print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
     gain, low, high = (100 * value for value in found.gain)

@@ -22,6 +22,8 @@ from i3cl.errors import UserError
 
 _ROWS_PER_PART = 100
 _SECONDS_PER_PART = 10.0
+_ABSENT = {"data.exif": "stored"}
+"""Values of a claim that folders of earlier versions lack."""
 _ART = re.compile(r"(?:gt_|res_)?(\d+)")
 
 
@@ -30,7 +32,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.inference.device import choose_device
     from i3cl.inference.predictor import Predictor
-    from i3cl.inference.recipe import describe_sizes, given_size, recipe_of, test_size
+    from i3cl.inference.recipe import chosen_exif, describe_sizes, given_size, recipe_of, test_size
 
     files = find_images(options.images)
     names = relative_names(files)
@@ -41,7 +43,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     given = given_size(settings)
     recipe = recipe_of(options.checkpoint)
     size = {"test size": str(test_size(recipe, given))}
-    results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **size})
+    exif = chosen_exif({options.checkpoint: recipe}, settings)
+    results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **size, "data.exif": exif})
     versions = [None if storage.is_remote(file) else storage.version(file) for file in files]
     waiting = [index for index, file in enumerate(files) if not results.has(file, versions[index])]
     if len(waiting) < len(files):
@@ -50,7 +53,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         predictor = None
         if waiting:
             print(describe_sizes({options.checkpoint: recipe}, given), flush=True)
-            predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given)
+            predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given, upright=exif == "upright")
         for index in waiting:
             row = _predict(predictor, files[index], storage.join(out, "pictures", pictures[index]), options.score)
             results.add({"file": files[index], "version": versions[index], **row})
@@ -165,7 +168,7 @@ class Results:
         if storage.exists(note):
             there = json.loads(storage.read_text(note))
             for key, value in claim.items():
-                if there.get(key) != value:
+                if there.get(key, _ABSENT.get(key)) != value:
                     raise UserError(f"{out}: holds results of another {key}; name another --out, or remove the folder")
         else:
             storage.write_text_atomic(note, json.dumps(claim))
@@ -215,7 +218,7 @@ def _predict(predictor: Any, file: str, picture: str, score: float) -> dict[str,
     from i3cl.data.loading.images import ImageError, decode_image
 
     try:
-        image = decode_image(file)
+        image = decode_image(file, upright=predictor.upright)
     except ImageError as error:
         return {"error": str(error)}
     found = predictor.detect([image], score)[0]
