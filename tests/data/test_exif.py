@@ -152,7 +152,6 @@ def test_validation_prediction_labelling_and_reports_agree(
     sets, tiny_settings, tiny_checkpoints, tmp_path, ray_cluster, monkeypatch
 ):
     from i3cl.cli import label, predict
-    from i3cl.labelling.label import label_images, unlabelled_images
     from i3cl.labelling.scoring import score_checkpoints
 
     upright_checkpoint = tmp_path / "checkpoint"
@@ -166,7 +165,6 @@ def test_validation_prediction_labelling_and_reports_agree(
 
     found, scores, boxes, submissions, pages = [], [], [], [], []
     for images, exif in BOTH:
-        settings = recipe(tiny_settings, sets, images, exif, tmp_path)
         records = read_coco(str(sets / "set.json"), str(sets / images)).records
         # The checkpoint's own recipe says in which frame it was trained.
         checkpoint = str(upright_checkpoint) if exif == "upright" else tiny_checkpoints["a"]
@@ -178,13 +176,8 @@ def test_validation_prediction_labelling_and_reports_agree(
         assert [d.width for d in explicit] == [96] * 8
         # Without data.exif, labelling takes the checkpoint's own.
         given = recipe(tiny_settings, sets, images, None if exif == "upright" else exif, tmp_path)
-        given = with_overrides(given, {"label.select.ignore": 0.0, "label.select.low": 0.0, "label.select.high": 0.01}, "test")
-        labels = label_images(unlabelled_images(given), {"m": checkpoint}, given, str(tmp_path / images), "test")
-        job = json.loads((tmp_path / images / "predictions" / "unlabelled" / "job.json").read_text())
-        assert job["data.exif"] == exif
-        pseudo = read_coco(labels.path, labels.images_root).records
-        assert {(r.height, r.width) for r in pseudo} == {(64, 96)}
-        measured = score_checkpoints(given_truth(sets, images), {"m": checkpoint}, settings, str(tmp_path / images / "v"), "test")
+        measured = score_checkpoints(given_truth(sets, images), {"m": checkpoint}, given, str(tmp_path / images / "v"), "test")
+        assert json.loads((tmp_path / images / "v" / "job.json").read_text())["data.exif"] == exif
         scores.append(measured.members["m"].score)
         polygons = member_predictions(str(tmp_path / images / "v"), "m")
         submissions.append([polygons[r.id][0] for r in records])
@@ -217,7 +210,7 @@ def test_validation_prediction_labelling_and_reports_agree(
     with pytest.raises(UserError, match=r"different values \(a stored, b upright\)"):
         settings = recipe(tiny_settings, sets, "turned", None, tmp_path)
         members = {"a": tiny_checkpoints["a"], "b": str(upright_checkpoint)}
-        label_images(unlabelled_images(settings), members, settings, str(tmp_path / "mixed"), "test")
+        score_checkpoints(given_truth(sets, "turned"), members, settings, str(tmp_path / "mixed"), "test")
     # The same folders, asked for the other frame.
     argv = [
         "i3cl",
