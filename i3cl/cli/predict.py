@@ -52,7 +52,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     try:
         predictor = None
         if waiting:
-            print(describe_sizes({options.checkpoint: recipe}, given), flush=True)
+            turned = ", images turned upright (data.exif)" if exif == "upright" else ""
+            print(describe_sizes({options.checkpoint: recipe}, given) + turned, flush=True)
             predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given, upright=exif == "upright")
         for index in waiting:
             row = _predict(predictor, files[index], storage.join(out, "pictures", pictures[index]), options.score)

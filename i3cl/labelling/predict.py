@@ -94,7 +94,8 @@ def predict(
     if ledger.is_done():
         ledger.clean()
         return out
-    job = _Job(dataset, manifest, groups, settings, ledger, title, given, describe_sizes(recipes, given), exif == "upright")
+    sizes = describe_sizes(recipes, given) + (", images turned upright (data.exif)" if exif == "upright" else "")
+    job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright")
     job.run()
     return out
 
