@@ -25,16 +25,19 @@ _READ = 1 << 22
 """Bytes hashed at a time."""
 
 
-def claim(path: str, identity: Mapping[str, Any], holds: str) -> None:
+def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[str, Any] | None = None) -> None:
     """Write `identity` into the new JSON file `path`, or compare it with the file that is there.
 
-    holds: what the folder then holds, for the message. UserError that names the first difference, or a file that is not JSON.
+    holds: what the folder then holds, for the message; absent: values of keys that files of earlier versions lack.
+    UserError that names the first difference, or a file that is not JSON.
     """
     folder = path.rpartition("/")[0]
     there = read(path)
     if there is None:
         storage.write_text_atomic(path, json.dumps(identity, indent=1) + "\n")
         return
+    if isinstance(there, dict):
+        there = {**(absent or {}), **there}
     difference = first_difference(there, json.loads(json.dumps(identity)))
     if difference:
         raise UserError(f"{folder}: holds {holds} ({difference}); {_REMEDY}")

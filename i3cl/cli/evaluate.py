@@ -49,7 +49,8 @@ def _files(settings: Settings, options: argparse.Namespace) -> None:
     if options.report and result.scored is not None:
         from i3cl.report.evaluation import write_evaluation_report
 
-        write_evaluation_report(options.report, result.scored, result.values, result.rival, options.images)
+        upright = settings.data.upright
+        write_evaluation_report(options.report, result.scored, result.values, result.rival, options.images, upright=upright)
         print(f"report: {options.report}")
 
 

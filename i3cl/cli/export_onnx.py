@@ -36,7 +36,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{options.check}: has no image ({', '.join(sorted(SUFFIXES))})")
     torch.set_num_threads(options.threads)
     network, predictor = i3cl.load(options.checkpoint, device="cpu"), OnnxPredictor(options.out, options.threads)
-    images = (decode_image(storage.join(options.check, name)) for name in islice(names, 50))
+    images = (decode_image(storage.join(options.check, name), upright=predictor.upright) for name in islice(names, 50))
     print(f"{options.threads} threads, {compare(network, predictor, images)}")
 
 

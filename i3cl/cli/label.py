@@ -50,7 +50,7 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     """Measure how far the labels can be trusted; write the report, calibration.json and disputed.json."""
     from i3cl import storage
     from i3cl.labelling.calibration import write_calibration
-    from i3cl.labelling.trust import diverse_order, measure_trust, write_disputed
+    from i3cl.labelling.trust import diverse_order, exif_of_predictions, measure_trust, write_disputed
     from i3cl.report.trust import write_trust_report
 
     dataset = _labelled(settings, options)
@@ -58,13 +58,15 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     if len(given) > 1:
         raise UserError("--predictions: trust takes one folder; several belong to audit")
     predictions = given[0] if given else storage.join(folder, "predictions", "validation")
+    exif = exif_of_predictions(predictions, settings)
     found = measure_trust(predictions, dataset.records, settings.label, settings.evaluate)
     out = options.out or storage.join(folder, "trust")
     write_calibration(storage.join(out, "calibration.json"), found.calibration)
     if settings.label.trust.order == "diverse":
         found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root))
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
-    write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, f"Trust in the labels: {settings.name}")
+    title = f"Trust in the labels: {settings.name}"
+    write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=exif == "upright")
     for row in [found.ensemble, *found.members]:
         print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
     gain, low, high = (100 * value for value in found.gain)
@@ -76,17 +78,22 @@ def audit(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     """Find labels that the ensemble contradicts; write the report, audit.json and audit.csv."""
     from i3cl import storage
     from i3cl.labelling.audit import audit_labels, write_audit, write_audit_table
+    from i3cl.labelling.trust import exif_of_predictions
     from i3cl.report.audit import write_audit_report
 
     dataset = _labelled(settings, options)
     folders = _folders(options)
     if not folders:
         raise UserError("--predictions: names no folder; give one for each fold, of members trained without it")
+    made = {exif_of_predictions(each, settings) for each in folders}
+    if len(made) > 1:
+        raise UserError("--predictions: were made with different data.exif; predict again with one")
     found = audit_labels(folders, dataset.records, settings.label)
     out = options.out or storage.join(folder, "audit")
     write_audit(storage.join(out, "audit.json"), found)
     write_audit_table(storage.join(out, "audit.csv"), found)
-    write_audit_report(storage.join(out, "report.html"), found, dataset.images_root, f"Audit of the labels: {settings.name}")
+    title = f"Audit of the labels: {settings.name}"
+    write_audit_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=made == {"upright"})
     for title, names in (("without predictions", found.unpredicted), ("that could not be read", found.unreadable)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

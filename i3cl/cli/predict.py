@@ -22,6 +22,8 @@ from i3cl.errors import UserError
 
 _ROWS_PER_PART = 100
 _SECONDS_PER_PART = 10.0
+_ABSENT = {"data.exif": "stored"}
+"""Values of a claim that folders of earlier versions lack."""
 _ART = re.compile(r"(?:gt_|res_)?(\d+)")
 
 
@@ -30,7 +32,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
     from i3cl.inference.device import choose_device
     from i3cl.inference.predictor import Predictor
-    from i3cl.inference.recipe import describe_sizes, describe_tiles, given_size, recipe_of, test_size, tiles
+    from i3cl.inference.recipe import chosen_exif, describe_sizes, describe_tiles, given_size, recipe_of, test_size, tiles
 
     files = find_images(options.images)
     names = relative_names(files)
@@ -41,8 +43,9 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     given = given_size(settings)
     recipe = recipe_of(options.checkpoint)
     tile = tiles(recipe, given)
+    exif = chosen_exif({options.checkpoint: recipe}, settings)
     # Without tiles as in folders that were begun before there were any.
-    sizes = {"test size": str(test_size(recipe, given)), "data.tile": tile and describe_tiles(tile)}
+    sizes = {"test size": str(test_size(recipe, given)), "data.tile": tile and describe_tiles(tile), "data.exif": exif}
     results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **sizes})
     versions = [None if storage.is_remote(file) else storage.version(file) for file in files]
     waiting = [index for index, file in enumerate(files) if not results.has(file, versions[index])]
@@ -51,8 +54,9 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     try:
         predictor = None
         if waiting:
-            print(describe_sizes({options.checkpoint: recipe}, given), flush=True)
-            predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given)
+            turned = ", images turned upright (data.exif)" if exif == "upright" else ""
+            print(describe_sizes({options.checkpoint: recipe}, given) + turned, flush=True)
+            predictor = Predictor.load(options.checkpoint, choose_device(settings.cluster.gpu), given, upright=exif == "upright")
         for index in waiting:
             row = _predict(predictor, files[index], storage.join(out, "pictures", pictures[index]), options.score)
             results.add({"file": files[index], "version": versions[index], **row})
@@ -167,7 +171,7 @@ class Results:
         if storage.exists(note):
             there = json.loads(storage.read_text(note))
             for key, value in claim.items():
-                if there.get(key) != value:
+                if there.get(key, _ABSENT.get(key)) != value:
                     raise UserError(f"{out}: holds results of another {key}; name another --out, or remove the folder")
         else:
             storage.write_text_atomic(note, json.dumps(claim))
@@ -217,7 +221,7 @@ def _predict(predictor: Any, file: str, picture: str, score: float) -> dict[str,
     from i3cl.data.loading.images import ImageError, decode_image
 
     try:
-        image = decode_image(file)
+        image = decode_image(file, upright=predictor.upright)
     except ImageError as error:
         return {"error": str(error)}
     found = predictor.detect([image], score)[0]

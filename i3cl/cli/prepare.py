@@ -132,7 +132,8 @@ def duplicates(settings: Settings, options: argparse.Namespace) -> None:
     against = options.against or options.source
     images = [*options.images, *options.images][:2]
     sets = (options.source, images[0]), (against, images[1])
-    pairs = report_duplicates(*sets, options.distance, options.out, skip_bad=settings.data.skip_bad)
+    data = settings.data
+    pairs = report_duplicates(*sets, options.distance, options.out, skip_bad=data.skip_bad, upright=data.upright)
     print(f"{pairs} pairs within {options.distance} of 64 bits" + (f": {options.out}" if options.out else ""))
 
 
@@ -154,6 +155,7 @@ def import_public(settings: Settings, options: argparse.Namespace) -> None:
         split=options.split,
         parquet=options.parquet,
         skip_bad=settings.data.skip_bad,
+        upright=settings.data.upright,
     )
     print("\n".join(summary.lines()))
 
@@ -182,14 +184,16 @@ def degrade(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl.data.tools.degrade import write_degraded
 
     out = storage.absolute(options.out)
-    done = write_degraded(options.kind, _dataset(settings, options), out, options.seed, skip_bad=settings.data.skip_bad)
+    dataset, data = _dataset(settings, options), settings.data
+    done = write_degraded(options.kind, dataset, out, options.seed, skip_bad=data.skip_bad, upright=data.upright)
     print(f"data set: {done}, images relative to {storage.join(out, 'images')}")
 
 
 def sheet(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl.report.sheet import write_contact_sheet
 
-    write_contact_sheet(options.out, _dataset(settings, options), options.count, options.columns)
+    dataset = _dataset(settings, options)
+    write_contact_sheet(options.out, dataset, options.count, options.columns, upright=settings.data.upright)
     print(f"contact sheet: {options.out}")
 
 

@@ -296,6 +296,9 @@ class DataSettings(_Settings):
     tile: TileSettings | None = None
     """Cut images that are larger than side into overlapping tiles at test, and join what is found: {side: 2000, overlap: 0.25};
     null: every image is predicted as a whole."""
+    exif: Literal["stored", "upright"] = "stored"
+    """The pixels in which polygons and sizes count: those of the file as stored, or of the picture turned as its EXIF orientation
+    says, which is how viewers show it. Prediction and labelling take a checkpoint's own, unless this is given."""
     skip_bad: bool = False
     """Leave bad images and annotations out, list and count them, instead of stopping at the first."""
     ray_data: bool = True
@@ -313,6 +316,11 @@ class DataSettings(_Settings):
         for i in range(len(self.train)):
             self.transform_of(i)
         return self
+
+    @property
+    def upright(self) -> bool:
+        """Whether images are turned as their EXIF orientation says."""
+        return self.exif == "upright"
 
     def transform_of(self, source: int) -> TransformSettings:
         """The augmentation of data.train[source]: `transform` with that source's own settings over it."""

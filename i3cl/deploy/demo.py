@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
-import logging
 import re
 import socket
 import tempfile
@@ -21,7 +19,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -35,8 +32,6 @@ from starlette.routing import Route
 from i3cl.data.loading.images import decode_image
 from i3cl.detections import Detections
 from i3cl.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 Detector = Callable[[NDArray[np.uint8]], Detections]
 """From (H, W, 3) uint8 RGB to all detections, whatever their score; called by one thread at a time."""
@@ -191,10 +186,10 @@ class _Demo:
 
     def _look(self, data: bytes) -> Detections:
         try:
-            image = decode_image(data, self.limits.pixels)
+            image = decode_image(data, self.limits.pixels, upright=True)
         except UserError as error:
             raise _Refused(415, str(error).removeprefix("image: ")) from error
-        return self.detector(upright(image, data))
+        return self.detector(image)
 
     async def _body(self, request: Request, limit: int, what: str) -> bytes:
         too_large = _Refused(413, f"{what} is larger than {limit / (1 << 20):g} MB")
@@ -225,24 +220,6 @@ class _Demo:
             yield
         finally:
             self._inside -= 1
-
-
-def upright(image: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
-    """The stored pixels (H, W, 3) turned as the EXIF orientation of the file `data` says, which is how a browser shows it."""
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        # The pixels have been read; broken EXIF data, about which readers raise nearly anything, leaves them as they are.
-        logger.debug("EXIF data cannot be read", exc_info=True)
-        orientation = 1
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def write_labels(labels: _Labels) -> bytes:

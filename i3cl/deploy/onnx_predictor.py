@@ -42,6 +42,8 @@ class ModelInfo(BaseModel):
     """... and its long side at most this."""
     test_upscale: bool = True
     """Enlarge images that are smaller than that."""
+    exif: Literal["stored", "upright"] = "stored"
+    """Whether the detector was trained on pixels as stored, or on pictures turned as their EXIF orientation says."""
     max_height: int | None = None
     """Pixels of a graph of fixed size: every image is padded to it inside the graph; null: of any size."""
     max_width: int | None = None
@@ -96,7 +98,7 @@ class OnnxPredictor:
         return boxes, scores, masks
 
     def detect(self, image: str | Path | NDArray[np.uint8], score_threshold: float = 0.5) -> Detections:
-        """Text polygons of one photograph, in its own pixels.
+        """Text polygons of one photograph, in its own pixels: those of the file as stored, or turned as `ModelInfo.exif` says.
 
         Args:
             image: path of a local image file, or (H, W, 3) uint8 RGB of any size.
@@ -106,11 +108,16 @@ class OnnxPredictor:
             UserError: the file cannot be read as an image.
         """
         if isinstance(image, str | Path):
-            image = read_image(image)
+            image = read_image(image, upright=self.upright)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UserError(f"image: expected (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
         sized = resize(image, self.scale(image.shape[0], image.shape[1]))
         return to_detections(*self.run(sized), sized.shape[:2], image.shape[:2]).filter(score_threshold)
+
+    @property
+    def upright(self) -> bool:
+        """Whether `detect` turns image files as their EXIF orientation says."""
+        return self.info.exif == "upright"
 
     def scale(self, height: int, width: int) -> float:
         """Factor by which an image of `height` x `width` pixels is resized before the network sees it."""
@@ -136,14 +143,14 @@ def read_info(metadata: dict[str, str], path: str) -> ModelInfo:
     return info
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of a local image file, pixels as stored. UserError that names the file when it cannot be read."""
+def read_image(path: str | Path, *, upright: bool = False) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a local image file; `upright` as for `decode_image`. UserError that names an unreadable file."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; check the path") from error
     try:
-        return decode_image(data)
+        return decode_image(data, upright=upright)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('image: ')}") from error
 

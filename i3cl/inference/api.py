@@ -30,7 +30,14 @@ def load(checkpoint: str | os.PathLike[str], device: str | torch.device | None =
     return predictor.load(os.fspath(checkpoint), device)
 
 
-def detect(model: I3CL, images: AnyImage | Iterable[AnyImage], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
+def detect(
+    model: I3CL,
+    images: AnyImage | Iterable[AnyImage],
+    score_threshold: float = 0.5,
+    batch: int = 4,
+    *,
+    upright: bool | None = None,
+) -> list[Detections]:
     """Text in one image or in several: one `Detections` each, in original pixels.
 
     Args:
@@ -39,12 +46,16 @@ def detect(model: I3CL, images: AnyImage | Iterable[AnyImage], score_threshold: 
             uint8, uint16 or float 0-1; or an iterable of them, of any sizes. It is read as it is needed.
         score_threshold: 0-1; detections up to it are left out.
         batch: images that go through the network together.
+        upright: True turns files and Pillow images as their EXIF orientation says, and polygons are in the turned picture; False
+            takes their pixels as stored; None: as data.exif in the model's recipe. Arrays are never turned.
 
     Raises:
         UserError: an image cannot be read, or is something else; the message says what it got and what it takes.
     """
     found: list[Detections] = []
     waiting = as_images(images)
-    while group := [as_rgb(image) for image in islice(waiting, batch)]:
+    if upright is None:
+        upright = model.recipe is not None and model.recipe.data.upright
+    while group := [as_rgb(image, upright=upright) for image in islice(waiting, batch)]:
         found += predictor.detect(model, group, score_threshold, batch)
     return found

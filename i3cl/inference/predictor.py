@@ -39,7 +39,12 @@ class Predictor:
     """
 
     def __init__(
-        self, network: nn.Module, recipe: Settings, given: Given = AS_TRAINED, precision: Precision | None = None
+        self,
+        network: nn.Module,
+        recipe: Settings,
+        given: Given = AS_TRAINED,
+        precision: Precision | None = None,
+        upright: bool | None = None,
     ) -> None:
         """Wrap a network where it is.
 
@@ -48,11 +53,13 @@ class Predictor:
             recipe: What it was trained with: its test size, tiles and precision count.
             given: What the user gives in place of the recipe's test size and tiles.
             precision: In place of the recipe's train.precision; None keeps that.
+            upright: Whether image files are turned as their EXIF orientation says; None: as data.exif of the recipe.
         """
         self.network = network
         self.recipe = recipe
         self.size = test_size(recipe, given)
         self.tile = tiles(recipe, given)
+        self.upright = recipe.data.upright if upright is None else upright
         self.precision: Precision = precision or recipe.train.precision
 
     @classmethod
@@ -62,11 +69,12 @@ class Predictor:
         device: str | torch.device | None = None,
         given: Given = AS_TRAINED,
         precision: Precision | None = None,
+        upright: bool | None = None,
     ) -> Predictor:
         """The predictor of a checkpoint directory; arguments and errors as `load` and the constructor."""
         network = load(checkpoint, device)
         assert network.recipe is not None
-        return cls(network, network.recipe, given, precision)
+        return cls(network, network.recipe, given, precision, upright)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +134,8 @@ class Predictor:
         """As the function `detect`."""
         result: list[Detections] = []
         for start in range(0, len(images), batch):
-            arrays = [decode_image(image) if isinstance(image, str) else image for image in images[start : start + batch]]
+            group = images[start : start + batch]
+            arrays = [decode_image(image, upright=self.upright) if isinstance(image, str) else image for image in group]
             result += [found.filter(score_threshold) for found in self(arrays)]
         return result
 
@@ -139,7 +148,7 @@ class Predictor:
         with ThreadPoolExecutor(max_workers=2) as pool:
 
             def decode(group: list[ImageRecord]) -> list[ImageArray]:
-                return [decode_image(storage.join(images_root, record.file_name)) for record in group]
+                return [decode_image(storage.join(images_root, record.file_name), upright=self.upright) for record in group]
 
             pending = [pool.submit(decode, group) for group in groups[:2]]
             for index, group in enumerate(groups):

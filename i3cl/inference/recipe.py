@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from i3cl import storage
 from i3cl.config import Settings, TileSettings, load_settings
@@ -89,6 +89,22 @@ test_size.__test__ = False  # type: ignore[attr-defined]
 def effective(recipes: Mapping[str, Settings], given: Given) -> Given:
     """Those of `given` that differ from what at least one of the recipes says."""
     return {key: value for key, value in given.items() if any(_own(recipe, key) != value for recipe in recipes.values())}
+
+
+def chosen_exif(recipes: Mapping[str, Settings], settings: Settings) -> Literal["stored", "upright"]:
+    """data.exif of the recipe or the command line where it gives it, else of the checkpoints' own recipes.
+
+    UserError when it is not given and the checkpoints were trained in different frames.
+    """
+    if "exif" in settings.data.model_fields_set or not recipes:
+        return settings.data.exif
+    frames = {name: recipe.data.exif for name, recipe in recipes.items()}
+    if len(set(frames.values())) > 1:
+        each = ", ".join(f"{name} {frame}" for name, frame in frames.items())
+        raise UserError(
+            f"data.exif: the checkpoints were trained with different values ({each}); give data.exif=stored or upright"
+        )
+    return next(iter(frames.values()))
 
 
 def describe_sizes(recipes: Mapping[str, Settings], given: Given) -> str:

@@ -57,6 +57,8 @@ class Plan:
     """'cuda' or 'cpu', for every network. Never chosen by what an actor can see: cluster.gpu=false leaves visible GPUs alone."""
     given: Given = field(default_factory=dict)
     """What takes the place of the checkpoints' own test size and tiles."""
+    upright: bool = False
+    """Turn images as their EXIF orientation says."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Labeller:
 
     def _read(self, entry: Entry) -> Decoded:
         try:
-            return decode_image(storage.join(self.plan.images_root, entry.file_name))
+            return decode_image(storage.join(self.plan.images_root, entry.file_name), upright=self.plan.upright)
         except ImageError as error:
             return str(error)
         except MemoryError:

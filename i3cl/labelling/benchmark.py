@@ -43,7 +43,7 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
         raise UserError(f"{images}: has no image ({', '.join(_SUFFIXES)})")
     torch.set_num_threads(machine_cores())
     model = Predictor.load(checkpoint)
-    pixels = {name: decode_image(storage.join(images, name)) for name in names[:count]}
+    pixels = {name: decode_image(storage.join(images, name), upright=model.upright) for name in names[:count]}
     chosen = [names[i % len(names)] for i in range(count)]
     shapes = [pixels[name].shape for name in chosen]
     records = [ImageRecord(i + 1, name, s[0], s[1]) for i, (name, s) in enumerate(zip(chosen, shapes, strict=True))]

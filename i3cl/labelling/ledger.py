@@ -67,7 +67,7 @@ class Ledger:
         path = storage.join(self.out, "job.json")
         if not storage.exists(path) and any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
             raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
-        claim(path, job, "predictions of another job")
+        claim(path, job, "predictions of another job", {"data.exif": "stored"})
 
     def is_done(self) -> bool:
         """Whether the whole job is done."""

@@ -17,7 +17,7 @@ from i3cl import observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
-from i3cl.inference.recipe import AS_TRAINED, Given, describe_sizes, effective, given_size, recipe_of
+from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
@@ -50,7 +50,7 @@ def predict(
     Args:
         dataset: The images; their instances do not matter.
         members: Name -> checkpoint directory, local or s3://.
-        settings: Of which `label` and `cluster.gpu` count.
+        settings: Of which `label` and `cluster.gpu` count, and data.exif where it is given; else the checkpoints' own counts.
         out: Folder of the job.
         title: Begins the lines of progress.
         given: What takes the place of the checkpoints' own test sizes and tiles; None: the keys of data.test_* and data.tile that
@@ -60,8 +60,9 @@ def predict(
         `out`.
 
     Raises:
-        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles or
-            shard size); or a larger share of the images than label.max_error_share cannot be labelled.
+        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles,
+            data.exif or shard size); a larger share of the images than label.max_error_share cannot be labelled; or the
+            checkpoints were trained with different data.exif and none is given.
     """
     label = settings.label
     if not members:
@@ -75,6 +76,7 @@ def predict(
     hashes = {name: checkpoint_hash(path) for name, path in members.items()}
     recipes = {name: recipe_of(path) for name, path in members.items()}
     given = given_size(settings) if given is None else given
+    exif = chosen_exif(recipes, settings)
     groups = _groups(members, label)
     ledger = Ledger(out)
     ledger.claim(
@@ -84,6 +86,7 @@ def predict(
             "views": names,
             "label.rows_per_block": label.rows_per_block,
             "groups": [list(group) for group in groups],
+            "data.exif": exif,
             # A size that every checkpoint has anyway makes no other job.
             **effective(recipes, given),
         }
@@ -91,7 +94,8 @@ def predict(
     if ledger.is_done():
         ledger.clean()
         return out
-    job = _Job(dataset, manifest, groups, settings, ledger, title, given, describe_sizes(recipes, given))
+    sizes = describe_sizes(recipes, given) + (", images turned upright (data.exif)" if exif == "upright" else "")
+    job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright")
     job.run()
     return out
 
@@ -182,10 +186,11 @@ class _Job:
         title: str,
         given: Given = AS_TRAINED,
         sizes: str = "",
+        upright: bool = False,
     ) -> None:
-        """sizes: a line that says at which test size the members see the images."""
+        """sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`."""
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, tuple(groups), ledger, title
-        self.settings, self.label, self.given, self.sizes = settings, settings.label, given, sizes
+        self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
         rows = self.label.rows_per_block
         self.parts = {
             part_name(group, shard): (group, shard) for group in range(len(groups)) for shard in range(manifest.shards(rows))
@@ -281,6 +286,7 @@ class _Job:
             self.title,
             "cuda" if spread.gpus_per_actor else "cpu",
             self.given,
+            self.upright,
         )
 
     def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:

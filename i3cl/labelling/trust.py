@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from i3cl.config import EvaluateSettings, LabelSettings
+from i3cl import claims, storage
+from i3cl.config import EvaluateSettings, LabelSettings, Settings
 from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.records import Dataset, ImageRecord, Instance
 from i3cl.data.tools.splits import hash_images
@@ -221,6 +223,23 @@ def _contest(
     assert best.threshold is not None
     contest = Contest(name, best.recall, best.precision, best.hmean, best.threshold)
     return contest, metric.counts(best.threshold).ratios
+
+
+def exif_of_predictions(predictions: str, settings: Settings) -> Literal["stored", "upright"]:
+    """The data.exif with which stored predictions were made; that of the settings where the folder does not say it.
+
+    UserError when the recipe or the command line gives another one.
+    """
+    job = claims.read(storage.join(predictions, "job.json"))
+    made: Literal["stored", "upright"] | None = job.get("data.exif") if isinstance(job, dict) else None
+    if made is None:
+        return settings.data.exif
+    if "exif" in settings.data.model_fields_set and settings.data.exif != made:
+        raise UserError(
+            f"{predictions}: was made with data.exif={made}, not {settings.data.exif}; predict again, or give data.exif={made} "
+            "and truth in those pixels"
+        )
+    return made
 
 
 def write_disputed(path: str, disputed: Sequence[FusedImage]) -> None:

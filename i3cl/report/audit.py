@@ -12,11 +12,14 @@ _LABELS = "given labels"
 _COLOURS = {_LABELS: "#22b455", "missing": "#1e78c8", "unsupported": "#cd2328", "loose": "#f08228"}
 
 
-def write_audit_report(path: str, audit: Audit, images_root: str, title: str) -> None:
-    """Write one self-contained HTML file to a local path or s3:// URL; decodes only the pictures that it shows."""
+def write_audit_report(path: str, audit: Audit, images_root: str, title: str, upright: bool = False) -> None:
+    """Write one self-contained HTML file to a local path or s3:// URL; decodes only the pictures that it shows.
+
+    upright: whether the polygons are in the pictures as their EXIF orientation turns them.
+    """
     pictures = []
     for item in audit.ranking[:_PICTURES]:
-        image = decode_image(storage.join(images_root, item.record.file_name))
+        image = decode_image(storage.join(images_root, item.record.file_name), upright=upright)
         named = ", ".join(f"{problem.kind} {problem.score:.2f}" for problem in item.problems)
         pictures.append(embedded(f"{item.record.file_name}: {named}", image) | {"outlines": _outlines(item)})
     page = render_page(

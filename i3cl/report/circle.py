@@ -72,8 +72,8 @@ def write_circle_report(
             small_side=settings.evaluate.small_side,
             curves={name: _curve(item) for name, item in measured.items()},
             metrics={name: _rows(run) for name, run in runs.items()},
-            validation=_validation_pictures(validation, predictions, measured, [best, student]),
-            pseudo_labels=_pseudo_pictures(pseudo, pseudo_images),
+            validation=_validation_pictures(validation, predictions, measured, [best, student], settings.data.upright),
+            pseudo_labels=_pseudo_pictures(pseudo, pseudo_images, settings.data.upright),
             seconds=dict(seconds),
             settings=to_yaml(settings),
         ),
@@ -100,7 +100,7 @@ def _spread(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 
 def _validation_pictures(
-    validation: Dataset, predictions: str, measured: Mapping[str, Measured], names: list[str]
+    validation: Dataset, predictions: str, measured: Mapping[str, Measured], names: list[str], upright: bool
 ) -> list[OutlinedPicture]:
     found = {name: member_predictions(predictions, name) for name in names}
     pictures = []
@@ -110,17 +110,17 @@ def _validation_pictures(
             polygons, scores = found[name].get(record.id, ([], np.zeros(0)))
             keep = np.flatnonzero(scores > measured[name].score.threshold)
             outlines[name] = [polygons[i] for i in keep]
-        image = decode_image(storage.join(validation.images_root, record.file_name))
+        image = decode_image(storage.join(validation.images_root, record.file_name), upright=upright)
         pictures.append(OutlinedPicture(record.file_name, image, outlines))
     return pictures
 
 
-def _pseudo_pictures(pseudo: str, images: str) -> list[WeightedPicture]:
+def _pseudo_pictures(pseudo: str, images: str, upright: bool) -> list[WeightedPicture]:
     dataset = read_coco(pseudo, images)
     return [
         WeightedPicture(
             record.file_name,
-            decode_image(storage.join(images, record.file_name)),
+            decode_image(storage.join(images, record.file_name), upright=upright),
             [i.polygon for i in record.instances],
             [None if i.ignore else i.lossweight for i in record.instances],
         )

@@ -29,7 +29,13 @@ _LONG_SIDE = 560
 
 
 def write_evaluation_report(
-    path: str, scored: Scored, outcome: Mapping[str, Any], rival: Scored | None = None, images: str | None = None
+    path: str,
+    scored: Scored,
+    outcome: Mapping[str, Any],
+    rival: Scored | None = None,
+    images: str | None = None,
+    *,
+    upright: bool = False,
 ) -> None:
     """Writes the page to a local path or s3:// URL, whole or not at all.
 
@@ -40,12 +46,18 @@ def write_evaluation_report(
         rival: The result that it is compared with.
         images: Root of the pictures. Without it, and for an image that cannot be read or has another size than its truth says,
             the polygons are drawn on an empty ground.
+        upright: Turn the pictures as their EXIF orientation says.
     """
-    storage.write_text_atomic(path, render_evaluation_report(scored, outcome, rival, images))
+    storage.write_text_atomic(path, render_evaluation_report(scored, outcome, rival, images, upright=upright))
 
 
 def render_evaluation_report(
-    scored: Scored, outcome: Mapping[str, Any], rival: Scored | None = None, images: str | None = None
+    scored: Scored,
+    outcome: Mapping[str, Any],
+    rival: Scored | None = None,
+    images: str | None = None,
+    *,
+    upright: bool = False,
 ) -> str:
     """The page as text."""
     return render_page(
@@ -56,7 +68,7 @@ def render_evaluation_report(
         curve=_curve(scored, rival),
         truth_kinds=TRUTH_KINDS,
         detection_kinds=DETECTION_KINDS,
-        pictures=_pictures(scored, rival, images),
+        pictures=_pictures(scored, rival, images, upright),
         colours={"A": PALETTE[0], "B": PALETTE[1]},
     )
 
@@ -76,7 +88,7 @@ def _curve(scored: Scored, rival: Scored | None) -> Markup | None:
     return Markup(precision_recall_figure(curves, {"A": PALETTE[0], "B": PALETTE[1]})) if curves else None
 
 
-def _pictures(scored: Scored, rival: Scored | None, images: str | None) -> list[dict[str, Any]]:
+def _pictures(scored: Scored, rival: Scored | None, images: str | None, upright: bool) -> list[dict[str, Any]]:
     first = scored.counts[0]
     lost = first.ratios[:, 1] - first.ratios[:, 0] + first.ratios[:, 3] - first.ratios[:, 2]
     f, other_f = first.image_hmean(), None
@@ -98,7 +110,7 @@ def _pictures(scored: Scored, rival: Scored | None, images: str | None) -> list[
             layers.append(_layer(rival, at[image.name], "B"))
         shown.append(
             {
-                **_ground(image, images, [p for layer in layers for p in layer["rings"]]),
+                **_ground(image, images, [p for layer in layers for p in layer["rings"]], upright),
                 "caption": caption,
                 "truths": _truths(scored, k),
                 "layers": layers,
@@ -131,12 +143,12 @@ def _layer(scored: Scored, k: int, name: str) -> dict[str, Any]:
     }
 
 
-def _ground(image: EvalImage, images: str | None, detections: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
+def _ground(image: EvalImage, images: str | None, detections: Sequence[NDArray[np.floating]], upright: bool) -> dict[str, Any]:
     """The picture as a data URL with its size, or an empty ground as large as the polygons reach."""
     if images is not None:
         name = image.file_name or image.name
         try:
-            picture = decode_image(storage.read_bytes(storage.join(images, name)))
+            picture = decode_image(storage.read_bytes(storage.join(images, name)), upright=upright)
             if image.height and image.width:
                 check_size(name, picture.shape[:2], (image.height, image.width))
         except (UserError, ValueError, OSError) as error:

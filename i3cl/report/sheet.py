@@ -7,17 +7,18 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.data.formats.records import Dataset
-from i3cl.data.loading.images import decode_image
+from i3cl.data.loading.images import check_size, decode_image
 from i3cl.errors import UserError
 from i3cl.report.draw import IGNORED, Picture, draw_polygons
 
 _WORD = (60, 230, 60)
 
 
-def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> Picture:
+def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480, *, upright: bool = False) -> Picture:
     """(H, W, 3) uint8 RGB: `count` images, spread evenly over the data set, in tiles of `tile` x 3/4 `tile` pixels.
 
-    Words are green, ignore regions grey. UserError for an empty data set, an unreadable image, or counts below 1.
+    Words are green, ignore regions grey; with `upright` images are turned as their EXIF orientation says. UserError for an
+    empty data set, an image that cannot be read or has another size than its annotation says, or counts below 1.
     """
     if not dataset.records:
         raise UserError(f"{dataset.name}: has no images")
@@ -28,7 +29,8 @@ def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int
     high = tile * 3 // 4
     sheet = np.full((-(-count // columns) * high, columns * tile, 3), 255, np.uint8)
     for place, record in enumerate(chosen):
-        image = decode_image(dataset.path(record))
+        image = decode_image(dataset.path(record), upright=upright)
+        check_size(record.file_name, image.shape[:2], (record.height, record.width))
         scale = min(tile / image.shape[1], high / image.shape[0])
         size = (max(1, int(image.shape[1] * scale)), max(1, int(image.shape[0] * scale)))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -39,11 +41,13 @@ def contact_sheet(dataset: Dataset, count: int = 12, columns: int = 3, tile: int
     return sheet
 
 
-def write_contact_sheet(path: str, dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480) -> None:
+def write_contact_sheet(
+    path: str, dataset: Dataset, count: int = 12, columns: int = 3, tile: int = 480, *, upright: bool = False
+) -> None:
     """Write ``contact_sheet`` as an image file in the format of the name's ending. UserError for an unknown ending."""
     ending = "." + path.rsplit(".", 1)[-1].lower()
     if ending not in (".jpg", ".jpeg", ".png", ".webp"):
         raise UserError(f"{path}: the sheet's name must end with .jpg, .png or .webp")
-    encoded, data = cv2.imencode(ending, contact_sheet(dataset, count, columns, tile)[:, :, ::-1])
+    encoded, data = cv2.imencode(ending, contact_sheet(dataset, count, columns, tile, upright=upright)[:, :, ::-1])
     assert encoded
     storage.write_bytes_atomic(path, data.tobytes())

@@ -30,13 +30,16 @@ def reliability_figure(raw: Sequence[ReliabilityBin], calibrated: Sequence[Relia
     return to_svg(figure)
 
 
-def write_trust_report(path: str, trust: Trust, images_root: str, title: str) -> None:
-    """Write one self-contained HTML file to a local path or s3:// URL; decodes only the pictures that it shows."""
+def write_trust_report(path: str, trust: Trust, images_root: str, title: str, *, upright: bool = False) -> None:
+    """Write one self-contained HTML file to a local path or s3:// URL; decodes only the pictures that it shows.
+
+    upright: turn them as their EXIF orientation says.
+    """
     names = sorted(member.name for member in trust.members)
     colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
     pictures = []
     for item in trust.disputed[:_PICTURES]:
-        image = decode_image(storage.join(images_root, item.file_name))
+        image = decode_image(storage.join(images_root, item.file_name), upright=upright)
         # A member's doubtful detections would hide the ones of which it is sure.
         outlines = []
         for part in item.members:

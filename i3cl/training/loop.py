@@ -586,7 +586,7 @@ class Trainer:
             usable = []
             for record in records:
                 try:
-                    image = decode_image(storage.join(root, record.file_name))
+                    image = decode_image(storage.join(root, record.file_name), upright=self.settings.data.upright)
                     check_size(record.file_name, image.shape[:2], (record.height, record.width))
                     usable.append(record)
                 except ImageError as error:

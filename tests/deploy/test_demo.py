@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 
 from i3cl.data.exports import labelme
 from i3cl.data.formats.coco import read_coco
-from i3cl.deploy.demo import Limits, make_app, upright
+from i3cl.data.loading.images import decode_image
+from i3cl.deploy.demo import Limits, make_app
 from i3cl.detections import Detections
 
 SQUARE = np.array([[2, 3], [12, 3], [12, 9], [2, 9]], np.float32)
@@ -72,7 +73,7 @@ def test_photograph_is_turned_as_a_browser_shows_it(orientation):
 
     with Image.open(io.BytesIO(buffer.getvalue())) as file:
         wanted = np.array(ImageOps.exif_transpose(file))
-    np.testing.assert_array_equal(upright(pixels, buffer.getvalue()), wanted)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), upright=True), wanted)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def import_dataset(
     parquet: bool = False,
     skip_bad: bool = False,
     through_ray: bool | None = None,
+    upright: bool = False,
 ) -> Summary:
     """Write a public data set as COCO json, `<out>/<split>.json`, or as Parquet parts, `<out>/<split>.parquet/`.
 
@@ -112,7 +113,8 @@ def import_dataset(
     The result of a set without polygons is named 'unlabelled' and not after its split. `<split>-problems.jsonl` and, for weak
     labels, `<split>-keywords.jsonl` are written beside it. Images are neither copied nor decoded. Image ids count from 1 in the
     order of the file names (for SynthText, of gt.mat); images that are left out count too, so ids do not depend on skip_bad.
-    through_ray: None decides by size. UserError at the first image or label file that cannot be read, unless `skip_bad`.
+    through_ray: None decides by size. upright: sizes are those of the pictures turned as their EXIF orientation says, and
+    labels must be in those pixels. UserError at the first image or label file that cannot be read, unless `skip_bad`.
     Instances that are degenerate or outside the image are always left out and listed: official files hold some.
     """
     importer, out = importer_named(name), storage.absolute(out)
@@ -123,7 +125,7 @@ def import_dataset(
     keywords: list[str] = []
 
     def records() -> Iterator[ImageRecord]:
-        for outcome in _outcomes(name, importer, folder, split, through_ray):
+        for outcome in _outcomes(name, importer, folder, split, through_ray, upright):
             if outcome.record is None and not skip_bad:
                 raise UserError(f"{outcome.problems[0].message}; or leave such images out with --skip-bad")
             problems.extend(outcome.problems)
@@ -203,7 +205,9 @@ def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
         yield chunk
 
 
-def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through_ray: bool | None) -> Iterator[Outcome]:
+def _outcomes(
+    name: str, importer: Importer, folder: Folder, split: str, through_ray: bool | None, upright: bool
+) -> Iterator[Outcome]:
     """Every image's outcome, in order; logs progress."""
     items = iter(importer.items(folder, split))
     if through_ray is None:
@@ -214,7 +218,7 @@ def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through
     number = 0
     for chunk in _chunks(items, _CHUNK):
         read = _through_ray_data if through_ray else _in_this_process
-        for outcome in read(name, folder, chunk, number + 1):
+        for outcome in read(name, folder, chunk, number + 1, upright):
             number += 1
             yield outcome
             if time.monotonic() - shown > _PROGRESS_EVERY:
@@ -223,12 +227,12 @@ def _outcomes(name: str, importer: Importer, folder: Folder, split: str, through
                 logger.info("import: %d images, %.0f/s, %s", number, rate, duration(shown - started))
 
 
-def _in_this_process(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
+def _in_this_process(name: str, folder: Folder, items: list[Item], first: int, upright: bool) -> Iterator[Outcome]:
     for image_id, item in enumerate(items, first):
-        yield read_image(importer_named(name), folder, item, image_id, name)
+        yield read_image(importer_named(name), folder, item, image_id, name, upright=upright)
 
 
-def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) -> Iterator[Outcome]:
+def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int, upright: bool) -> Iterator[Outcome]:
     connect()
     import ray.data
     from ray.data import DataContext
@@ -244,7 +248,7 @@ def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) 
         }
     )
     blocks = [table.slice(i, _BLOCK).combine_chunks() for i in range(0, len(table), _BLOCK)]
-    work = partial(_read_rows, name=name, root=folder.root)
+    work = partial(_read_rows, name=name, root=folder.root, upright=upright)
     done = ray.data.from_arrow(blocks).map_batches(work, batch_size=None, batch_format="pyarrow")
     found: dict[int, Outcome] = {}
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -254,10 +258,10 @@ def _through_ray_data(name: str, folder: Folder, items: list[Item], first: int) 
     return (found[position] for position in sorted(found))
 
 
-def _read_rows(rows: pa.Table, name: str, root: str) -> pa.Table:
+def _read_rows(rows: pa.Table, name: str, root: str, upright: bool) -> pa.Table:
     folder = Folder(root)
     outcomes = []
     for row in rows.to_pylist():
         item = Item(os.fsdecode(row["file_name"]), None if row["label"] is None else os.fsdecode(row["label"]))
-        outcomes.append(read_image(importer_named(name), folder, item, row["position"], name))
+        outcomes.append(read_image(importer_named(name), folder, item, row["position"], name, upright=upright))
     return outcomes_table(outcomes, rows["position"].to_pylist())

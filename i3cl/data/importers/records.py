@@ -36,16 +36,17 @@ class Outcome:
     """Texts known to be in a weakly labelled image."""
 
 
-def read_image(importer: Importer, folder: Folder, item: Item, image_id: int, source: str) -> Outcome:
+def read_image(importer: Importer, folder: Folder, item: Item, image_id: int, source: str, *, upright: bool = False) -> Outcome:
     """Read one image's labels and header and make a record of them. Never raises UserError: a fault is in the outcome.
 
-    image_id: for the record; source: the data set's name, for ``ImageRecord.source``.
+    image_id: for the record; source: the data set's name, for ``ImageRecord.source``; upright: the
+    size of the picture turned as its EXIF orientation says, else as stored.
     """
     try:
         # Readers of the result refuse file names that are not portable, or not text.
         checked_file_name(item.file_name)
         labelled = importer.read(folder, item)
-        height, width = image_size(folder.path(item.file_name))
+        height, width = image_size(folder.path(item.file_name), upright=upright)
     except BadItem as error:
         return Outcome(None, (Problem("image", printable(item.file_name), f"{printable(folder.root)}: {error.message}"),))
     except UserError as error:

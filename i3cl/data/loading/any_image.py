@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from i3cl.data.loading.images import MAX_PIXELS, ImageError, _to_rgb, decode_image
+from i3cl.data.loading.images import MAX_PIXELS, ImageError, decode_image, to_rgb
 from i3cl.errors import UserError
 
 AnyImage = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
@@ -38,24 +38,28 @@ def as_images(images: AnyImage | Iterable[AnyImage]) -> Iterator[AnyImage]:
     )
 
 
-def as_rgb(image: AnyImage) -> NDArray[np.uint8]:
+def as_rgb(image: AnyImage, *, upright: bool = False) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of a path, an s3:// URL, the bytes of an image file, a Pillow image, or an array.
 
     An array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in RGB order: uint8 0-255, uint16 0-65535 or float 0-1. Transparency is
-    laid over white. Files are read as `decode_image` does: pixels as stored.
+    laid over white.
+
+    Args:
+        image: the image.
+        upright: as for `decode_image`; Pillow images that have an EXIF orientation are turned too, arrays never.
 
     Raises:
         UserError: the image cannot be read, or is something else; the message says what it got and what it takes.
     """
     if isinstance(image, str | os.PathLike):
-        return decode_image(os.fspath(image))
+        return decode_image(os.fspath(image), upright=upright)
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(bytes(image))
+        return decode_image(bytes(image), upright=upright)
     if isinstance(image, Image.Image):
         if image.width < 1 or image.height < 1 or image.width * image.height > MAX_PIXELS:
             raise ImageError(f"image: {image.width} x {image.height}; expected 1 to {MAX_PIXELS} pixels")
         try:
-            return _to_rgb(image)
+            return to_rgb(image, upright=upright)
         except Exception as error:  # Pillow decodes here, and raises nearly anything on a broken file
             raise ImageError(f"image: cannot be decoded ({' '.join(str(error).split())})") from error
     if hasattr(image, "__array__"):
@@ -81,7 +85,7 @@ def _from_array(array: NDArray[Any], given: object) -> NDArray[np.uint8]:
     if array.ndim == 2:
         array = array[..., None]
     if array.shape[2] == 4:
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+        return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
     return np.ascontiguousarray(array if array.shape[2] == 3 else np.repeat(array, 3, axis=2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,8 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from i3cl.data.loading.endings import FORMATS as _FORMATS
 from i3cl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded by default; the decoder itself refuses more."""
@@ -25,6 +28,8 @@ _UNDO = {
     8: Image.Transpose.ROTATE_270,
 }
 """EXIF orientation -> the operation that turns an upright image back into the stored one."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations in which width and height change places."""
 
 
 class ImageError(UserError):
@@ -34,19 +39,27 @@ class ImageError(UserError):
 def check_size(name: str, found: tuple[int, ...], stated: tuple[int, int]) -> None:
     """ImageError unless an image's (height, width) in pixels is the one that its annotation states."""
     if tuple(found) != stated:
-        on_its_side = tuple(found[::-1]) == stated
-        turned = " (turned: pixels count as stored, without EXIF rotation)" if on_its_side else ""
+        turned = found[0] == stated[1] and found[1] == stated[0]
+        hint = (
+            " (turned: by an EXIF rotation?); set data.exif=upright if polygons are in the picture as viewers show it, "
+            "data.exif=stored if they are in the pixels of the file, or correct the annotation"
+        )
         raise ImageError(
-            f"{name}: the image is {found[1]} x {found[0]} but its annotation says {stated[1]} x {stated[0]}{turned}; "
-            "correct the annotation"
+            f"{name}: the image is {found[1]} x {found[0]} but its annotation says {stated[1]} x {stated[0]}"
+            + (hint if turned else "; correct the annotation")
         )
 
 
-def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, *, upright: bool = False) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image file (local path, s3:// URL) or of its bytes.
 
-    Pixels come as stored: EXIF orientation is not applied, because annotations refer to stored pixels. Grey, palette, CMYK and
-    16-bit images become 8-bit RGB, transparency is laid over white, and an animation gives its first frame.
+    Grey, palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid over white, and an animation gives its first
+    frame.
+
+    Args:
+        source: the file, or its content.
+        max_pixels: larger images are refused.
+        upright: turn the picture as its EXIF orientation says, as viewers show it; otherwise pixels come as the file stores them.
 
     Raises:
         ImageError: the file is missing, empty, not an image, cut off, or has more than `max_pixels` pixels.
@@ -77,8 +90,9 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
                 flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
                 if pixels is not None and pixels.shape[:2] == (image.height, image.width):
-                    return pixels.astype(np.uint8, copy=False)
-            return _to_rgb(image)
+                    pixels = pixels.astype(np.uint8, copy=False)
+                    return _turned(pixels, _orientation(image)) if upright else pixels
+            return to_rgb(image, upright=upright)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -89,10 +103,19 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> ND
         raise ImageError(f"{name}: cannot be decoded ({reason})") from error
 
 
-def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width in stored pixels of an image file (local path, s3:// URL), read from its header alone.
+def image_size(path: str, max_pixels: int = MAX_PIXELS, *, upright: bool = False) -> tuple[int, int]:
+    """Height and width in pixels of an image file (local path, s3:// URL), read from its header alone.
 
-    The rest of the file may still be damaged. ImageError when the file is missing, not an image, or too large.
+    The rest of the file may still be damaged.
+
+    Args:
+        path: of the file.
+        max_pixels: larger images are refused.
+        upright: the size of the picture turned as its EXIF orientation says, otherwise as the file stores it. PNG files may have
+            their EXIF data at the end, so that the whole file is read.
+
+    Raises:
+        ImageError: the file is missing, not an image, or too large.
     """
     from i3cl import storage
 
@@ -101,6 +124,8 @@ def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
             width, height = image.size
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 width, height = int(image.tag_v2[256]), int(image.tag_v2[257])
+            if upright and 0 < width * height <= max_pixels and _orientation(image) in _SIDEWAYS:
+                width, height = height, width
     except Image.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
     except (storage.AccessError, storage.NoAnswer):
@@ -120,12 +145,42 @@ def _has_end(data: bytes) -> bool:
     return data[-64:].rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    turned = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1-8; 1 where there is none or it makes no sense."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Readers of EXIF data raise nearly anything on broken ones; viewers show such a picture as it is stored.
+        logger.debug("EXIF data cannot be read", exc_info=True)
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Stored pixels (H, W, 3) as viewers show them."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def to_rgb(image: Image.Image, *, upright: bool = False) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a Pillow image, in the frame that `decode_image` describes."""
+    # Loading turns a TIFF upright and removes its orientation, which it does to no other format.
+    tiff = image.format == "TIFF"
+    before = _orientation(image) if tiff else 1
     image.load()
-    if turned in _UNDO:
-        # Loading applies the orientation of a TIFF, but of no other format.
-        image = image.transpose(_UNDO[turned])
+    if tiff:
+        if not upright and before in _UNDO:
+            image = image.transpose(_UNDO[before])
+        return _rgb(image)
+    return _turned(_rgb(image), _orientation(image)) if upright else _rgb(image)
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
         # 16-bit grey keeps its order of magnitude; a 32-bit image may hold 8-bit or 16-bit values.

@@ -236,6 +236,7 @@ class _Loader:
         self.transforms = [TrainTransform(settings.transform_of(i)) for i in range(len(settings.train))]
         self.weights = [source.loss_scale for source in settings.train]
         self.skip_bad = settings.skip_bad
+        self.upright = settings.upright
         self.seed = seed
 
     def sample(self, row: dict[str, Any]) -> TrainingImage:
@@ -244,7 +245,7 @@ class _Loader:
         source = int(row["data_set"])
         random = np.random.default_rng((self.seed, 2, int(row["position"])))
         try:
-            found = self.transforms[source](decode_image(row["path"]), record, random)
+            found = self.transforms[source](decode_image(row["path"], upright=self.upright), record, random)
         except ImageError as error:
             if not self.skip_bad:
                 raise

@@ -108,13 +108,21 @@ def _sigmoid(rng: np.random.Generator, image: Picture) -> Picture:
 
 
 def write_degraded(
-    kind: Kind, dataset: Dataset, folder: str, seed: int = 0, *, skip_bad: bool = False, in_process: int = IN_PROCESS
+    kind: Kind,
+    dataset: Dataset,
+    folder: str,
+    seed: int = 0,
+    *,
+    skip_bad: bool = False,
+    in_process: int = IN_PROCESS,
+    upright: bool = False,
 ) -> str:
     """Write folder/images/ with a degraded copy of every image, names kept, and return folder/set.json with the polygons.
 
     A copy depends only on its file name, the kind and `seed`. After an interruption, images that are there are not made again;
-    set.json is written last. UserError for an unreadable image or an ending that cannot be written (with `skip_bad` it is named
-    and left out), for a seed below 0, and for a folder that holds other copies.
+    set.json is written last. upright: images are turned as their EXIF orientation says; copies
+    have no EXIF data. UserError for an unreadable image or an ending that cannot be written (with `skip_bad` it is named and left
+    out), for a seed below 0, and for a folder that holds other copies.
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: give a whole number from 0")
@@ -125,6 +133,8 @@ def write_degraded(
             raise UserError(f"{record.file_name}: {_NOT_WRITTEN}, or leave it out with --skip-bad")
     annotations, note = storage.join(folder, "set.json"), storage.join(folder, "degrade.json")
     content = {"kind": kind, "seed": seed, "images_root": dataset.images_root, "images": len(dataset.records)}
+    if upright:
+        content["data.exif"] = "upright"
     if not storage.exists(note):
         if storage.exists(annotations):
             raise UserError(f"{annotations}: exists already and is not a degraded copy; choose another folder")
@@ -136,7 +146,7 @@ def write_degraded(
     there = storage.list_files(storage.join(folder, "images"))
     wanted = [record.file_name for record in dataset.records if record.file_name not in there]
     chunks = [wanted[i : i + _IMAGES_PER_PART] for i in range(0, len(wanted), _IMAGES_PER_PART)]
-    work = partial(_write_part, kind, dataset.images_root, folder, seed, chunks, skip_bad)
+    work = partial(_write_part, kind, dataset.images_root, folder, seed, chunks, skip_bad, upright)
     problems = run_parts(f"degrade {kind}", list(range(len(chunks))), len(wanted), work, in_process)
     for problem in problems[:5]:
         logger.info("degrade %s: left out %s", kind, problem)
@@ -156,7 +166,7 @@ def _named(record: ImageRecord, kind: str) -> ImageRecord:
 
 
 def _write_part(
-    kind: Kind, images_root: str, folder: str, seed: int, chunks: list[list[str]], skip_bad: bool, part: int
+    kind: Kind, images_root: str, folder: str, seed: int, chunks: list[list[str]], skip_bad: bool, upright: bool, part: int
 ) -> list[str]:
     problems: list[str] = []
     for name in chunks[part]:
@@ -164,7 +174,7 @@ def _write_part(
             problems.append(f"{name}: {_NOT_WRITTEN}")
             continue
         try:
-            image = decode_image(storage.join(images_root, name))
+            image = decode_image(storage.join(images_root, name), upright=upright)
         except ImageError as error:
             if not skip_bad:
                 raise UserError(f"{error}; repair it or leave it out with --skip-bad") from None

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import PurePosixPath
 
@@ -134,30 +135,34 @@ def write_splits(
 # --------------------------------------------------------------------------------------------------- duplicates
 
 
-def image_hash(path: str) -> int:
-    """64-bit perceptual hash (low frequencies of the cosine transform, above or below their median) of an image."""
+def image_hash(path: str, *, upright: bool = False) -> int:
+    """64-bit perceptual hash (low frequencies of the cosine transform, above or below their median) of an image.
+
+    upright: turn it as its EXIF orientation says.
+    """
     import imagehash
     from PIL import Image
 
-    bits = imagehash.phash(Image.fromarray(decode_image(path))).hash
+    bits = imagehash.phash(Image.fromarray(decode_image(path, upright=upright))).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
+def hash_images(dataset: Dataset, *, upright: bool = False) -> tuple[NDArray[np.uint64], list[str]]:
     """(N,) uint64 hashes of the readable images and their N file names; in processes of this machine when there are many.
 
-    Unreadable images are logged and left out. UserError when none can be read.
+    Unreadable images are logged and left out. upright: as `image_hash`. UserError when none can be read.
     """
     names = [record.file_name for record in dataset.records]
     paths = [storage.join(dataset.images_root, name) for name in names]
+    read = partial(_hash_or_reason, upright=upright)
     workers = min(os.cpu_count() or 1, 16)
     if len(paths) < _POOL_FROM or workers == 1:
-        results: Iterable[int | str] = map(_hash_or_reason, paths)
+        results: Iterable[int | str] = map(read, paths)
         pairs = list(zip(names, results, strict=True))
     else:
         with ProcessPoolExecutor(workers) as pool:
             pairs = []
-            for name, result in zip(names, pool.map(_hash_or_reason, paths, chunksize=32), strict=True):
+            for name, result in zip(names, pool.map(read, paths, chunksize=32), strict=True):
                 pairs.append((name, result))
                 if len(pairs) % 5000 == 0:
                     logger.info("%s: %d/%d images hashed", dataset.name, len(pairs), len(paths))
@@ -170,9 +175,9 @@ def hash_images(dataset: Dataset) -> tuple[NDArray[np.uint64], list[str]]:
     return np.array([result for _, result in kept], np.uint64), [name for name, _ in kept]
 
 
-def _hash_or_reason(path: str) -> int | str:
+def _hash_or_reason(path: str, upright: bool) -> int | str:
     try:
-        return image_hash(path)
+        return image_hash(path, upright=upright)
     except ImageError as error:
         return str(error)
 
@@ -204,17 +209,23 @@ def near_pairs(first: NDArray[np.uint64], second: NDArray[np.uint64], distance: 
 
 
 def report_duplicates(
-    source: tuple[str, str], against: tuple[str, str], distance: int, out: str | None = None, *, skip_bad: bool = False
+    source: tuple[str, str],
+    against: tuple[str, str],
+    distance: int,
+    out: str | None = None,
+    *,
+    skip_bad: bool = False,
+    upright: bool = False,
 ) -> int:
     """Log, or write to `out`, a line 'distance, image, image' (tab-separated) per pair that looks the same; return their number.
 
-    source, against: annotations and images root of two sets; the same set twice gives the pairs within it, each once. UserError
-    as ``read_coco``.
+    source, against: annotations and images root of two sets; the same set twice gives the pairs within it, each once. upright:
+    as `image_hash`. UserError as ``read_coco``.
     """
     if not 0 <= distance <= 16:
         raise UserError(f"--distance {distance}: give 0 to 16 bits; unrelated images differ in about 32")
-    first = hash_images(read_for_command(*source, skip_bad=skip_bad))
-    second = first if against == source else hash_images(read_for_command(*against, skip_bad=skip_bad))
+    first = hash_images(read_for_command(*source, skip_bad=skip_bad), upright=upright)
+    second = first if against == source else hash_images(read_for_command(*against, skip_bad=skip_bad), upright=upright)
     pairs = near_pairs(first[0], second[0], distance)
     if against == source:
         pairs = pairs[pairs[:, 0] < pairs[:, 1]]
