@@ -63,7 +63,8 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     out = options.out or storage.join(folder, "trust")
     write_calibration(storage.join(out, "calibration.json"), found.calibration)
     if settings.label.trust.order == "diverse":
-        found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root))
+        turned = exif == "upright"
+        found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root, upright=turned))
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
     title = f"Trust in the labels: {settings.name}"
     write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=exif == "upright")

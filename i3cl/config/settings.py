@@ -547,7 +547,9 @@ class LabelSettings(_Settings):
     fusion: FusionSettings = FusionSettings()
     select: SelectSettings = SelectSettings()
     audit: AuditSettings = AuditSettings()
+    """When a given label counts as contradicted; label audit."""
     trust: TrustSettings = TrustSettings()
+    """The order of the images for review; label trust."""
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation

@@ -159,13 +159,13 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
     )
 
 
-def diverse_order(disputed: Sequence[FusedImage], members: int, images_root: str) -> list[FusedImage]:
+def diverse_order(disputed: Sequence[FusedImage], members: int, images_root: str, *, upright: bool = False) -> list[FusedImage]:
     """The same images in the order of `spread`: disputed ones first, but none that looks like an earlier one.
 
     Images are compared by 64-bit perceptual hashes. One that cannot be read counts as unlike all others.
     """
     records = tuple(ImageRecord(item.image_id, item.file_name, item.height, item.width) for item in disputed)
-    hashes, names = hash_images(Dataset("disputed", images_root, records))
+    hashes, names = hash_images(Dataset("disputed", images_root, records), upright=upright)
     hash_of = dict(zip(names, hashes))
     readable = np.array([record.file_name in hash_of for record in records], bool)
     every = np.array([hash_of.get(record.file_name, np.uint64(0)) for record in records], np.uint64)
