@@ -260,14 +260,14 @@ def test_a_run_that_is_not_there_is_named_with_its_command(data_root, tmp_path, 
     with pytest.raises(UserError, match="r50-ssl has not finished"):
         _check_data(settings)
     elsewhere = with_overrides(settings, {"train.start_from": "./somewhere"}, "test")
-    with pytest.raises(UserError, match="somewhere is not there; give a run's name"):
+    with pytest.raises(UserError, match="somewhere does not exist; give a run's name"):
         _check_data(located(elsewhere))
 
 
 def test_initial_weights_that_are_not_there_are_named(data_root, tmp_path):
     changes = {"data_root": str(data_root), "storage": str(tmp_path)}
     settings = with_overrides(load_settings(path_of("r50_regioncl", "pretrain")), changes, "test")
-    with pytest.raises(UserError, match=r"model\.backbone\.weights: .*regioncl_finetuned\.pth is not there"):
+    with pytest.raises(UserError, match=r"model\.backbone\.weights: .*regioncl_finetuned\.pth does not exist"):
         _check_data(located(settings))
 
 

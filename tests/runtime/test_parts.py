@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from i3cl import observe
 from i3cl.errors import UserError
 from i3cl.runtime import resources
 from i3cl.runtime.pace import Every, Pace
@@ -23,7 +24,8 @@ def square():
 
 
 def test_parts_in_this_process(square, capsys):
-    assert list(fan_out("work", square, [(3,), (4,)])) == [(0, 9), (1, 16)]
+    with observe.console():
+        assert list(fan_out("work", square, [(3,), (4,)])) == [(0, 9), (1, 16)]
     assert "work: part 1 of 2, " in capsys.readouterr().out
     with pytest.raises(UserError, match="part 5 is bad"):
         list(fan_out("work", square, [(5,)]))
@@ -32,11 +34,14 @@ def test_parts_in_this_process(square, capsys):
 
 def test_parts_as_ray_tasks_and_a_users_mistake_in_one(ray_cluster, square, capsys):
     calls = [(number,) for number in (0, 1, 2, 3, 4)]
-    assert sorted(fan_out("work", square, calls, unit="bundle")) == [(n, n * n) for n in range(5)]
+    with observe.console():
+        assert sorted(fan_out("work", square, calls, unit="bundle")) == [(n, n * n) for n in range(5)]
     assert "work: bundle 4 of 5, " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^part 5 is bad$"):
         list(fan_out("work", square, [*calls, (5,)]))
-    assert sorted(run_parts("work", [1, 2, 3], 30, lambda part: [f"problem {part}"])) == ["problem 1", "problem 2", "problem 3"]
+    with observe.console():
+        found = run_parts("work", [1, 2, 3], 30, lambda part: [f"problem {part}"])
+    assert sorted(found) == ["problem 1", "problem 2", "problem 3"]
     assert "work: 30 images in " in capsys.readouterr().out
     assert 1 <= resources.cluster_cores() <= resources.machine_cores(), "a local Ray is told of more CPUs than there are"
     assert resources.use_gpu(True) and not resources.use_gpu(False)
