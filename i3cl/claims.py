@@ -28,7 +28,7 @@ _READ = 1 << 22
 def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[str, Any] | None = None) -> None:
     """Write `identity` into the new JSON file `path`, or compare it with the file that is there.
 
-    holds: what the folder then holds, for the message; absent: values of keys that files of earlier versions lack.
+    holds: what the folder then holds, for the message; absent: the values of keys that either side may lack.
     UserError that names the first difference, or a file that is not JSON.
     """
     folder = path.rpartition("/")[0]
@@ -36,9 +36,10 @@ def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[st
     if there is None:
         storage.write_text_atomic(path, json.dumps(identity, indent=1) + "\n")
         return
+    here = json.loads(json.dumps({**(absent or {}), **identity}))
     if isinstance(there, dict):
         there = {**(absent or {}), **there}
-    difference = first_difference(there, json.loads(json.dumps(identity)))
+    difference = first_difference(there, here)
     if difference:
         raise UserError(f"{folder}: holds {holds} ({difference}); {_REMEDY}")
 

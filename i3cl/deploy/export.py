@@ -143,7 +143,7 @@ def _take_images(model: Any, network: I3CL, size: tuple[int, int] | None) -> Non
     """Puts normalising and padding before the graph, in place: `batch` and `size` come from `image` then."""
     from onnx import TensorProto, helper, numpy_helper
 
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "image_mean": network.mean.reshape(3).numpy().astype(np.float32),
         "image_std": network.std.reshape(3).numpy().astype(np.float32),
         "image_multiple": np.array([MULTIPLE, MULTIPLE], np.int64),

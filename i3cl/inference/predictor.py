@@ -87,7 +87,8 @@ class Predictor:
         if self.tile is None:
             return self._whole(images, view)
         side, overlap = self.tile.side, self.tile.overlap_pixels
-        work = [(index, tile) for index, image in enumerate(images) for tile in tiles_of(*image.shape[:2], side, overlap)]
+        sizes = [image.shape[:2] for image in images]
+        work = [(i, tile) for i, (height, width) in enumerate(sizes) for tile in tiles_of(height, width, side, overlap)]
         parts: list[list[tuple[Tile, Detections]]] = [[] for _ in images]
         step = max(_TILES, len(images))
         for start in range(0, len(work), step):

@@ -106,7 +106,7 @@ def _cut(
     """
     low = (boxes[:, :2] - frames[:, :2] < margin) & (frames[:, :2] > 0)
     high = (frames[:, 2:] - boxes[:, 2:] < margin) & (frames[:, 2:] < [width, height])
-    return (low | high).any(axis=1)
+    return np.any(low | high, axis=1)
 
 
 class _Link(NamedTuple):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from i3cl import storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.data.loading.endings import IMAGE_ENDINGS, is_image
 from i3cl.data.loading.images import decode_image
 from i3cl.errors import UserError
 from i3cl.labelling.predict import predict
@@ -23,8 +24,6 @@ from i3cl.runtime.resources import machine_cores
 
 if TYPE_CHECKING:
     from i3cl.inference.predictor import Predictor
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def label_report(checkpoint: str, images: str, count: int, rounds: int, label: LabelSettings) -> str:
@@ -38,9 +37,9 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
 
     from i3cl.inference.predictor import Predictor
 
-    names = [name for name in storage.list_dir(images) if name.lower().endswith(_SUFFIXES)]
+    names = [name for name in storage.list_dir(images) if is_image(name)]
     if not names:
-        raise UserError(f"{images}: has no image ({', '.join(_SUFFIXES)})")
+        raise UserError(f"{images}: has no image ({', '.join(IMAGE_ENDINGS)})")
     torch.set_num_threads(machine_cores())
     model = Predictor.load(checkpoint)
     pixels = {name: decode_image(storage.join(images, name), upright=model.upright) for name in names[:count]}

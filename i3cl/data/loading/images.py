@@ -90,8 +90,8 @@ def decode_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, *, up
                 flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
                 if pixels is not None and pixels.shape[:2] == (image.height, image.width):
-                    pixels = pixels.astype(np.uint8, copy=False)
-                    return _turned(pixels, _orientation(image)) if upright else pixels
+                    stored = pixels.astype(np.uint8, copy=False)
+                    return _turned(stored, _orientation(image)) if upright else stored
             return to_rgb(image, upright=upright)
     except ImageError:
         raise
