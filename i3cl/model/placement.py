@@ -19,7 +19,9 @@ def on_cpu(x: Tensor) -> bool:
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(N,) float32 of the values on `device`, made once. Do not write into it."""
-    return _constant(tuple(values), device)
+    # What is made during an export stands for a value without having one, so it may not be kept.
+    make = _constant.__wrapped__ if torch.compiler.is_exporting() else _constant
+    return make(tuple(values), device)
 
 
 @lru_cache(maxsize=256)

@@ -80,20 +80,18 @@ def _on_ray(task: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterato
     shared = ray.put(task)
     waiting = list(reversed(list(enumerate(calls))))
     running: dict[Any, int] = {}
-    try:
-        while waiting or running:
-            # Asked each time: a cluster may grow.
-            while waiting and len(running) < cluster_cores():
-                index, call = waiting.pop()
-                running[remote.remote(shared, call)] = index
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            mistake, result = ray.get(ready)
-            if mistake is not None:
-                raise UserError(mistake)
-            yield running.pop(ready), result
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    while waiting or running:
+        # Asked each time: a cluster may grow.
+        while waiting and len(running) < cluster_cores():
+            index, call = waiting.pop()
+            running[remote.remote(shared, call)] = index
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        mistake, result = ray.get(ready)
+        if mistake is not None:
+            # What still runs is not cancelled: a task that ends in that moment takes this process down with it (Ray 2.60). The few
+            # that run end by themselves, or with this process.
+            raise UserError(mistake)
+        yield running.pop(ready), result
 
 
 def _outcome(task: Callable[..., T], call: tuple[Any, ...]) -> tuple[str | None, T | None]:

@@ -320,7 +320,8 @@ class Trainer:
         try:
             state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            reason = "holds more than tensors and numbers" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
+            pickled = isinstance(error, UnpicklingError)
+            reason = "damaged, or holds more than tensors and numbers" if pickled else str(error).split("\n")[0] or "the file is empty"
             raise UserError(
                 f"{folder / STATE / 'state.pt'}: training cannot continue from it ({reason}); give another name=…"
             ) from error
