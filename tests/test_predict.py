@@ -106,11 +106,14 @@ def test_one_rule_for_the_device_and_one_for_the_precision(monkeypatch):
         ("auto", "cuda:1"): (True, True),
         ("bfloat16", "cuda"): (True, True),
         ("float32", "cuda"): (False, False),
-        ("auto", "cpu"): (False, False),
-        ("bfloat16", "cpu"): (False, True),
+        ("bfloat16", "cpu"): (True, True),
+        ("float32", "cpu"): (False, False),
     }
     for (precision, place), answers in wanted.items():
         assert tuple(device.half_precision(precision, place, training) for training in (False, True)) == answers
+    for supported in (False, True):
+        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: supported)  # noqa: B023
+        assert [device.half_precision("auto", "cpu", training) for training in (False, True)] == [False, supported]
 
 
 def test_a_checkpoint_asked_onto_the_cpu_never_asks_for_a_visible_gpu(tiny_checkpoints, monkeypatch):

@@ -375,7 +375,8 @@ class TrainSettings(_Settings):
     gradient_clip: NonNegative = 35.0
     """Largest gradient norm; 0 = no clipping."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on a GPU that computes in it, else float32. float32: in full, without TF32."""
+    """auto: bfloat16 autocast on a GPU that computes in it, and in training on a CPU that does; else float32, in full, without
+    TF32."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; validation runs at the same points."""
     patience: NonNegativeInt = 0

@@ -307,6 +307,22 @@ def test_bfloat16_autocast_trains_and_predicts() -> None:
     assert found["boxes"].dtype == found["masks"].dtype == found["scores"].dtype == torch.float32
 
 
+def test_large_depthwise_convolutions_leave_bfloat16_on_a_cpu() -> None:
+    body = build(backbone={"name": "tf_efficientnet_lite0", "weights": "none"}).backbone
+    seen: dict[tuple[int, int], set[torch.dtype]] = {}
+    for module in body.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.register_forward_hook(lambda m, _, y: seen.setdefault(m.kernel_size, set()).add(y.dtype))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        body(x)
+    assert seen == {(3, 3): {torch.bfloat16}, (5, 5): {torch.float32}}
+    body.eval()
+    other = copy.deepcopy(body)
+    torch.nn.init.zeros_(next(m for m in other.modules() if getattr(m, "kernel_size", None) == (5, 5)).weight)
+    assert not torch.equal(other(x)[-1], body(x)[-1]), "a copy computes with the weights of its original"
+
+
 def test_vitae_trains_and_predicts_in_bfloat16_with_recomputation() -> None:
     backbone = {"name": "vitaev2_s", "frozen_stages": 0, "norm_eval": False, "checkpointing": True}
     model = build(backbone=backbone, score_threshold=0.005).train()
