@@ -88,8 +88,8 @@ def _on_ray(task: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterato
         (ready,), _ = ray.wait(list(running), num_returns=1)
         mistake, result = ray.get(ready)
         if mistake is not None:
-            # What still runs is not cancelled: a task that ends in that moment takes this process down with it (Ray 2.60). The few
-            # that run end by themselves, or with this process.
+            # The few tasks that still run are not cancelled: one that ends in that moment would take this process down with it
+            # (Ray 2.60). They end by themselves, or with this process.
             raise UserError(mistake)
         yield running.pop(ready), result
 

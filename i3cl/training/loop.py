@@ -320,8 +320,9 @@ class Trainer:
         try:
             state = torch.load(folder / STATE / "state.pt", map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            pickled = isinstance(error, UnpicklingError)
-            reason = "damaged, or holds more than tensors and numbers" if pickled else str(error).split("\n")[0] or "the file is empty"
+            reason = str(error).split("\n")[0] or "the file is empty"
+            if isinstance(error, UnpicklingError):
+                reason = "damaged, or holds more than tensors and numbers"
             raise UserError(
                 f"{folder / STATE / 'state.pt'}: training cannot continue from it ({reason}); give another name=…"
             ) from error

@@ -490,7 +490,7 @@ def test_an_image_of_another_size_is_the_users_error():
     ):
         with pytest.raises(UserError, match=r"a\.jpg: the image is 99 x 60 but its annotation says 100 x 60;"):
             transform(image[:, :99])
-        with pytest.raises(UserError, match="turned: by an EXIF rotation.*data.exif=upright"):
+        with pytest.raises(UserError, match=r"turned: by an EXIF rotation.*data\.exif=upright"):
             transform(image.transpose(1, 0, 2))
 
 
