@@ -80,6 +80,8 @@ def tiny_settings(tiny_set):
                 "log_every": 1,
                 "validate_images": 4,
                 "gradient_clip": 5.0,
+                # The same on every machine, whether or not its CPU computes in bfloat16.
+                "precision": "float32",
             },
             "label": {"source": {**source, "annotations": str(tiny_set / "unlabelled.json")}, "rows_per_block": 4},
         }

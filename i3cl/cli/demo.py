@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from i3cl.cli.command_line import run
 from i3cl.config import Settings
+from i3cl.model.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from i3cl.deploy.demo import Detector
@@ -40,7 +41,10 @@ def _tell(address: str) -> None:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="directory that training wrote, or a file of i3cl export-onnx"
+        "--checkpoint",
+        default=DEFAULT,
+        metavar="DIR",
+        help=f"directory that training wrote, or a file of i3cl export-onnx (default: {DEFAULT} of the package)",
     )
     parser.add_argument("--port", type=int, choices=range(65536), default=8000, metavar="N", help="0: a free one (default 8000)")
 

@@ -5,6 +5,7 @@ import re
 
 from i3cl.cli.command_line import run
 from i3cl.config import Settings
+from i3cl.model.shipped import DEFAULT
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
@@ -41,7 +42,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory that training wrote, local or s3://")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT,
+        metavar="CHECKPOINT",
+        help=f"directory that training wrote, local or s3:// (default: {DEFAULT} of the package)",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.onnx")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--dynamic", action="store_true", help="images of any size (the default)")

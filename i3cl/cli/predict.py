@@ -19,6 +19,7 @@ from typing import Any
 from i3cl.cli.command_line import run
 from i3cl.config import Settings
 from i3cl.errors import UserError
+from i3cl.model.shipped import DEFAULT, folder_of, is_shipped
 
 _ROWS_PER_PART = 100
 _SECONDS_PER_PART = 10.0
@@ -209,8 +210,9 @@ def _identity(checkpoint: str) -> str:
     """A checkpoint's path, and what changes with its weights."""
     from i3cl import storage
 
-    path = storage.absolute(checkpoint)
-    return f"{path} {storage.version(storage.join(path, 'weights.safetensors'))}"
+    path = storage.absolute(folder_of(checkpoint))
+    name = checkpoint if is_shipped(checkpoint) else path
+    return f"{name} {storage.version(storage.join(path, 'weights.safetensors'))}"
 
 
 def _predict(predictor: Any, file: str, picture: str, score: float) -> dict[str, Any]:
@@ -234,7 +236,9 @@ def _predict(predictor: Any, file: str, picture: str, score: float) -> dict[str,
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of predict."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR")
+    parser.add_argument(
+        "--checkpoint", default=DEFAULT, metavar="DIR", help=f"directory that training wrote (default: {DEFAULT} of the package)"
+    )
     parser.add_argument("--images", required=True, nargs="+", metavar="PATH", help="images or folders of images")
     parser.add_argument("--out", default="runs/predict", metavar="FOLDER")
     parser.add_argument("--score", type=float, default=0.45, help="lowest score, 0-1 (default 0.45)")

@@ -36,6 +36,20 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     _out(parser)
 
 
+def halve(_settings: Settings, options: argparse.Namespace) -> None:
+    from i3cl import storage
+    from i3cl.model.convert import halve_checkpoint
+
+    out = storage.absolute(options.out)
+    size = halve_checkpoint(options.source, out)
+    print(f"checkpoint: {out} ({size / 1e6:.1f} MB of weights)")
+
+
+def _halve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, metavar="DIR", help="checkpoint directory that training wrote")
+    _out(parser)
+
+
 def export(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl.data.exports.common import ExportOptions
     from i3cl.data.exports.export import export_labels
@@ -237,6 +251,7 @@ def _sheet(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "convert": Command(convert, "make a checkpoint of an original I3CL or mmdetection Mask R-CNN file", _convert_arguments),
+    "halve": Command(halve, "write a checkpoint with weights of half the size, to hand it on", _halve_arguments),
     "import": Command(import_public, "turn a public data set into COCO json or Parquet; see docs/datasets.md", _import),
     "synthetic": Command(synthetic, "write a labelled, an unlabelled and a validation set of synthetic scene text", _out),
     "export": Command(export, "labels or predictions in the format of another tool", _export),

@@ -388,8 +388,8 @@ class TrainSettings(_Settings):
     log_every: PositiveInt = 20
     """Steps between progress lines."""
     start_from: str | None = None
-    """Where the initial weights come from: a run's name (its best checkpoint in the same storage), or, with a slash, a checkpoint
-    directory or weights file. The log names tensors that it lacks."""
+    """Where the initial weights come from: a detector of the package (lite0-scene), a run's name (its best checkpoint in the same
+    storage), or, with a slash, a checkpoint directory or weights file. The log names tensors that it lacks."""
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights, used for validation and kept in checkpoints; 0 = off."""
     seed: int = 0

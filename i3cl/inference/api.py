@@ -13,13 +13,14 @@ from i3cl.detections import Detections
 from i3cl.errors import UserError
 from i3cl.inference import predictor
 from i3cl.model.network import I3CL
+from i3cl.model.shipped import DEFAULT
 
 
-def load(checkpoint: str | os.PathLike[str], device: str | torch.device | None = None) -> I3CL:
+def load(checkpoint: str | os.PathLike[str] = DEFAULT, device: str | torch.device | None = None) -> I3CL:
     """The network of a checkpoint directory (path or s3:// URL), in eval mode, with its settings as ``model.recipe``.
 
     Args:
-        checkpoint: directory that training wrote.
+        checkpoint: directory that training wrote, or the name of a detector that comes with the package.
         device: None: a GPU when there is one.
 
     Raises:

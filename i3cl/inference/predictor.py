@@ -22,6 +22,7 @@ from i3cl.inference.recipe import AS_TRAINED, Given, test_size, tiles
 from i3cl.inference.tiles import Found, Tile, join, tiles_of
 from i3cl.model.checkpoint import STATE, load_weights
 from i3cl.model.network import I3CL
+from i3cl.model.shipped import folder_of
 
 ImageArray = NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -162,10 +163,10 @@ class Predictor:
 def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     """The network of a checkpoint directory (local or s3://), in eval mode, with its settings as ``network.recipe``.
 
-    device: None takes a GPU when there is one. UserError when the directory is not a checkpoint or its weights do not fit its
-    settings.
+    checkpoint: the directory, or the name of a detector in the package. device: None takes a GPU when there is one. UserError
+    when it is not a checkpoint or its weights do not fit its settings.
     """
-    with storage.local_copy(checkpoint, without=STATE) as folder:
+    with storage.local_copy(folder_of(checkpoint), without=STATE) as folder:
         if not (folder / "settings.yaml").is_file():
             raise UserError(f"{checkpoint}: not a checkpoint directory (it has no settings.yaml); give one that train.py wrote")
         settings = load_settings(folder / "settings.yaml")

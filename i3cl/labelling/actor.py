@@ -261,17 +261,11 @@ class Labeller:
 
 
 def _row(entry: Entry, member: str, view: str, found: Detections | None, error: str | None = None) -> dict[str, Any]:
-    return {
-        "image_id": entry.image_id,
-        "file_name": entry.file_name,
-        "height": found.height if found else 0,
-        "width": found.width if found else 0,
-        "member": member,
-        "view": view,
-        "polygons": found.polygons if found else [],
-        "scores": found.scores if found else [],
-        "error": error,
-    }
+    row = {"image_id": entry.image_id, "file_name": entry.file_name, "member": member, "view": view, "error": error}
+    # Not `if found`: an image without text has been seen too, and keeps its size.
+    if found is None:
+        return {**row, "height": 0, "width": 0, "polygons": [], "scores": []}
+    return {**row, "height": found.height, "width": found.width, "polygons": found.polygons, "scores": found.scores}
 
 
 def automatic_threads(threads: int, actors: int, on_gpu: bool, cores: int) -> int:

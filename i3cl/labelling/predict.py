@@ -22,6 +22,7 @@ from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
+from i3cl.model.shipped import folder_of, is_shipped
 from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import Every
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
@@ -72,7 +73,7 @@ def predict(
         raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
     manifest = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
-    members = {name: storage.absolute(members[name]) for name in sorted(members)}
+    members = {name: _located(members[name]) for name in sorted(members)}
     hashes = {name: checkpoint_hash(path) for name, path in members.items()}
     recipes = {name: recipe_of(path) for name, path in members.items()}
     given = given_size(settings) if given is None else given
@@ -100,11 +101,16 @@ def predict(
     return out
 
 
-def checkpoint_hash(path: str) -> str:
-    """SHA-256 of a checkpoint's settings and weights.
+def _located(checkpoint: str) -> str:
+    return checkpoint if is_shipped(checkpoint) else storage.absolute(checkpoint)
+
+
+def checkpoint_hash(checkpoint: str) -> str:
+    """SHA-256 of the settings and weights of a checkpoint directory, or of a detector in the package.
 
     UserError when it is not a checkpoint directory or its weights are not safetensors.
     """
+    path = folder_of(checkpoint)
     digest = hashlib.sha256()
     for name in _CHECKPOINT:
         file = storage.join(path, name)

@@ -1,16 +1,17 @@
-"""Converts a weights file of the original release into a checkpoint of this project."""
+"""Converts weights: a file of the original release into a checkpoint of this project, a checkpoint into one of half the size."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from i3cl import storage
-from i3cl.config import BackboneSettings, ModelSettings, Settings, to_yaml
+from i3cl.config import BackboneSettings, ModelSettings, Settings, load_settings, to_yaml
 from i3cl.errors import UserError
-from i3cl.model.checkpoint import load_tensors, save_checkpoint
+from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
 from i3cl.model.weights_file import read_tensors
@@ -56,6 +57,27 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
     if settings.num_classes < before:
         text += f"; scores differ from those of {before} classes, as the softmax has fewer terms: choose new thresholds"
     return text
+
+
+def halve_checkpoint(source: str, out: str) -> int:
+    """Writes the checkpoint `source` to the new directory `out` with weights in float16; returns the bytes of the weights.
+
+    For detectors that are handed on: the settings leave out the paths of data, storage and initial weights. Loading makes the
+    weights float32 again. Raises UserError when `source` is not a checkpoint directory and when `out` exists.
+    """
+    with storage.local_copy(source, without=STATE) as folder:
+        if not (folder / SETTINGS).is_file():
+            raise UserError(f"{source}: not a checkpoint directory (it has no {SETTINGS}); give one that train.py wrote")
+        settings = load_settings(folder / SETTINGS)
+        tensors = read_tensors(folder / WEIGHTS, source)
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    data = settings.data.model_copy(update={"train": (), "validation": None})
+    train = settings.train.model_copy(update={"start_from": None})
+    with storage.atomic_directory(out) as made:
+        save_file(halves, made / WEIGHTS)
+        kept = Settings(name=settings.name, model=settings.model, data=data, train=train)
+        (made / SETTINGS).write_text(to_yaml(kept), encoding="utf-8")
+        return (made / WEIGHTS).stat().st_size
 
 
 def recognise(tensors: Mapping[str, Tensor], source: str) -> ModelSettings:

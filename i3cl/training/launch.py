@@ -16,6 +16,7 @@ from i3cl.claims import claim_run
 from i3cl.config import Settings, with_overrides
 from i3cl.data.loading.ingest import mix, read_source
 from i3cl.errors import UserError, inside
+from i3cl.model.shipped import is_shipped, names
 from i3cl.runtime.cluster import connect
 from i3cl.runtime.pace import Pace
 from i3cl.runtime.resources import cluster_gpus, machine_cores, use_gpu
@@ -96,7 +97,7 @@ def located(settings: Settings) -> Settings:
     root = storage.absolute(settings.storage)
     start, weights = settings.train.start_from, settings.model.backbone.weights
     changes: dict[str, Any] = {"storage": root, "data_root": storage.absolute(settings.data_root)}
-    if start:
+    if start and not is_shipped(start):
         changes["train.start_from"] = storage.join(root, start, "best") if _is_run(start) else storage.absolute(start)
     if weights not in INITIAL:
         changes["model.backbone.weights"] = storage.absolute(weights)
@@ -135,12 +136,15 @@ def _check_data(settings: Settings) -> None:
 def _check_start(settings: Settings) -> None:
     """UserError when the checkpoint that a located run starts from does not exist, with the command that makes it."""
     start = settings.train.start_from
-    if not start or (storage.is_file(start) or storage.is_complete(start)):
+    if not start or is_shipped(start) or (storage.is_file(start) or storage.is_complete(start)):
         return
     run, last = os.path.split(start)
     folder, name = os.path.split(run)
     if last != "best" or folder != settings.storage:
-        raise UserError(f"train.start_from: {start} does not exist; give a run's name, a checkpoint directory or a weights file")
+        raise UserError(
+            f"train.start_from: {start} does not exist; give a run's name, a checkpoint directory, a weights file or a detector "
+            f"of the package ({', '.join(names())})"
+        )
     state = "has not finished" if storage.exists(run) else "has not begun"
     recipe = Path("configs", *name.split("-", 1)).as_posix() + ".yaml"
     if not os.path.isfile(recipe):

@@ -42,6 +42,7 @@ from i3cl.inference.device import autocast
 from i3cl.inference.predictor import Predictor
 from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
+from i3cl.model.shipped import folder_of
 from i3cl.runtime.resources import machine_cores
 from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
 
@@ -176,7 +177,7 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     if model.backbone.report is not None:
         notes.append(f"backbone weights '{settings.model.backbone.weights}': {model.backbone.report}")
     if settings.train.start_from:
-        with storage.local_copy(settings.train.start_from, without=STATE) as folder:
+        with storage.local_copy(folder_of(settings.train.start_from), without=STATE) as folder:
             notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
     model = model.to(device).to(memory_format=torch.channels_last)
     trainer = Trainer(settings, model, device, rank, workers, run)

@@ -285,7 +285,7 @@ def test_yaml_makes_no_objects(tmp_path, tiny_settings):
         lambda: load_settings(tmp_path / "bad.yaml"),
         lambda: load_settings(tmp_path / "child.yaml"),
         lambda: load_settings(tmp_path / "catalogue.yaml"),
-        lambda: load_settings(None, [f"name={tag}"]),
+        lambda: load_settings(None, [f"train.steps={tag}"]),
         lambda: i3cl.load(str(tmp_path / "run")),
         lambda: claim_run(str(tmp_path / "run"), tiny_settings, ("model",)),
     ):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from i3cl.config import LabelSettings, Settings, ViewSettings
+from i3cl.config import LabelSettings, Settings, ViewSettings, to_yaml, with_overrides
 from i3cl.data.formats.predictions import read_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.errors import UserError, inside
@@ -25,6 +25,8 @@ from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
 from i3cl.labelling.predict import _Job, checkpoint_hash, layout, predict
+from i3cl.model.checkpoint import save_checkpoint
+from i3cl.model.network import I3CL
 
 VIEWS = (ViewSettings(short_side=64), ViewSettings(short_side=64, flip=True))
 
@@ -183,6 +185,20 @@ def test_the_actor_writes_every_image_member_and_view_once(tiny_checkpoints, tmp
     again = [row for table in blocks(data, 3) for row in labeller(table).to_pylist()]
     assert [r["images"] for r in again] == [3, 3, 1]
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
+
+
+def test_an_image_without_text_keeps_its_size(tiny_settings, tmp_path):
+    """Evaluation and trust compare the sizes of predictions with those of the truth."""
+    from i3cl.evaluation.formats.table import check_image_sizes
+
+    blind = with_overrides(tiny_settings, {"model.backbone.weights": "none", "model.score_threshold": 0.999}, "test")
+    save_checkpoint(I3CL(blind.model), tmp_path / "blind", to_yaml(blind))
+    data = dataset(tmp_path / "images", write_images(tmp_path / "images", 2))
+    labeller = Labeller(plan(tmp_path / "images", tmp_path / "out", {"blind": str(tmp_path / "blind")}))
+    assert all(row["errors"] == 0 for table in blocks(data, 3) for row in labeller(table).to_pylist())
+    rows = [row for each in rows_of(tmp_path / "out").values() for row in each.values()]
+    assert rows and all(len(row["scores"]) == 0 and row["height"] == 96 for row in rows)
+    check_image_sizes(str(tmp_path / "out"), data.records)
 
 
 def test_members_apart_and_together_say_the_same(tiny_checkpoints, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from i3cl import observe
 from i3cl.config import with_overrides
 from i3cl.errors import UserError
 from i3cl.training.launch import train
@@ -52,7 +53,8 @@ def test_an_unusable_image_ends_the_run_with_one_line(recipe, ray_cluster, fault
 def test_skip_bad_trains_on_the_rest_and_counts_what_it_left_out(recipe, ray_cluster, capfd):
     settings, folder = recipe
     (folder / "images" / "3.jpg").write_text("<html></html>")
-    result = train(with_overrides(settings, {"cluster.workers": 2, "train.steps": 8, "data.skip_bad": True}, "test"))
+    with observe.console():
+        result = train(with_overrides(settings, {"cluster.workers": 2, "train.steps": 8, "data.skip_bad": True}, "test"))
     assert result.metrics["step"] == 8
     rows = [json.loads(line) for line in (folder.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1, "12 images, 16 places"

@@ -76,5 +76,6 @@ def check_image_sizes(predictions: str, truth: Iterable[ImageRecord]) -> None:
     for batch in read_batches(predictions, ["image_id", "height", "width", "error"]):
         for row in batch.to_pylist():
             record = wanted.get(row["image_id"])
-            if record is not None and row["error"] is None:
+            # Earlier versions wrote no size for images without text.
+            if record is not None and row["error"] is None and row["height"]:
                 check_size(record.file_name, (row["height"], row["width"]), (record.height, record.width))

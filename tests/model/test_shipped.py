@@ -1,0 +1,60 @@
+"""Detectors that come with the package, and checkpoints of half the size."""
+
+import pytest
+import torch
+
+import i3cl
+from i3cl.config import load_settings, to_yaml, with_overrides
+from i3cl.errors import UserError
+from i3cl.inference.recipe import recipe_of
+from i3cl.labelling.predict import checkpoint_hash
+from i3cl.model import shipped
+from i3cl.model.checkpoint import save_checkpoint
+from i3cl.model.convert import halve_checkpoint
+from i3cl.model.network import I3CL
+from i3cl.training.launch import located
+
+MOST_BYTES = 20e6
+
+
+@pytest.fixture
+def checkpoint(tiny_settings, tmp_path) -> str:
+    settings = with_overrides(tiny_settings, {"model.backbone.weights": "none", "train.start_from": "/private/place"}, "test")
+    torch.manual_seed(1)
+    return str(save_checkpoint(I3CL(settings.model), tmp_path / "run" / "best", to_yaml(settings)))
+
+
+def test_a_halved_checkpoint_names_no_place_and_finds_the_same(checkpoint, tmp_path):
+    out = tmp_path / "half"
+    size = halve_checkpoint(checkpoint, str(out))
+    assert size == (out / "weights.safetensors").stat().st_size
+    assert 0.5 < (tmp_path / "run" / "best" / "weights.safetensors").stat().st_size / size / 2 < 1.1
+    text = (out / "settings.yaml").read_text()
+    assert str(tmp_path) not in text and "/private" not in text
+    whole, half = i3cl.load(checkpoint, "cpu").state_dict(), i3cl.load(out, "cpu").state_dict()
+    for name, value in half.items():
+        assert value.dtype == whole[name].dtype
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-6)
+    with pytest.raises(UserError, match="not a checkpoint directory"):
+        halve_checkpoint(str(tmp_path), str(tmp_path / "other"))
+
+
+def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
+    assert shipped.DEFAULT in shipped.names()
+    for name in shipped.names():
+        folder = shipped.folder_of(name)
+        network = i3cl.load(name, "cpu")
+        assert network.recipe == recipe_of(name) == load_settings(f"{folder}/settings.yaml")
+        assert len(checkpoint_hash(name)) == 64
+        with open(f"{folder}/weights.safetensors", "rb") as file:
+            assert file.seek(0, 2) < MOST_BYTES
+        text = open(f"{folder}/settings.yaml").read()
+        assert "/root" not in text and "/home" not in text and "/tmp" not in text
+    assert i3cl.load(device="cpu").recipe.name == recipe_of(shipped.DEFAULT).name
+
+
+def test_a_training_starts_from_a_name_on_every_machine(tiny_settings):
+    """The path of the package differs among machines, so the name is what travels."""
+    settings = with_overrides(tiny_settings, {"train.start_from": shipped.DEFAULT}, "test")
+    assert located(settings).train.start_from == shipped.DEFAULT
+    assert shipped.folder_of("runs/a/best") == "runs/a/best" and not shipped.is_shipped("./" + shipped.DEFAULT)
