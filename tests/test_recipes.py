@@ -23,7 +23,7 @@ from i3cl.data.formats.records import record_from_row
 from i3cl.errors import UserError
 from i3cl.model import backbone
 from i3cl.model.network import I3CL
-from i3cl.training.launch import _check_data, located
+from i3cl.training.launch import _check_data, located, train
 from i3cl.training.loop import prepare
 from tests.conftest import TINY_MODEL
 
@@ -269,6 +269,21 @@ def test_initial_weights_that_are_not_there_are_named(data_root, tmp_path):
     settings = with_overrides(load_settings(path_of("r50_regioncl", "pretrain")), changes, "test")
     with pytest.raises(UserError, match=r"model\.backbone\.weights: .*regioncl_finetuned\.pth does not exist"):
         _check_data(located(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.backbone.name": "resnet81"}, "timm has no model 'resnet81'; timm has"),
+        ({"model.backbone.weights": "package"}, "'package' has weights for tf_efficientnet_lite0, not for resnet50; give"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_leaves_no_run_behind(data_root, tmp_path, changes, words):
+    """The corrected command would be refused there: it has other settings."""
+    settings = with_overrides(tiny("r50", "pretrain", data_root, tmp_path / "runs"), changes, "test")
+    with pytest.raises(UserError, match=words):
+        train(settings)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_remote_storage_keeps_a_runs_name():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
-from i3cl.model.pretrained import load_initial
+from i3cl.model.pretrained import check_package, load_initial
 from i3cl.model.vitae import ViTAEv2
 
 STRIDES = [4, 8, 16, 32]
@@ -124,13 +124,24 @@ def _vitae(settings: BackboneSettings) -> Any:
     return ViTAEv2(settings.drop_path, settings.checkpointing)
 
 
-def _timm_body(settings: BackboneSettings) -> Any:
-    known = KNOWN.get(settings.name, Known(settings.name))
-    name, options = known.timm, known.options
-    if not timm.is_model(name):
+def check_backbone(settings: BackboneSettings) -> None:
+    """UserError for a name that timm does not have and for 'package' weights that no package has. Builds nothing."""
+    check_package(settings)
+    name = _known(settings).timm
+    if settings.name != VITAE and not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3] or timm.list_models(name[:6] + "*")[:3]
         hint = f"; timm has {', '.join(near)}" if near else ""
         raise UserError(f"model.backbone.name: timm has no model '{settings.name}'{hint}")
+
+
+def _known(settings: BackboneSettings) -> Known:
+    return KNOWN.get(settings.name, Known(settings.name))
+
+
+def _timm_body(settings: BackboneSettings) -> Any:
+    check_backbone(settings)
+    known = _known(settings)
+    name, options = known.timm, known.options
     if settings.weights == "timm" and options:
         raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}; give the path of a file")
     try:

@@ -93,12 +93,23 @@ def _start(silent: Mapping[str, Any]) -> None:
                 # Ray waits half a minute for its own processes, which is too short on a machine that is very busy.
                 logger.info("Ray: this machine is too busy to start it in time; trying once more")
                 ray.shutdown()
-                ray.init("local", **arguments)
+                _start_at_last(arguments)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Ray cannot start here ({reason}); set RAY_TMPDIR to a short path of a folder that you may write in"
         ) from error
+
+
+def _start_at_last(arguments: Mapping[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init("local", **arguments)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray could not start in time, twice: this machine is too busy; give the command again later") from error
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:

@@ -127,6 +127,9 @@ def _check_data(settings: Settings) -> None:
     mix(settings.data.train, settings.data_root, settings.data.skip_bad, batch=settings.train.batch)
     if settings.data.validation is not None:
         read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
+    from i3cl.model.backbone import check_backbone
+
+    check_backbone(settings.model.backbone)
     weights = settings.model.backbone.weights
     if weights not in INITIAL and not storage.exists(weights):
         raise UserError(f"model.backbone.weights: {weights} does not exist; put the file there or set another path, timm or none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 
@@ -59,7 +62,12 @@ def test_the_wheel_brings_the_command_and_the_recipes(environment, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_finds_text(environment, tiny_checkpoints, tiny_set, tmp_path):
-    arguments = ["--checkpoint", tiny_checkpoints["a"], "--images", str(tiny_set / "images"), "--out", "out"]
-    call(str(environment / "bin" / "i3cl"), "predict", *arguments, cwd=tmp_path)
-    assert (tmp_path / "out" / "art.json").is_file()
+def test_the_wheel_finds_text_with_the_detector_that_it_brings(environment, tmp_path):
+    picture = np.full((200, 400, 3), 235, np.uint8)
+    cv2.putText(picture, "COFFEE", (40, 120), cv2.FONT_HERSHEY_DUPLEX, 2.5, (30, 30, 120), 6, cv2.LINE_AA)
+    cv2.imwrite(str(tmp_path / "sign.png"), picture)
+    call(str(environment / "bin" / "i3cl"), "predict", "--images", "sign.png", "--out", "out", cwd=tmp_path)
+    (found,) = json.loads((tmp_path / "out" / "art.json").read_text()).values()
+    corners = np.array(found[0]["points"])
+    assert len(found) == 1 and abs(corners.mean(0) - [190, 90]).max() < 40
+    assert (tmp_path / "out" / "pictures" / "sign.jpg").is_file()

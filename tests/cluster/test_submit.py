@@ -69,7 +69,7 @@ def test_the_package_holds_the_code_and_nothing_else(tmp_path):
             stream.truncate(300 << 20)  # without blocks on the disk
     package = tmp_path / "package.zip"
     create_package(str(tmp_path / "here"), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
-    assert package.stat().st_size < 5 << 20
+    assert package.stat().st_size < 25 << 20, "the code, and the detector that comes with it"
     with zipfile.ZipFile(package) as archive:
         assert {name for name in archive.namelist() if not name.endswith("/")} == code
 

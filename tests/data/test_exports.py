@@ -50,7 +50,8 @@ def pseudo(tmp_path) -> str:
 
 
 def export(format: str, source: str, tmp_path: Path, **options) -> str:
-    suffix = {"icdar": ".zip", "labelme": "", "parquet": "", "cvat": ".xml", "paddle": ".txt"}.get(format, ".json")
+    json_formats = ("art", "coco", "coco-results", "label-studio")
+    suffix = {"icdar": ".zip", "cvat": ".xml", "paddle": ".txt", **dict.fromkeys(json_formats, ".json")}.get(format, "")
     out = str(tmp_path / f"{format}{suffix}")
     chosen = {key: options.pop(key) for key in ("prefix", "confidence") if key in options}
     export_labels(format, source, out, options=ExportOptions(**chosen), **options)

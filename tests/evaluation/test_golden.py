@@ -39,6 +39,7 @@ def measured(options):
 @pytest.mark.parametrize("name", cases())
 def test_recorded_numbers(name):
     expected = json.loads((GOLDEN / "expected.json").read_text())
+    assert name in expected, "record its numbers: python tests/evaluation/test_golden.py, see CONTRIBUTING.md"
     assert measured(cases()[name]) == expected[name]
 
 

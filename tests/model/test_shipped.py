@@ -1,5 +1,7 @@
 """Detectors that come with the package, and checkpoints of half the size."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,9 +48,8 @@ def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
         network = i3cl.load(name, "cpu")
         assert network.recipe == recipe_of(name) == load_settings(f"{folder}/settings.yaml")
         assert len(checkpoint_hash(name)) == 64
-        with open(f"{folder}/weights.safetensors", "rb") as file:
-            assert file.seek(0, 2) < MOST_BYTES
-        text = open(f"{folder}/settings.yaml").read()
+        assert Path(folder, "weights.safetensors").stat().st_size < MOST_BYTES
+        text = Path(folder, "settings.yaml").read_text()
         assert "/root" not in text and "/home" not in text and "/tmp" not in text
     assert i3cl.load(device="cpu").recipe.name == recipe_of(shipped.DEFAULT).name
 

@@ -201,7 +201,7 @@ def whole_set(folder: Folder, label_name: str, images: Sequence[str], entries: d
     """
     by_stem = by_key(images, stem, folder)
     for key in entries:
-        if not re.fullmatch(r"[\w-]{1,200}", key):
+        if key not in by_stem and not re.fullmatch(r"[\w-]{1,200}", key):
             raise UserError(f"{folder.path(label_name)}: key {key[:80]!r} is not an image's name; expected {layout}")
     names = {key: by_stem.get(key, f"{key}.jpg") for key in {*by_stem, *entries}}
     for key in sorted(names, key=lambda key: names[key]):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from importer_samples import QUAD, SAMPLES, flat, image, text
+from importer_samples import QUAD, SAMPLES, flat, image, pairs, text
 from PIL import Image
 
 from i3cl import geometry, storage
@@ -225,6 +225,15 @@ def zipped(path: Path, members: dict[str, bytes], **attributes) -> str:
                 setattr(info, key, value)
             file.writestr(info, data)
     return str(path)
+
+
+def test_a_label_file_of_the_whole_set_takes_names_with_spaces_and_dots(tmp_path):
+    image(tmp_path / "in" / "IMG 001.v2.jpg")
+    entry = {"transcription": "A", "points": pairs(QUAD), "language": "Latin", "illegibility": False}
+    text(tmp_path / "in" / "train_labels.json", json.dumps({"IMG 001.v2": [entry]}))
+    summary = import_dataset("art", str(tmp_path / "in"), str(tmp_path / "out"))
+    (record,) = read_coco(summary.annotations, summary.images_root).records
+    assert record.file_name == "IMG 001.v2.jpg" and len(record.instances) == 1
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar.gz"])
