@@ -144,7 +144,7 @@ def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, st
 
 
 def _weights_bytes(checkpoint: str) -> int:
-    with storage.open_read(storage.join(checkpoint, _CHECKPOINT[1])) as stream:
+    with storage.open_read(storage.join(folder_of(checkpoint), _CHECKPOINT[1])) as stream:
         return stream.seek(0, 2)
 
 

@@ -14,6 +14,7 @@ from i3cl.errors import UserError
 from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
+from i3cl.model.shipped import folder_of
 from i3cl.model.weights_file import read_tensors
 
 RESNETS: dict[tuple[tuple[int, ...], int], str] = {
@@ -65,7 +66,7 @@ def halve_checkpoint(source: str, out: str) -> int:
     For detectors that are handed on: the settings leave out the paths of data, storage and initial weights. Loading makes the
     weights float32 again. Raises UserError when `source` is not a checkpoint directory and when `out` exists.
     """
-    with storage.local_copy(source, without=STATE) as folder:
+    with storage.local_copy(folder_of(source), without=STATE) as folder:
         if not (folder / SETTINGS).is_file():
             raise UserError(f"{source}: not a checkpoint directory (it has no {SETTINGS}); give one that train.py wrote")
         settings = load_settings(folder / SETTINGS)

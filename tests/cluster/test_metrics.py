@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -78,9 +79,16 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def scrape(folder: Path) -> str:
-    """What Prometheus would read from all targets that Ray announces."""
-    (group,) = json.loads((folder / "prom_metrics_service_discovery.json").read_text())
-    return "\n".join(urlopen(f"http://{target}/metrics", timeout=10).read().decode() for target in group["targets"])
+    """What Prometheus would read from all targets that Ray announces, as soon as all of them answer."""
+
+    def read() -> str | None:
+        (group,) = json.loads((folder / "prom_metrics_service_discovery.json").read_text())
+        try:
+            return "\n".join(urlopen(f"http://{target}/metrics", timeout=10).read().decode() for target in group["targets"])
+        except URLError:  # announced, but not yet listening
+            return None
+
+    return until(read, 60, "the targets to answer")
 
 
 def names(text: str) -> set[str]:
