@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Row:
     """How the job continued."""
 
 
-class Job:
+class Job(ABC):
     """A job on a cluster of a head, which runs the driver, and two nodes with one worker each, as in the launch files."""
 
     script: str
@@ -82,9 +83,9 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def warm_up(self) -> None:
         """Wait until the job is working."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End the driver and the cluster."""

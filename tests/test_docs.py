@@ -33,6 +33,7 @@ PAGES = sorted(
         ROOT / "CHANGELOG.md",
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "cluster").rglob("*.md"),
+        *(ROOT / "i3cl" / "weights").rglob("*.md"),
     ]
 )
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -112,7 +112,7 @@ def test_one_rule_for_the_device_and_one_for_the_precision(monkeypatch):
     for (precision, place), answers in wanted.items():
         assert tuple(device.half_precision(precision, place, training) for training in (False, True)) == answers
     for supported in (False, True):
-        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: supported)  # noqa: B023
+        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda answer=supported: answer)
         assert [device.half_precision("auto", "cpu", training) for training in (False, True)] == [False, supported]
 
 

@@ -26,15 +26,12 @@ def _check(options: argparse.Namespace) -> None:
 
     import i3cl
     from i3cl import storage
-    from i3cl.data.loading.endings import IMAGE_ENDINGS, is_image
+    from i3cl.data.loading.endings import images_in
     from i3cl.data.loading.images import decode_image
     from i3cl.deploy import OnnxPredictor
     from i3cl.deploy.compare import compare
-    from i3cl.errors import UserError
 
-    names = [name for name in storage.list_dir(options.check) if is_image(name)]
-    if not names:
-        raise UserError(f"{options.check}: has no image ({', '.join(IMAGE_ENDINGS)})")
+    names = images_in(options.check)
     torch.set_num_threads(options.threads)
     network, predictor = i3cl.load(options.checkpoint, device="cpu"), OnnxPredictor(options.out, options.threads)
     images = (decode_image(storage.join(options.check, name), upright=predictor.upright) for name in islice(names, 50))

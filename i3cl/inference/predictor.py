@@ -22,7 +22,7 @@ from i3cl.inference.recipe import AS_TRAINED, Given, test_size, tiles
 from i3cl.inference.tiles import Found, Tile, join, tiles_of
 from i3cl.model.checkpoint import STATE, load_weights
 from i3cl.model.network import I3CL
-from i3cl.model.shipped import folder_of
+from i3cl.model.shipped import folder_of, not_a_checkpoint
 
 ImageArray = NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -168,7 +168,7 @@ def load(checkpoint: str, device: str | torch.device | None = None) -> I3CL:
     """
     with storage.local_copy(folder_of(checkpoint), without=STATE) as folder:
         if not (folder / "settings.yaml").is_file():
-            raise UserError(f"{checkpoint}: not a checkpoint directory (it has no settings.yaml); give one that train.py wrote")
+            raise not_a_checkpoint(checkpoint)
         settings = load_settings(folder / "settings.yaml")
         backbone = settings.model.backbone.model_copy(update={"weights": "none"})
         network = I3CL(settings.model.model_copy(update={"backbone": backbone}))

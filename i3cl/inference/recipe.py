@@ -14,7 +14,7 @@ from i3cl import storage
 from i3cl.config import Settings, TileSettings, load_settings
 from i3cl.data.loading.images import test_scale
 from i3cl.errors import UserError
-from i3cl.model.shipped import folder_of
+from i3cl.model.shipped import folder_of, not_a_checkpoint
 
 TEST_SIZE = ("data.test_short_side", "data.test_long_side", "data.test_upscale")
 """Settings keys that say how large the network sees an image."""
@@ -51,7 +51,7 @@ def recipe_of(checkpoint: str) -> Settings:
     """The settings of a checkpoint directory (local or s3://), or of a detector in the package. UserError when it is neither."""
     file = storage.join(folder_of(checkpoint), "settings.yaml")
     if not storage.is_file(file):
-        raise UserError(f"{checkpoint}: not a checkpoint directory (it has no settings.yaml); give one that train.py wrote")
+        raise not_a_checkpoint(checkpoint)
     with storage.local_copy(file) as path:
         return load_settings(path)
 

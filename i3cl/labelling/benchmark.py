@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from i3cl import storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.records import Dataset, ImageRecord
-from i3cl.data.loading.endings import IMAGE_ENDINGS, is_image
+from i3cl.data.loading.endings import images_in
 from i3cl.data.loading.images import decode_image
-from i3cl.errors import UserError
 from i3cl.labelling.predict import predict
 from i3cl.runtime.resources import machine_cores
 
@@ -37,9 +36,7 @@ def label_report(checkpoint: str, images: str, count: int, rounds: int, label: L
 
     from i3cl.inference.predictor import Predictor
 
-    names = [name for name in storage.list_dir(images) if is_image(name)]
-    if not names:
-        raise UserError(f"{images}: has no image ({', '.join(IMAGE_ENDINGS)})")
+    names = images_in(images)
     torch.set_num_threads(machine_cores())
     model = Predictor.load(checkpoint)
     pixels = {name: decode_image(storage.join(images, name), upright=model.upright) for name in names[:count]}

@@ -22,7 +22,7 @@ from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
-from i3cl.model.shipped import folder_of, is_shipped
+from i3cl.model.shipped import folder_of, is_shipped, not_a_checkpoint
 from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import Every
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
@@ -115,7 +115,7 @@ def checkpoint_hash(checkpoint: str) -> str:
     for name in _CHECKPOINT:
         file = storage.join(path, name)
         if not storage.is_file(file):
-            raise UserError(f"{path}: not a checkpoint directory (it has no {name}); give one that train.py wrote")
+            raise not_a_checkpoint(checkpoint, name)
         with storage.open_read(file) as stream:
             while data := stream.read(1 << 22):
                 digest.update(data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from i3cl.config import BackboneSettings
 from i3cl.errors import UserError
-from i3cl.model.pretrained import check_package, load_initial
+from i3cl.model.pretrained import PACKAGES, load_initial
 from i3cl.model.vitae import ViTAEv2
 
 STRIDES = [4, 8, 16, 32]
@@ -48,8 +48,9 @@ class Backbone(nn.Module):
     def __init__(self, settings: BackboneSettings) -> None:
         """Raises UserError for a model that timm does not have, that has no such maps, or that the weights do not fit."""
         super().__init__()
+        check_backbone(settings)
         self.settings = settings
-        body = _vitae(settings) if settings.name == VITAE else _timm_body(settings)
+        body = ViTAEv2(settings.drop_path, settings.checkpointing) if settings.name == VITAE else _timm_body(settings)
         self.body = body
         self.channels: list[int] = body.feature_info.channels()
         self.report = load_initial(self.body, settings)
@@ -118,20 +119,20 @@ def _in_float32(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return type(conv).forward(conv, x.float())
 
 
-def _vitae(settings: BackboneSettings) -> Any:
-    if settings.weights in ("timm", "package"):
-        raise UserError(f"model.backbone.weights: '{settings.weights}' has no weights for {VITAE}; give the path of a file")
-    return ViTAEv2(settings.drop_path, settings.checkpointing)
-
-
 def check_backbone(settings: BackboneSettings) -> None:
-    """UserError for a name that timm does not have and for 'package' weights that no package has. Builds nothing."""
-    check_package(settings)
-    name = _known(settings).timm
+    """UserError for a name that is not known, and for weights that timm or the packages do not have. Builds nothing."""
+    name, options = _known(settings).timm, _known(settings).options
     if settings.name != VITAE and not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3] or timm.list_models(name[:6] + "*")[:3]
         hint = f"; timm has {', '.join(near)}" if near else ""
         raise UserError(f"model.backbone.name: timm has no model '{settings.name}'{hint}")
+    if settings.weights == "package" and settings.name not in PACKAGES:
+        raise UserError(
+            f"model.backbone.weights: 'package' has weights for {', '.join(PACKAGES)}, not for {settings.name}; "
+            "give the path of a file, or none"
+        )
+    if settings.weights == "timm" and (settings.name == VITAE or options):
+        raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}; give the path of a file")
 
 
 def _known(settings: BackboneSettings) -> Known:
@@ -139,11 +140,7 @@ def _known(settings: BackboneSettings) -> Known:
 
 
 def _timm_body(settings: BackboneSettings) -> Any:
-    check_backbone(settings)
-    known = _known(settings)
-    name, options = known.timm, known.options
-    if settings.weights == "timm" and options:
-        raise UserError(f"model.backbone.weights: timm has no weights for {settings.name}; give the path of a file")
+    name, options = _known(settings).timm, _known(settings).options
     try:
         body: Any = timm.create_model(
             name, features_only=True, out_indices=(-4, -3, -2, -1), pretrained=settings.weights == "timm", **options

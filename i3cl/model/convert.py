@@ -14,7 +14,7 @@ from i3cl.errors import UserError
 from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
-from i3cl.model.shipped import folder_of
+from i3cl.model.shipped import folder_of, not_a_checkpoint
 from i3cl.model.weights_file import read_tensors
 
 RESNETS: dict[tuple[tuple[int, ...], int], str] = {
@@ -68,7 +68,7 @@ def halve_checkpoint(source: str, out: str) -> int:
     """
     with storage.local_copy(folder_of(source), without=STATE) as folder:
         if not (folder / SETTINGS).is_file():
-            raise UserError(f"{source}: not a checkpoint directory (it has no {SETTINGS}); give one that train.py wrote")
+            raise not_a_checkpoint(source)
         settings = load_settings(folder / SETTINGS)
         tensors = read_tensors(folder / WEIGHTS, source)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -20,15 +20,17 @@ def on_cpu(x: Tensor) -> bool:
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(N,) float32 of the values on `device`, made once. Do not write into it."""
     # What is made during an export stands for a value without having one, so it may not be kept.
-    make = _constant.__wrapped__ if torch.compiler.is_exporting() else _constant
+    make = _made if torch.compiler.is_exporting() else _kept
     return make(tuple(values), device)
 
 
-@lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _made(values: tuple[float, ...], device: torch.device) -> Tensor:
     # A tensor born in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+_kept = lru_cache(maxsize=256)(_made)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -29,7 +29,6 @@ def load_initial(body: nn.Module, settings: BackboneSettings) -> LoadReport | No
     if settings.weights in ("none", "timm"):
         return None
     if settings.weights == "package":
-        check_package(settings)
         return load_tensors(body, PACKAGES[settings.name](), settings.weights)
     with storage.local_copy(settings.weights) as path:
         tensors = read_tensors(path, settings.weights)
@@ -39,15 +38,6 @@ def load_initial(body: nn.Module, settings: BackboneSettings) -> LoadReport | No
             "stride in another convolution, which the file does not say. Give a file of torchvision, timm or mmdetection"
         )
     return load_tensors(body, to_body_names(tensors, body.state_dict()), settings.weights)
-
-
-def check_package(settings: BackboneSettings) -> None:
-    """UserError when `weights` is 'package' and no installed package has weights for this backbone."""
-    if settings.weights == "package" and settings.name not in PACKAGES:
-        raise UserError(
-            f"model.backbone.weights: 'package' has weights for {', '.join(PACKAGES)}, not for {settings.name}; "
-            "give a file, timm or none"
-        )
 
 
 def to_body_names(tensors: Mapping[str, Tensor], body: Mapping[str, Tensor]) -> dict[str, Tensor]:

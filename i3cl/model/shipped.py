@@ -1,8 +1,10 @@
-"""The detectors that come with the package: checkpoint directories of `i3cl/weights`, known by their names."""
+"""Where checkpoints are: those of `i3cl/weights` come with the package and are known by their names. Needs no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from i3cl.errors import UserError
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 DEFAULT = "lite0-scene"
@@ -25,3 +27,8 @@ def folder_of(checkpoint: str) -> str:
     Names travel to other machines as names, because the package may lie elsewhere there.
     """
     return str(_WEIGHTS / checkpoint) if is_shipped(checkpoint) else checkpoint
+
+
+def not_a_checkpoint(given: str, lacks: str = "settings.yaml") -> UserError:
+    """The mistake of giving something, as the user named it, that has not the files of a checkpoint directory."""
+    return UserError(f"{given}: not a checkpoint directory (it has no {lacks}); give one that train.py wrote")

@@ -73,8 +73,6 @@ def connect() -> None:
 
 def _start(silent: Mapping[str, Any]) -> None:
     """Start a Ray on this machine, for this job alone. Its workers inherit the environment of this process."""
-    import ray
-
     places = local_places()
     if places.told:
         logger.info("Ray: %s", places.told)
@@ -85,15 +83,10 @@ def _start(silent: Mapping[str, Any]) -> None:
     arguments |= {**places.arguments, **silent}
     try:
         with this_machine_only():
-            try:
-                ray.init("local", **arguments)
-            except Exception as error:
-                if "timed out during startup" not in str(error):
-                    raise
-                # Ray waits half a minute for its own processes, which is too short on a machine that is very busy.
+            if not _in_time(arguments):
                 logger.info("Ray: this machine is too busy to start it in time; trying once more")
-                ray.shutdown()
-                _start_at_last(arguments)
+                if not _in_time(arguments):
+                    raise UserError("Ray could not start in time, twice: this machine is too busy; give the command again later")
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -101,7 +94,8 @@ def _start(silent: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _start_at_last(arguments: Mapping[str, Any]) -> None:
+def _in_time(arguments: Mapping[str, Any]) -> bool:
+    """Start Ray; False when its own processes were not there within the half minute that it waits for them."""
     import ray
 
     try:
@@ -109,7 +103,9 @@ def _start_at_last(arguments: Mapping[str, Any]) -> None:
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
-        raise UserError("Ray could not start in time, twice: this machine is too busy; give the command again later") from error
+        ray.shutdown()
+        return False
+    return True
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:

@@ -124,11 +124,11 @@ def _result(settings: Settings) -> TrainResult:
 
 def _check_data(settings: Settings) -> None:
     """Read the annotations once in the driver, so that a fault in them is reported before any worker starts."""
+    from i3cl.model.backbone import check_backbone  # torch and timm take seconds to import, and a finished run needs neither
+
     mix(settings.data.train, settings.data_root, settings.data.skip_bad, batch=settings.train.batch)
     if settings.data.validation is not None:
         read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
-    from i3cl.model.backbone import check_backbone
-
     check_backbone(settings.model.backbone)
     weights = settings.model.backbone.weights
     if weights not in INITIAL and not storage.exists(weights):

@@ -292,6 +292,7 @@ def test_yaml_makes_no_objects(tmp_path, tiny_settings):
         with pytest.raises(UserError) as caught:
             read()
         assert "\n" not in str(caught.value)
+    assert load_settings(None, [f"name={tag}"]).name == tag, "a text setting is text, whatever it looks like"
     assert not sprung.exists()
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load(tag)

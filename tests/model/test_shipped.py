@@ -30,7 +30,7 @@ def test_a_halved_checkpoint_names_no_place_and_finds_the_same(checkpoint, tmp_p
     out = tmp_path / "half"
     size = halve_checkpoint(checkpoint, str(out))
     assert size == (out / "weights.safetensors").stat().st_size
-    assert 0.5 < (tmp_path / "run" / "best" / "weights.safetensors").stat().st_size / size / 2 < 1.1
+    assert size < 0.6 * (tmp_path / "run" / "best" / "weights.safetensors").stat().st_size
     text = (out / "settings.yaml").read_text()
     assert str(tmp_path) not in text and "/private" not in text
     whole, half = i3cl.load(checkpoint, "cpu").state_dict(), i3cl.load(out, "cpu").state_dict()

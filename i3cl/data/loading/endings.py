@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 from PIL import features
 
+from i3cl.errors import UserError
+
 HEIF_ENDINGS = (".heic", ".heif")
 """Photographs from telephones. They are read where the package pillow-heif is installed."""
 _HEIF = find_spec("pillow_heif") is not None
@@ -35,6 +37,16 @@ if _HEIF:
 def is_image(name: str) -> bool:
     """Whether a file has the ending of an image and is not a companion file such as ``._photo.jpg``."""
     return name.lower().endswith(IMAGE_ENDINGS) and not posixpath.basename(name).startswith("._")
+
+
+def images_in(folder: str) -> list[str]:
+    """Names of the images directly in a folder (local or s3://). UserError when there is none."""
+    from i3cl import storage  # here, so that endings are known where the libraries of S3 are not installed
+
+    found = [name for name in storage.list_dir(folder) if is_image(name)]
+    if not found:
+        raise UserError(f"{folder}: has no image ({', '.join(IMAGE_ENDINGS)})")
+    return found
 
 
 def left_out(names: Sequence[str], shown: int = 5) -> str:
