@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,10 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import i3cl
 from i3cl import geometry
 from i3cl.cli import predict
-from i3cl.config import Settings, ViewSettings, load_settings
+from i3cl.config import EvaluateSettings, SceneTextSettings, Settings, ViewSettings, load_settings
+from i3cl.data.formats.records import ImageRecord
+from i3cl.data.synthetic.street import make_scene
 from i3cl.errors import UserError
+from i3cl.evaluation.metrics.model_score import score_predictions
 from i3cl.inference import recipe
 from i3cl.inference.predictor import Predictor
 from i3cl.inference.tiles import Found, Tile, join, tiles_of
@@ -278,3 +287,78 @@ def test_predict_with_tiles_says_so_and_refuses_the_folder_of_other_tiles(
     for other in (["data.tile={side: 48, overlap: 16}"], []):
         status, _, error = call(*other)
         assert status == 2 and "another data.tile" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_scan_of_eighty_million_pixels_finds_what_its_parts_find_in_bounded_memory():
+    """The numbers of docs/labelling.md: 270 scenes in one picture, in tiles and one by one."""
+    scenes = [make_scene(index, 7, SceneTextSettings(words=12)) for index in range(270)]
+    picture = np.full((8000, 10000, 3), 128, np.uint8)
+    corners = [np.array([100 + index % 15 * 640, 100 + index // 15 * 427], np.float32) for index in range(len(scenes))]
+    for scene, (x, y) in zip(scenes, corners, strict=True):
+        height, width = scene.image.shape[:2]
+        picture[int(y) : int(y) + height, int(x) : int(x) + width] = scene.image
+    instances = [
+        replace(word, polygon=word.polygon + corner)
+        for scene, corner in zip(scenes, corners, strict=True)
+        for word in scene.instances
+    ]
+    truth = [ImageRecord(1, "scan", 8000, 10000, tuple(instances))]
+    network = i3cl.load(device="cpu")
+
+    def score(polygons, scores):
+        return score_predictions("scan", truth, {1: (polygons, np.asarray(scores, np.float32))}, EvaluateSettings()).score
+
+    tile = {"data.tile": {"side": 1024, "overlap": 256}, "data.test_short_side": 1024, "data.test_long_side": 1024}
+    with peak_memory() as peak:
+        (found,) = Predictor(network, network.recipe, tile)([picture])
+    tiled = score(found.polygons, found.scores)
+
+    alone = Predictor(network, network.recipe, {"data.test_short_side": 427})
+    parts = [alone([scene.image])[0] for scene in scenes]
+    moved = [polygon + corner for part, corner in zip(parts, corners, strict=True) for polygon in part.polygons]
+    apart = score(moved, np.concatenate([part.scores for part in parts]))
+
+    words = [word.polygon for word in instances if not word.ignore]
+    kept = [polygon for polygon, value in zip(found.polygons, found.scores, strict=True) if value > tiled.threshold]
+    seen = geometry.overlaps(words, kept).dense_iou().max(axis=1) > 0.5
+    tiles = tiles_of(8000, 10000, 1024, 256)
+    columns = {x for t in tiles for x in (t.x0, t.x1)}
+    rows = {y for t in tiles for y in (t.y0, t.y1)}
+    crossed = np.array(
+        [
+            any(word[:, 0].min() < x < word[:, 0].max() for x in columns)
+            or any(word[:, 1].min() < y < word[:, 1].max() for y in rows)
+            for word in words
+        ]
+    )
+    at_seams, elsewhere = seen[crossed].mean(), seen[~crossed].mean()
+    print(
+        f"{len(words)} words, {crossed.sum()} across a border: F {tiled.hmean:.3f} in tiles, {apart.hmean:.3f} one by one; found "
+        f"{at_seams:.3f} across a border, {elsewhere:.3f} elsewhere; {peak[0] / 1e9:.2f} GB beyond the picture"
+    )
+    assert tiled.hmean > apart.hmean - 0.01 and at_seams > elsewhere - 0.02
+    assert peak[0] < 2.5e9
+
+
+@contextmanager
+def peak_memory():
+    """In a list: by how many bytes the memory of this process has grown at most so far."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before, peak, done = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], resident() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()

@@ -57,6 +57,11 @@ def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
     assert i3cl.load(device="cpu").recipe.name == recipe_of(shipped.DEFAULT).name
 
 
+def test_the_recipes_that_start_from_it_build_its_network():
+    for recipe in ("lite0_scene", "finetune"):
+        assert load_settings(recipe).model == recipe_of("lite0-scene").model
+
+
 def test_a_training_starts_from_a_name_on_every_machine(tiny_settings):
     """The path of the package differs among machines, so the name is what travels."""
     settings = with_overrides(tiny_settings, {"train.start_from": shipped.DEFAULT}, "test")
