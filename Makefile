@@ -23,8 +23,9 @@ quickstart: setup
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" @tests/fast.txt
 
+# Two test files at a time: the tests that start Ray wait more than they compute.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from i3cl.model.network import I3CL
 from i3cl.training.launch import located
 
 MOST_BYTES = 20e6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,6 +62,17 @@ def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
 def test_the_recipes_that_start_from_it_build_its_network():
     for recipe in ("lite0_scene", "finetune"):
         assert load_settings(recipe).model == recipe_of("lite0-scene").model
+
+
+def test_it_finds_the_words_in_the_picture_of_the_readme():
+    """Five names around a mission patch and the half of a name tag that the helmet does not hide."""
+    (found,) = i3cl.detect(i3cl.load(device="cpu"), [ROOT / "docs" / "patch.jpg"], score_threshold=0.7)
+    words = {"COLLINS": (150, 136), "ASHBY": (241, 128), "COLEMAN": (105, 312), "HAWLEY": (190, 363), "TOGNINI": (278, 333)}
+    words["EILEEN M."] = (704, 180)
+    assert len(found.polygons) == len(words)
+    for word, middle in words.items():
+        distances = [np.linalg.norm(polygon.mean(axis=0) - middle) for polygon in found.polygons]
+        assert min(distances) < 40, word
 
 
 def test_a_training_starts_from_a_name_on_every_machine(tiny_settings):
