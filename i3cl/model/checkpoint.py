@@ -54,9 +54,15 @@ def _parts(names: list[str]) -> Counter[str]:
 def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], settings_yaml: str) -> Path:
     """Writes weights.safetensors and settings.yaml into `directory`, either both or neither, and replaces an older one.
 
-    settings_yaml: the text of the resolved settings. Returns the directory.
+    settings_yaml: the text of the resolved settings. Returns the directory. UserError when a value is not finite: such weights
+    find nothing, and a checkpoint that can be used would be replaced by them.
     """
     directory = Path(directory)
+    if broken := _not_finite(model.state_dict()):
+        raise UserError(
+            f"{directory}: not saved, because {broken[0]} holds values that are not finite; lower train.learning_rate or "
+            "train.gradient_clip"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     making = directory.with_name(f".{directory.name}.{uuid4().hex}")
     making.mkdir()
@@ -76,11 +82,25 @@ def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], setting
     return directory
 
 
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """UserError, naming `source`, when a tensor holds infinities or NaN."""
+    if broken := _not_finite(tensors):
+        raise UserError(
+            f"{source}: {len(broken)} tensors hold values that are not finite, e.g. {broken[0]}; the training that wrote it "
+            "failed, or its numbers did not fit into float16; take another checkpoint"
+        )
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> LoadReport:
     """Copies into `module` the tensors whose name and shape fit.
 
-    Raises UserError, naming `source`, when less than half of the module's tensors are found. Names that begin with one
-    of `optional` do not count, and neither do BatchNorm's counters, which some files leave out.
+    Raises UserError, naming `source`, when less than half of the module's tensors are found or one of these holds infinities or
+    NaN. Names that begin with one of `optional` do not count for the half, and neither do BatchNorm's counters, which some files
+    leave out.
     """
     own = module.state_dict()
     loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
@@ -93,6 +113,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
             f"{source}: holds only {found} of the network's {len(needed)} tensors, so it seems to belong to another network; "
             f"its names look like '{_example(tensors)}', the network's like '{_example(own)}'"
         )
+    check_finite({name: tensors[name] for name in loaded}, source)
     module.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return LoadReport(
         loaded,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from i3cl import storage
 from i3cl.config import BackboneSettings, ModelSettings, Settings, load_settings, to_yaml
 from i3cl.errors import UserError
-from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, load_tensors, save_checkpoint
+from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, check_finite, load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
 from i3cl.model.shipped import folder_of, not_a_checkpoint
@@ -61,7 +62,7 @@ def convert_original(source: str, out: str, classes: int | None = None) -> str:
 
 
 def halve_checkpoint(source: str, out: str) -> int:
-    """Writes the checkpoint `source` to the new directory `out` with weights in float16; returns the bytes of the weights.
+    """Writes the checkpoint `source` to the new directory `out` with kernels in float16; returns the bytes of the weights.
 
     For detectors that are handed on: the settings leave out the paths of data, storage and initial weights. Loading makes the
     weights float32 again. Raises UserError when `source` is not a checkpoint directory and when `out` exists.
@@ -71,7 +72,8 @@ def halve_checkpoint(source: str, out: str) -> int:
             raise not_a_checkpoint(source)
         settings = load_settings(folder / SETTINGS)
         tensors = read_tensors(folder / WEIGHTS, source)
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    check_finite(tensors, source)
+    halves = {name: _half(tensor) for name, tensor in tensors.items()}
     data = settings.data.model_copy(update={"train": (), "validation": None})
     train = settings.train.model_copy(update={"start_from": None})
     with storage.atomic_directory(out) as made:
@@ -79,6 +81,17 @@ def halve_checkpoint(source: str, out: str) -> int:
         kept = Settings(name=settings.name, model=settings.model, data=data, train=train)
         (made / SETTINGS).write_text(to_yaml(kept), encoding="utf-8")
         return (made / WEIGHTS).stat().st_size
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """The tensor in float16, where it has more than one dimension and all its values fit; otherwise the tensor itself.
+
+    Biases and statistics take little room, and variances are often beyond float16's largest number, 65504.
+    """
+    if not tensor.is_floating_point() or tensor.dim() < 2:
+        return tensor
+    half = tensor.half()
+    return half if bool(torch.isfinite(half).all()) else tensor
 
 
 def recognise(tensors: Mapping[str, Tensor], source: str) -> ModelSettings:

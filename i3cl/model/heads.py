@@ -190,7 +190,7 @@ class Heads(nn.Module):
         loss_cls = cls_terms.sum() / counted
         boxes = [s.boxes[: s.positives] for s in samples]
         wanted = encode(torch.cat(boxes), torch.cat([t.boxes[s.matches] for s, t in zip(samples, truths, strict=True)]), BOX_STDS)
-        own = offsets.reshape(len(offsets), -1, 4)[index, positive_label]
+        own = offsets.unflatten(1, (-1, 4))[index, positive_label]
         outline_weight = outline_weights(truths, [s.matches for s in samples])
         box_weight = positive_weight if outline_weight is None else positive_weight * outline_weight
         if of_image is not None:
@@ -262,7 +262,7 @@ class Heads(nn.Module):
         scores = logits.softmax(dim=1)[:, :-1]
         region, label = (scores > settings.score_threshold).nonzero(as_tuple=True)
         score = scores[region, label]
-        offset = offsets.reshape(len(offsets), -1, 4)[region, label]
+        offset = offsets.unflatten(1, (-1, 4))[region, label]
         boxes = clip(decode(proposals[region], offset, BOX_STDS), *image)
         kept = grouped_nms(boxes, score, label, settings.detection_nms, settings.detections_per_image)
         return {"boxes": boxes[kept], "scores": score[kept], "labels": label[kept]}

@@ -119,6 +119,21 @@ def test_an_image_smaller_than_a_cell_of_the_last_level_works() -> None:
     assert model([]) == []
 
 
+def test_images_without_proposals_have_no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(score_threshold=0.0).eval()
+    images = [image(0, 64, 64), image(1, 100, 130)]
+    assert all(len(found["boxes"]) for found in model(images))
+    propose = model.proposals.propose
+
+    def some(levels: list[torch.Tensor], sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+        return [found[:0] if size == (64, 64) else found for found, size in zip(propose(levels, sizes), sizes, strict=True)]
+
+    monkeypatch.setattr(model.proposals, "propose", some)
+    found = model(images)
+    assert [len(f["boxes"]) > 0 for f in found] == [False, True]
+    assert all(len(f["masks"]) == len(f["scores"]) == len(f["labels"]) == len(f["boxes"]) for f in found)
+
+
 def test_a_batch_gives_what_single_images_give() -> None:
     model = build(score_threshold=0.01).eval()
     images = [image(0, 100, 130), image(1, 64, 64), image(2, 97, 150), image(3, 128, 160)]

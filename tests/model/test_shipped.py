@@ -1,10 +1,12 @@
 """Detectors that come with the package, and checkpoints of half the size."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import i3cl
 from i3cl.config import LabelSettings, load_settings, to_yaml, with_overrides
@@ -41,6 +43,37 @@ def test_a_halved_checkpoint_names_no_place_and_finds_the_same(checkpoint, tmp_p
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-6)
     with pytest.raises(UserError, match="not a checkpoint directory"):
         halve_checkpoint(str(tmp_path), str(tmp_path / "other"))
+
+
+def test_variances_beyond_float16_survive_the_halving(checkpoint, tmp_path):
+    """Those of the intra blocks reach 800,000. As infinities they switch the blocks off, and training from them gives NaN."""
+    weights = Path(checkpoint, "weights.safetensors")
+    tensors = load_file(weights)
+    tensors["intra.0.norm.running_var"][3] = 8e5
+    tensors["heads.box.fc1.weight"].view(-1)[0] = 7e4
+    save_file(tensors, weights)
+    halve_checkpoint(checkpoint, str(tmp_path / "half"))
+    half = i3cl.load(tmp_path / "half", "cpu").state_dict()
+    for name, value in i3cl.load(checkpoint, "cpu").state_dict().items():
+        torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_weights_that_are_not_finite_are_neither_loaded_nor_halved_nor_saved(checkpoint, tmp_path, value):
+    weights = Path(checkpoint, "weights.safetensors")
+    network = i3cl.load(checkpoint, "cpu")
+    tensors = load_file(weights)
+    tensors["intra.1.norm.running_var"][0] = value
+    save_file(tensors, weights)
+    message = r"^\S+: 1 tensors hold values that are not finite, e\.g\. intra\.1\.norm\.running_var; .*another checkpoint$"
+    with pytest.raises(UserError, match=message):
+        i3cl.load(checkpoint, "cpu")
+    with pytest.raises(UserError, match=message):
+        halve_checkpoint(checkpoint, str(tmp_path / "half"))
+    network.intra[0].norm.running_mean[0] = value
+    with pytest.raises(UserError, match=r"not saved, because intra\.0\.norm\.running_mean holds values that are not finite"):
+        save_checkpoint(network, tmp_path / "new", "")
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
