@@ -194,18 +194,21 @@ def _take_images(model: Any, network: I3CL, size: tuple[int, int] | None) -> Non
 
 
 def halve(model: Any) -> None:
-    """Stores the large float32 tensors as float16, in place, each with a Cast behind it that the runtime folds when it loads."""
+    """Stores the large float32 tensors as float16, in place, each with a Cast behind it that the runtime folds when it loads.
+
+    Tensors of one dimension stay as they are, and so do those with values beyond float16's range: variances often are.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) <= _SMALL:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2 or np.prod(tensor.dims) <= _SMALL:
             continue
-        name = tensor.name
-        limit = np.finfo(np.float16).max
-        values = np.clip(numpy_helper.to_array(tensor), -limit, limit).astype(np.float16)
-        tensor.CopyFrom(numpy_helper.from_array(values, f"{name}_half"))
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
         casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
     rest = list(graph.node)
     del graph.node[:]

@@ -173,6 +173,23 @@ def test_half_is_half_as_large_and_nearly_the_same(exported, tmp_path):
         assert abs(scores[0] - wanted_scores[0]) < 0.01 and np.abs(boxes[:, None] - wanted[:1]).max(-1).min() < 1
 
 
+def test_numbers_beyond_float16_stay_as_they_are():
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = {"kernel": np.full((20, 30), 0.5), "large": np.full((20, 30), 7e4), "variance": np.full(600, 8e5)}
+    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()]
+    model = helper.make_model(helper.make_graph([], "three", [], [], tensors))
+    halve(model)
+    kept = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert {name: tensor.data_type for name, tensor in kept.items()} == {
+        "kernel_half": TensorProto.FLOAT16,
+        "large": TensorProto.FLOAT,
+        "variance": TensorProto.FLOAT,
+    }
+    for name in ("large", "variance"):
+        assert np.array_equal(numpy_helper.to_array(kept[name]), values[name].astype(np.float32))
+
+
 def test_what_the_file_says_about_itself(exported, tiny_settings):
     import onnx
 
