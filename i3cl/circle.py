@@ -245,7 +245,7 @@ def _control(settings: Settings, teachers: dict[str, TrainResult]) -> Settings:
 
 def _calibrated(settings: Settings, validation: Dataset, members: dict[str, str], run: str) -> Settings:
     out = storage.join(run, "predictions", "calibration")
-    scores = score_checkpoints(validation, members, settings, out, "calibration", AS_TRAINED)
+    scores = score_checkpoints(validation, members, settings, out, "calibration", AS_TRAINED, every_view=True)
     return calibrate(validation, scores, settings, storage.join(run, "calibration.json"))
 
 

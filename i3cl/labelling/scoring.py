@@ -31,7 +31,13 @@ class Scores:
 
 
 def score_checkpoints(
-    truth: Dataset, members: dict[str, str], settings: Settings, out: str, title: str, given: Given | None = None
+    truth: Dataset,
+    members: dict[str, str],
+    settings: Settings,
+    out: str,
+    title: str,
+    given: Given | None = None,
+    every_view: bool = False,
 ) -> Scores:
     """Polygon-IoU and COCO scores of checkpoints on labelled images. The same call continues where it was stopped.
 
@@ -43,10 +49,14 @@ def score_checkpoints(
         title: Begins the lines of progress.
         given: What takes the place of the checkpoints' own test sizes and tiles; None: the keys of data.test_* and data.tile that
             the recipe or the command line gives.
+        every_view: Predict in all of label.views, for those who need the stored predictions; scores are always those of the
+            first one.
 
     Raises:
         UserError: As `predict` raises it, and for an image whose size is not the one that its annotation states.
     """
+    if not every_view:
+        settings = settings.model_copy(update={"label": settings.label.model_copy(update={"views": settings.label.views[:1]})})
     predictions = predict(truth, members, settings, out, title, given)
     check_image_sizes(predictions, truth.records)
     scored = {

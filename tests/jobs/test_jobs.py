@@ -103,6 +103,7 @@ def circle(tiny_settings, tiny_set, tmp_path_factory):
             "label.select.ignore": 0.0,
             "label.select.high": 0.9,
             "label.fusion.min_score": 0.0,
+            "label.views": [{}, {"flip": True}],
             "model.score_threshold": 0.0,
             "model.detections_per_image": 5,
             "selftrain.unlabelled_truth": source,
@@ -143,6 +144,13 @@ def test_pseudo_labels_are_coco_with_weights(circle, tiny_set):
     dataset = read_coco(str(folder / "runs" / "circle" / "pseudo.json"), str(tiny_set / "images"))
     instances = [i for r in dataset.records for i in r.instances if not i.ignore]
     assert instances and all(0 < i.lossweight <= 1 and i.score is not None and i.votes in (1, 2) for i in instances)
+
+
+def test_views_are_for_labels_and_scores_come_from_the_first_one(circle):
+    folder, _, _ = circle
+    jobs = {name: folder / "runs" / "circle" / "predictions" / name / "job.json" for name in ("unlabelled", "validation")}
+    views = {name: json.loads(path.read_text())["views"] for name, path in jobs.items()}
+    assert views == {"unlabelled": ["default", "default-flip"], "validation": ["default"]}
 
 
 def test_the_same_command_does_no_stage_twice(circle):
