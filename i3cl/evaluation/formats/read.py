@@ -38,8 +38,9 @@ def read_results(
         UserError: It cannot be read; without `skip_bad` also at the first bad item.
     """
     faults = Faults(skip_bad)
-    files = None if is_predicted(path) else text_files(path)
-    if is_predicted(path):
+    predicted = is_predicted(path)
+    files = None if predicted else text_files(path)
+    if predicted:
         found = predicted_results(path, faults)
     elif files is None and is_table(path):
         found = coco_as_results(path, skip_bad) if holds_labels(path) else table_results(path, member)
