@@ -362,6 +362,12 @@ def test_out_of_memory_in_validation_names_the_test_size(tiny_settings, tmp_path
         trainer.run(lambda metrics, step: None)
 
 
+def test_workers_that_start_after_a_failure_of_one_only_carry_its_message(tiny_settings, tmp_path):
+    (tmp_path / loop.STOPPED).write_text("step 1: out of memory")
+    config = {"settings": tiny_settings.model_dump(mode="json"), "run": str(tmp_path)}
+    assert loop.train_worker(config) == {"stopped": "step 1: out of memory"}
+
+
 def gradients_in_a_group(rank, workers, settings, out, rendezvous):
     """Body of a process of a gloo group: the gradients of two steps with the old and the new options."""
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
