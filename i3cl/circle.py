@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import claim_run
+from i3cl.claims import claim_run, recorded
 from i3cl.config import Settings, TeacherSettings, with_overrides
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import Dataset
@@ -91,6 +91,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         with stages("control"):
             control = train_all([_control(settings, teachers)])[0]
     models = {name: t.checkpoint for name, t in teachers.items()} | {settings.selftrain.student.name: student.checkpoint}
+    shown = {f"checkpoint {name}": path for name, path in models.items()}
+    shown |= {"pseudo labels": labels.path, "validation images": validation.annotations}
+    if control is not None:
+        shown[f"checkpoint {_control_name(settings)}"] = control.checkpoint
     with stages("evaluation"):
         folder = storage.join(run, "predictions", "validation")
         scores = score_checkpoints(validation, models, settings, folder, "evaluation", AS_TRAINED)
@@ -129,9 +133,10 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         summary["student_minus_control"] = {key: round(value, 4) for key, value in asdict(gained).items()}
     summary["verdict"] = verdict(gained, settings)
     if settings.selftrain.rounds > 1:
-        summary["rounds"] = _more_rounds(settings, stages, run, teachers, student, measured, unlabelled, validation)
+        summary["rounds"] = _more_rounds(settings, stages, run, teachers, student, measured, unlabelled, validation, shown)
     if pseudo_measured is not None:
         summary["pseudo_labels"] |= {k: v for k, v in _brief(pseudo_measured.score).items() if k != "name"}
+    summary["made_from"] = {role: recorded(path) for role, path in shown.items()}
     with stages("report"):
         from i3cl.report.circle import write_circle_report
 
@@ -149,6 +154,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             runs,
             [row for row in [summary.get("control"), *summary.get("rounds", [])[1:]] if row is not None],
             summary["verdict"],
+            {role: record["sha256"] for role, record in summary["made_from"].items()},
         )
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
@@ -163,10 +169,12 @@ def _more_rounds(
     measured: dict[str, Measured],
     unlabelled: Dataset,
     validation: Dataset,
+    shown: dict[str, str],
 ) -> list[dict[str, Any]]:
     """The rounds from the second on, in round-2/, round-3/, ...; returns the student's scores of every round, the first included.
 
-    Stops before selftrain.rounds when a student's F is not above the best so far by more than selftrain.min_gain.
+    Their students and labels are added to `shown` (role -> path). Stops before selftrain.rounds when a student's F is not above
+    the best so far by more than selftrain.min_gain.
     """
     circle = settings.selftrain
     members = dict(teachers)
@@ -196,6 +204,7 @@ def _more_rounds(
             checkpoint, title = {name: student.checkpoint}, f"evaluation of round {number}"
             score = score_checkpoints(validation, checkpoint, own, out, title, AS_TRAINED).members[name].score
             _show(f"{name}-{number}", score)
+        shown |= {f"checkpoint {name}, round {number}": student.checkpoint, f"pseudo labels, round {number}": labels.path}
         rows.append(
             _brief(score)
             | {"name": f"{name}, round {number}", "round": number}

@@ -1,7 +1,8 @@
 """Which job a folder belongs to: what it was begun with is written into it, and anything else is refused.
 
 A run directory holds `settings.yaml`, and `annotations.json` with a hash of the content of every annotation file that the
-settings name, so that labels which were replaced under a run are noticed before it continues. Other folders hold one JSON file.
+settings name, so that labels which were replaced under a run are noticed before it continues, and of the weights that a training
+starts from. Other folders hold one JSON file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _REMEDY = "give another name=… or remove the folder"
 _ANNOTATIONS = "annotations.json"
 _READ = 1 << 22
 """Bytes hashed at a time."""
+_TOGETHER = 16
+"""Parts read at the same time: on S3 a read is mostly waiting."""
+WEIGHTS = ("settings.yaml", "weights.safetensors")
+"""The files of a checkpoint directory on which what it finds depends."""
 
 
 def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[str, Any] | None = None) -> None:
@@ -54,17 +59,31 @@ def read(path: str) -> Any:
         raise UserError(f"{path}: damaged; remove the folder and give the command again") from None
 
 
-def claim_run(run: str, settings: Settings, sections: Sequence[str]) -> None:
+def claim_run(
+    run: str, settings: Settings, sections: Sequence[str], weights: Mapping[str, tuple[str, str]] | None = None
+) -> None:
     """Write settings and hashes of their annotation files into a new run directory, or compare them with what is there.
 
-    sections: of the settings, which must be the same when the run continues, and whose annotation files must be. UserError that
-    names the first difference. An annotation file that is not there is not compared: whoever needs it names it.
+    Args:
+        run: The run directory.
+        settings: What the run is begun or continued with.
+        sections: Of the settings, which must be the same when the run continues, and whose annotation files must be.
+        weights: Settings key -> (what the settings name, where that lies): the weights that a training is about to start from,
+            whose hashes are written. None: it has started, and what is written about them stays.
+
+    Raises:
+        UserError: Something differs; the message names the first difference. An annotation file that is not there is not
+            compared: whoever needs it names it.
     """
     _claim_settings(run, settings, sections)
     path = storage.join(run, _ANNOTATIONS)
     there = read(path) or {}
-    here: dict[str, Any] = {}
-    for key, url in _annotation_files(settings, sections):
+    sources = dict(_annotation_files(settings, sections))
+    if weights is None:
+        here = {key: value for key, value in there.items() if key not in sources}
+    else:
+        here = {key: recorded(name, url) for key, (name, url) in weights.items()}
+    for key, url in sources.items():
         before = there.get(key)
         now = _version(url)
         if before is not None and (now is None or now == before["version"]):
@@ -81,6 +100,22 @@ def claim_run(run: str, settings: Settings, sections: Sequence[str]) -> None:
         storage.write_text_atomic(path, json.dumps(here, indent=1) + "\n")
 
 
+def inputs_of(run: str) -> dict[str, dict[str, str]] | None:
+    """Settings key -> file and sha256 of what a training run was begun with; None when that is not recorded."""
+    found = read(storage.join(run, _ANNOTATIONS))
+    if not isinstance(found, dict):
+        return None
+    return {key: {"file": each["file"], "sha256": each["sha256"]} for key, each in found.items()}
+
+
+def recorded(url: str, found_at: str | None = None) -> dict[str, str]:
+    """File and sha256 of something, as records name what an artefact was made from.
+
+    found_at: where it lies, where `url` is a name. UserError as `content_hash`.
+    """
+    return {"file": url, "sha256": content_hash(found_at or url)}
+
+
 def first_difference(there: Any, here: Any, key: str = "") -> str | None:
     """The first key in which two trees differ, with both values, in words; None when they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
@@ -93,15 +128,40 @@ def first_difference(there: Any, here: Any, key: str = "") -> str | None:
 
 
 def content_hash(url: str) -> str:
-    """SHA-256 of an annotation file's content: of a json, or of a Parquet folder's parts in the order of their names."""
+    """SHA-256 of the content of a file, of a Parquet folder's parts in the order of their names, or of a checkpoint directory.
+
+    Of a checkpoint directory settings and weights count. UserError when one of its files, or the file itself, is not there.
+    """
     digest = hashlib.sha256()
-    for part in _parts(url):
-        if part != url:
-            digest.update(part.rpartition("/")[2].encode() + b"\0")
-        with storage.open_read(part) as stream:
-            while data := stream.read(_READ):
-                digest.update(data)
+    found = parts(url)
+    if found == [url]:
+        _update(digest, url)
+    elif found:
+        with ThreadPoolExecutor(_TOGETHER) as pool:
+            for start in range(0, len(found), _TOGETHER):
+                some = found[start : start + _TOGETHER]
+                for part, data in zip(some, pool.map(storage.read_bytes, some), strict=True):
+                    digest.update(part.rpartition("/")[2].encode() + b"\0" + data)
+    else:
+        # Training may start from a directory that holds weights alone.
+        for name in WEIGHTS:
+            file = storage.join(url, name)
+            if name == WEIGHTS[-1] or storage.is_file(file):
+                _update(digest, file)
     return digest.hexdigest()
+
+
+def parts(url: str) -> list[str]:
+    """The file itself, or the Parquet parts of a folder in the order of their names. What begins with _ or . is not data."""
+    if storage.is_file(url):
+        return [url]
+    return [storage.join(url, name) for name in storage.list_dir(url) if name.endswith(".parquet") and name[0] not in "._"]
+
+
+def _update(digest: Any, file: str) -> None:
+    with storage.open_read(file) as stream:
+        while data := stream.read(_READ):
+            digest.update(data)
 
 
 def _claim_settings(run: str, settings: Settings, sections: Sequence[str]) -> None:
@@ -137,18 +197,14 @@ def _annotation_files(settings: Settings, sections: Sequence[str]) -> Iterator[t
             yield key, storage.absolute(storage.join(settings.data_root, source.annotations))
 
 
-def _parts(url: str) -> list[str]:
-    """The file itself, or the Parquet parts of a folder. What begins with _ or . is not data."""
-    if storage.is_file(url):
-        return [url]
-    return [storage.join(url, name) for name in storage.list_dir(url) if name.endswith(".parquet") and name[0] not in "._"]
-
-
 def _version(url: str) -> str | None:
     """Something that changes whenever the content may have; None when there is nothing. Much cheaper than the hash."""
-    with ThreadPoolExecutor(16) as pool:
-        versions = list(pool.map(storage.version, _parts(url)))
-    return "; ".join(str(version) for version in versions) or None
+    files = parts(url) or [storage.join(url, name) for name in WEIGHTS]
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        versions = list(pool.map(storage.version, files))
+    if not any(versions):
+        return None
+    return "; ".join(str(version) for version in versions)
 
 
 def _short(value: Any) -> str:

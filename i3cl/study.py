@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from i3cl import storage
-from i3cl.claims import claim_run
+from i3cl.claims import claim_run, recorded
 from i3cl.config import ArmSettings, Settings, SourceSettings, with_overrides
 from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.predictions import member_predictions
@@ -89,12 +89,16 @@ def study(settings: Settings) -> dict[str, Any]:
         results |= zip(runs, train_all(list(runs.values())), strict=True)
 
     scored = {seed: _score(settings, run, seed, results, validation, test) for seed in parts}
+    shown = {f"checkpoint {name}, seed {seed}": result.checkpoint for (name, seed), result in results.items()}
+    shown |= {f"pseudo labels of {name}, seed {seed}": made.path for (name, seed), made in labels.items()}
+    shown |= {"validation images": validation.annotations} | ({} if test is None else {"test images": test.annotations})
     summary = {
         "images": len(validation if test is None else test),
         "steps": settings.train.steps,
         "arms": {name: _spread([scored[seed][name].row for seed in parts]) for name in settings.study.arms},
         "comparisons": [_comparison(a, b, scored) for a, b in settings.study.compare],
         "labels": _label_rows(settings, labels, parts),
+        "made_from": {role: recorded(path) for role, path in shown.items()},
     }
     storage.write_text_atomic(storage.join(run, "study.json"), json.dumps(summary, indent=1) + "\n")
     storage.write_text_atomic(storage.join(run, "study.txt"), table(summary))

@@ -106,6 +106,26 @@ def tiny_checkpoints(tiny_settings, tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / name) for name in "ab"}
 
 
+@pytest.fixture
+def labelling_here(monkeypatch):
+    """Labelling jobs run in this process, without Ray, and write all that they write otherwise."""
+    label_here(monkeypatch)
+
+
+def label_here(monkeypatch):
+    """As the fixture `labelling_here`, for fixtures that live longer than a test."""
+    from i3cl.labelling import predict
+    from i3cl.labelling.actor import Labeller
+
+    def label(job, missing):
+        spread = predict.layout(job.label, len(missing), gpus=0, cpus=1, cores=1)
+        labeller = Labeller(job.plan(spread))
+        for block in job._blocks(missing, spread):
+            labeller(block)
+
+    monkeypatch.setattr(predict._Job, "_label", label)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests that run in this process."""

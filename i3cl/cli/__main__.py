@@ -22,6 +22,7 @@ GROUPS = {
     },
     "measuring": {
         "evaluate": "score results or checkpoints by the protocols of the field",
+        "lineage": "what a run was made from: weights, predictions, labels; and what of it is stale",
         "benchmark": "time and memory of training, labelling and fusion",
     },
     "running": {

@@ -20,18 +20,19 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise UserError(f"the page needs the package {error.name}: pip install 'i3cl[demo]'") from error
-    serve(_detector(options.checkpoint), options.checkpoint, options.port, _tell)
+    serve(_detector(options.checkpoint, settings), options.checkpoint, options.port, _tell)
 
 
-def _detector(checkpoint: str) -> "Detector":
+def _detector(checkpoint: str, settings: Settings) -> "Detector":
     if checkpoint.endswith(".onnx"):
         from i3cl.deploy import OnnxPredictor
 
         predictor = OnnxPredictor(checkpoint)
         return lambda image: predictor.detect(image, 0.0)
     import i3cl
+    from i3cl.inference.device import choose_device
 
-    model = i3cl.load(checkpoint)
+    model = i3cl.load(checkpoint, choose_device(settings.cluster.gpu))
     return lambda image: i3cl.detect(model, [image], 0.0)[0]
 
 

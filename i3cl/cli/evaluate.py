@@ -151,7 +151,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="adelaidet: score > 0.1, whole pixels, valid rings only",
     )
     add("--max-detections", type=int, metavar="N", help="coco: best detections used per image (that of the fullest image)")
-    add("--ray", action="store_true", help="spread over Ray; truth and results as Parquet, any number of images")
+    add("--ray", action="store_true", help="spread over Ray; truth as Parquet, any number of images")
 
 
 def main() -> None:

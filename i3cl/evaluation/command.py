@@ -9,6 +9,7 @@ from typing import Any, Literal
 from i3cl.errors import UserError
 from i3cl.evaluation import outcome, scoring
 from i3cl.evaluation.analysis.advice import diagnose
+from i3cl.evaluation.formats.files import is_table
 from i3cl.evaluation.formats.pairing import Paired
 from i3cl.evaluation.formats.read import read_results, read_truth
 from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PointOrder, PolygonSet
@@ -123,13 +124,14 @@ def evaluate_files(options: Options) -> Evaluation:
 def evaluate_over_ray(options: Options, progress: Callable[[int, int], None] | None = None) -> Evaluation:
     """As `evaluate_files`, for Parquet of any size; counts only. Ray must be connected.
 
-    progress: called with the parts done and all parts.
+    Results that are not Parquet are read in this process. progress: called with the parts done and all parts.
     """
     from i3cl.evaluation.shards import count_all
 
     check_over_ray(options)
     rules = _rules(options)
-    summaries, missing, warnings = count_all(options.truth, options.results, options.member, rules, options.threshold, progress)
+    results = options.results if is_table(options.results) else _results(options.results, options)
+    summaries, missing, warnings = count_all(options.truth, results, options.member, rules, options.threshold, progress)
     first = summaries[0]
     result = Evaluation(warnings=warnings)
     result.lines = [f"{each.name}, {each.label}: {outcome.numbers(s)}" for each, s in zip(rules, summaries)]
@@ -156,6 +158,9 @@ def check_over_ray(options: Options) -> None:
         if getattr(options, option):
             name = option.replace("_", "-")
             raise UserError(f"--ray: gives counts only and does not go with --{name}; leave one of the two out")
+    # What only the reading of whole files does; left out without a word, the numbers would be others.
+    if options.pre_steps != "none" or options.truth_format is not None or options.point_order != "xy":
+        raise UserError("--ray: does not go with --pre-steps, --truth-format and --point-order; leave them or --ray out")
     if options.protocol in AP_PROTOCOLS:
         raise UserError(f"--ray: does not go with --protocol {options.protocol}; leave --ray out")
     if options.protocol == "mmocr" and options.threshold is None:

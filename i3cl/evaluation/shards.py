@@ -6,9 +6,10 @@ predictions, from the parts that hold them, and returns nine totals.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from i3cl import storage
+from i3cl import claims, storage
+from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.parts import parts_of
 from i3cl.data.formats.predictions import PREDICTION_SCHEMA, read_batches
 from i3cl.data.formats.records import IMAGE_SCHEMA, from_table
+from i3cl.data.formats.table import is_table as holds_labels
 from i3cl.errors import UserError
-from i3cl.evaluation.formats.coco import truth_of_record
-from i3cl.evaluation.formats.files import parts_of
+from i3cl.evaluation.formats.coco import detections_of_record, truth_of_record
 from i3cl.evaluation.formats.pairing import image_of
-from i3cl.evaluation.formats.sets import ImageDetections
-from i3cl.evaluation.formats.table import chosen_member, detections_of_row, unfinished
+from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet
+from i3cl.evaluation.formats.table import chosen_member, detections_of_row, unfinished_warning
 from i3cl.evaluation.metrics.batch import measure_polygons
 from i3cl.evaluation.metrics.metric import COLUMNS, Counts, DetectionMetric, Summary, summarise
 from i3cl.evaluation.metrics.protocols import Rules
+from i3cl.evaluation.scoring import combine
 
 _READERS = 16
 """Parts whose ids are read at the same time: on S3 a read is mostly waiting."""
@@ -43,6 +47,8 @@ class Shard:
     row_group: int
     results: list[str] = field(default_factory=list)
     """Part files of the results that hold these images."""
+    given: str | None = None
+    """Where the results are not Parquet: JSON of image id -> flat polygons, and their scores."""
 
 
 def truth_shards(truth: str) -> list[Shard]:
@@ -69,16 +75,23 @@ def _row_groups(part: str) -> int:
     return groups
 
 
-def count_shard(shard: Shard, member: str, rules: Sequence[Rules], threshold: float | None) -> tuple[list[Counts], int]:
-    """The counts of a shard's images by each of the rules, and how many of them the results do not hold."""
+def count_shard(shard: Shard, member: str | None, rules: Sequence[Rules], threshold: float | None) -> tuple[list[Counts], int]:
+    """The counts of a shard's images by each of the rules, and how many of them the results do not hold.
+
+    member: as `plan` returns it.
+    """
     with storage.open_arrow(shard.part) as source, pq.ParquetFile(source) as file:
         names = [name for name in IMAGE_SCHEMA.names if name in file.schema_arrow.names]
         table = file.read_row_group(shard.row_group, columns=names)
     if "path" not in names:
         table = table.append_column("path", pa.array([""] * len(table), pa.string()))
     records = from_table(table.select(IMAGE_SCHEMA.names).cast(IMAGE_SCHEMA))
-    found = _found(shard.results, member, [record.id for record in records])
-    images = [image_of(truth_of_record(record), found.get(record.id)) for record in records]
+    found = _found(shard, member, [record.id for record in records])
+    truths = [truth_of_record(record) for record in records]
+    if rules[0].hash_is_dont_care:
+        for truth in truths:
+            truth.spare_hashes()
+    images = [image_of(truth, found.get(record.id)) for truth, record in zip(truths, records, strict=True)]
     batch = measure_polygons(images, rules[0].repair)
     counts = []
     for each in rules:
@@ -88,13 +101,25 @@ def count_shard(shard: Shard, member: str, rules: Sequence[Rules], threshold: fl
     return counts, sum(record.id not in found for record in records)
 
 
-def _found(parts: Sequence[str], member: str, ids: list[int]) -> dict[int, ImageDetections]:
-    """Predictions of the images, reading only row groups whose ids may be among them."""
+def _found(shard: Shard, member: str | None, ids: list[int]) -> dict[int, ImageDetections]:
+    """Detections of the images. Of predictions, only row groups whose ids may be among them are read."""
     found: dict[int, ImageDetections] = {}
+    if shard.given is not None:
+        for identity, (polygons, scores) in json.loads(shard.given).items():
+            rings = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in polygons]
+            found[int(identity)] = ImageDetections("", rings, np.array(scores, np.float64))
+        return found
     if not ids:
         return found
+    if member is None:
+        chosen = set(ids)
+        for part in shard.results:
+            # Checked and repaired as when they are read as a whole.
+            records = read_coco(part, "", check_files=False).records
+            found |= {record.id: detections_of_record(record) for record in records if record.id in chosen}
+        return found
     wanted, low, high = pa.array(ids, pa.int64()), min(ids), max(ids)
-    for part in parts:
+    for part in shard.results:
         with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
             groups = [k for k in range(file.num_row_groups) if _may_hold(file.metadata.row_group(k), low, high)]
             for batch in file.iter_batches(1024, row_groups=groups, columns=PREDICTION_SCHEMA.names):
@@ -116,7 +141,7 @@ def _may_hold(group: Any, low: int, high: int) -> bool:
 
 def count_all(
     truth: str,
-    results: str,
+    results: str | PolygonSet[ImageDetections],
     member: str | None,
     rules: Sequence[Rules],
     threshold: float | None,
@@ -126,8 +151,8 @@ def count_all(
 
     Args:
         truth: Parquet of images and their labels, a file or a folder.
-        results: A predictions folder or file.
-        member: Which of its members; needed when there are several.
+        results: Parquet of predictions or of labels with scores, a folder or a file; else what `read_results` gives.
+        member: Which member of predictions; needed when there are several.
         rules: Rule sets to count by.
         threshold: Detections above this score count; None: all of them.
         progress: Called with the shards done and all shards.
@@ -136,17 +161,22 @@ def count_all(
         The score by each of the rules, the number of images that the results do not hold, and warnings.
 
     Raises:
-        UserError: Predictions are of images that the truth does not have, or image sizes differ.
+        UserError: Results are of images that the truth does not have, or image sizes differ.
     """
     import ray
 
-    shards, member = plan(truth, results, member)
+    warnings: list[str] = []
+    if isinstance(results, str):
+        shards, member = plan(truth, results, member)
+        warnings = unfinished_warning(results)
+    else:
+        shards, warnings = plan_given(truth, results)
 
     def work(row: dict[str, Any]) -> list[dict[str, Any]]:
         # A user's mistake travels as a value: Ray would wrap the exception and try again.
         try:
             parts = [str(part) for part in row["results"] if part]
-            shard = Shard(str(row["part"]), int(row["row_group"]), parts)
+            shard = Shard(str(row["part"]), int(row["row_group"]), parts, str(row["given"]) or None)
             counts, missing = count_shard(shard, member, rules, threshold)
         except UserError as error:
             return [{"totals": b"", "images": 0, "missing": 0, "mistake": str(error)}]
@@ -156,7 +186,7 @@ def count_all(
     totals = np.zeros((len(rules), len(COLUMNS)))
     images = missing = 0
     # Every item has the same columns and types, also where no part holds a shard's images.
-    rows = [{"part": s.part, "row_group": s.row_group, "results": s.results or [""]} for s in shards]
+    rows = [{"part": s.part, "row_group": s.row_group, "results": s.results or [""], "given": s.given or ""} for s in shards]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(work)
     for done, row in enumerate(data.iter_rows(), start=1):
         if row["mistake"]:
@@ -166,11 +196,39 @@ def count_all(
         if progress is not None:
             progress(done, len(shards))
     summaries = [summarise(total, images, each, threshold) for total, each in zip(totals, rules)]
-    return summaries, missing, unfinished(results)
+    return summaries, missing, warnings
 
 
-def plan(truth: str, results: str, member: str | None) -> tuple[list[Shard], str]:
+def plan_given(truth: str, results: PolygonSet[ImageDetections]) -> tuple[list[Shard], list[str]]:
+    """The shards with the detections of their images, tied to them as without Ray, and warnings.
+
+    UserError as `scoring.combine`.
+    """
+    shards = truth_shards(truth)
+    with ThreadPoolExecutor(_READERS) as pool:
+        heads = [table.to_pylist() for table in pool.map(_shard_heads, shards)]
+    images = [
+        ImageTruth(head["file_name"], id=head["image_id"], height=head["height"], width=head["width"])
+        for shard in heads
+        for head in shard
+    ]
+    paired, warnings = combine(PolygonSet(truth, "COCO", images), results)
+    missing = set(paired.missing)
+    given: list[Shard] = []
+    every = iter(paired.images)
+    for shard, rows in zip(shards, heads, strict=True):
+        own = {}
+        for head, image in zip(rows, every):
+            if image.name not in missing:
+                own[head["image_id"]] = [[p.ravel().tolist() for p in image.detections], np.asarray(image.scores).tolist()]
+        given.append(replace(shard, given=json.dumps(own)))
+    return given, warnings
+
+
+def plan(truth: str, results: str, member: str | None) -> tuple[list[Shard], str | None]:
     """The shards with the result parts of their images, and the member to score. Every part's ids are read once.
+
+    The member is None where the results are labels with scores, not predictions.
 
     Raises:
         UserError: Ids occur twice, results are of other images, or it is not clear which member is meant.
@@ -179,7 +237,8 @@ def plan(truth: str, results: str, member: str | None) -> tuple[list[Shard], str
     with ThreadPoolExecutor(_READERS) as pool:
         per_shard = list(pool.map(_shard_ids, shards))
         parts = parts_of(results) or [results]
-        heads = list(pool.map(_part_ids, parts))
+        labels = bool(claims.parts(results)) and holds_labels(results)
+        heads = list(pool.map(_label_ids if labels else _part_ids, parts))
     known = np.concatenate([np.zeros(0, np.int64), *per_shard])
     order = np.argsort(known, kind="stable")
     ordered = known[order]
@@ -201,15 +260,25 @@ def plan(truth: str, results: str, member: str | None) -> tuple[list[Shard], str
         raise UserError(
             f"{results}: {strangers} images are not in the truth {truth}; choose the truth that the results belong to"
         )
-    chosen = chosen_member(results, members, member)
+    chosen = None if labels and member is None else chosen_member(results, members, member)
     filled = [Shard(s.part, s.row_group, [parts[k] for k in sorted(held)]) for s, held in zip(shards, holders)]
     return filled, chosen
 
 
-def _shard_ids(shard: Shard) -> NDArray[np.int64]:
+def _shard_heads(shard: Shard, columns: Sequence[str] = ("image_id", "file_name", "height", "width")) -> pa.Table:
     with storage.open_arrow(shard.part) as source, pq.ParquetFile(source) as file:
-        column = file.read_row_group(shard.row_group, columns=["image_id"])["image_id"]
+        return file.read_row_group(shard.row_group, columns=list(columns))
+
+
+def _shard_ids(shard: Shard) -> NDArray[np.int64]:
+    column = _shard_heads(shard, ["image_id"])["image_id"]
     return column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _label_ids(part: str) -> tuple[NDArray[np.int64], set[str]]:
+    """Distinct image ids of a part of labels, which have no members."""
+    with storage.open_arrow(part) as source, pq.ParquetFile(source) as file:
+        return np.unique(file.read(columns=["image_id"])["image_id"].to_numpy().astype(np.int64)), set()
 
 
 def _part_ids(part: str) -> tuple[NDArray[np.int64], set[str]]:

@@ -219,8 +219,11 @@ class Labeller:
             self.ledger.hold(shard.part, attempt, entry.image_id)
             self._label(shard, [entry], [self._read(entry)])
 
-    def _detect(self, images: list[NDArray[np.uint8]]) -> list[Views | str]:
-        """What every member finds in every view of each image, or the reason why the network cannot take the image."""
+    def _detect(self, images: list[NDArray[np.uint8]], again: bool = False) -> list[Views | str]:
+        """What every member finds in every view of each image, or the reason why the network cannot take the image.
+
+        Images that it cannot take together are tried in halves. again: this one was tried alone before, and memory ran out.
+        """
         import torch
 
         started = time.perf_counter()
@@ -230,14 +233,18 @@ class Labeller:
             # After an error of the device itself this process can do nothing more.
             if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            if len(images) == 1:
-                return [f"the network cannot take it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"]
-            reason = error
+            # Text alone: the error holds the whole failed pass in memory.
+            reason = f"the network cannot take it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            full = isinstance(error, torch.OutOfMemoryError)
         finally:
             self.busy += time.perf_counter() - started
-        if isinstance(reason, torch.OutOfMemoryError):
+        if full:
             torch.cuda.empty_cache()
-        return [result for image in images for result in self._detect([image])]
+        if len(images) > 1:
+            half = len(images) // 2
+            return self._detect(images[:half]) + self._detect(images[half:])
+        # Once more with all memory free: an error row is for good, and the memory may have been full of something else.
+        return self._detect(images, again=True) if full and not again else [reason]
 
     def _detect_batch(self, images: list[NDArray[np.uint8]]) -> list[Views]:
         results: list[Views] = [{} for _ in images]

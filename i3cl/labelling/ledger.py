@@ -4,6 +4,7 @@
     part-GG-KKKKKK.parquet      the rows of shard K for group G of members; it exists if and only if the shard is done
     errors.csv, cost.json       for people
     done.json                   written last
+    _work/command.json          the command line that finishes the job
     _work/tries/PART.json       how often an unfinished shard was started
     _work/errors/PART.json      the images of a part that could not be labelled
 

@@ -7,14 +7,15 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from i3cl import observe, storage
+from i3cl.claims import WEIGHTS, content_hash, recorded
 from i3cl.config import LabelSettings, Settings
+from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
@@ -27,8 +28,6 @@ from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import Every
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
-_CHECKPOINT = ("settings.yaml", "weights.safetensors")
-"""The files of a checkpoint on which its predictions depend."""
 _TOGETHER_BYTES = 4 << 30
 """Weights for which any GPU in use today has room beside the working memory of one network."""
 _HEADER_BYTES = 100_000_000
@@ -62,8 +61,8 @@ def predict(
 
     Raises:
         UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles,
-            data.exif or shard size); a larger share of the images than label.max_error_share cannot be labelled; or the
-            checkpoints were trained with different data.exif and none is given.
+            data.exif or shard size), or parts were removed after it was done; a larger share of the images than
+            label.max_error_share cannot be labelled; or the checkpoints were trained with different data.exif and none is given.
     """
     label = settings.label
     if not members:
@@ -94,9 +93,14 @@ def predict(
     )
     if ledger.is_done():
         ledger.clean()
+        check_finished(out, storage.list_dir(out))
         return out
+    note_command(out)
     sizes = describe_sizes(recipes, given) + (", images turned upright (data.exif)" if exif == "upright" else "")
-    job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright")
+    made_from: dict[str, Any] = {"members": {name: {"file": path, "sha256": hashes[name]} for name, path in members.items()}}
+    if dataset.annotations:
+        made_from["images"] = recorded(dataset.annotations) | {"images": manifest.digest}
+    job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright", made_from)
     job.run()
     return out
 
@@ -111,16 +115,11 @@ def checkpoint_hash(checkpoint: str) -> str:
     UserError when it is not a checkpoint directory or its weights are not safetensors.
     """
     path = folder_of(checkpoint)
-    digest = hashlib.sha256()
-    for name in _CHECKPOINT:
-        file = storage.join(path, name)
-        if not storage.is_file(file):
+    for name in WEIGHTS:
+        if not storage.is_file(storage.join(path, name)):
             raise not_a_checkpoint(checkpoint, name)
-        with storage.open_read(file) as stream:
-            while data := stream.read(1 << 22):
-                digest.update(data)
-    _check_weights(storage.join(path, _CHECKPOINT[1]))
-    return digest.hexdigest()
+    _check_weights(storage.join(path, WEIGHTS[1]))
+    return content_hash(path)
 
 
 def _check_weights(file: str) -> None:
@@ -144,7 +143,7 @@ def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, st
 
 
 def _weights_bytes(checkpoint: str) -> int:
-    with storage.open_read(storage.join(folder_of(checkpoint), _CHECKPOINT[1])) as stream:
+    with storage.open_read(storage.join(folder_of(checkpoint), WEIGHTS[1])) as stream:
         return stream.seek(0, 2)
 
 
@@ -193,8 +192,13 @@ class _Job:
         given: Given = AS_TRAINED,
         sizes: str = "",
         upright: bool = False,
+        made_from: Mapping[str, Any] | None = None,
     ) -> None:
-        """sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`."""
+        """sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
+
+        made_from: for done.json; files and hashes of members and image list.
+        """
+        self.made_from = made_from or {}
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, tuple(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
         rows = self.label.rows_per_block
@@ -219,7 +223,7 @@ class _Job:
         for failure in failures[:_SHOWN]:
             self._say(f"skipped {failure.reason}", level="WARNING")
         errors = storage.join(self.ledger.out, "errors.csv")
-        self.ledger.finish({"images": len(self.manifest), "failed": len(failures)})
+        self.ledger.finish({"images": len(self.manifest), "failed": len(failures), "made_from": self.made_from})
         text = (
             f"{len(self.manifest)} images labelled"
             if not failures

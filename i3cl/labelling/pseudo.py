@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from i3cl import claims, observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.parts import note_command, parts_of, unfinished
 from i3cl.data.formats.predictions import polygons_of, read_batches, read_predictions
 from i3cl.data.formats.records import (
     ImageRecord,
@@ -135,13 +136,9 @@ def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     """Groups of parts with at least `least` images each (the last one may have fewer).
 
     Normally all rows of an image are in one part. Where they are not, for example in parts of several runs, everything becomes
-    one group. UserError when there is no part, or one that does not hold predictions.
+    one group. UserError when there is no part, one that does not hold predictions, or when the folder is not finished.
     """
-    if storage.is_file(predictions):
-        paths = [predictions]
-    else:
-        names = [n for n in storage.list_dir(predictions) if n.endswith(".parquet") and n[0] not in "._"]
-        paths = [storage.join(predictions, name) for name in names]
+    paths = parts_of(predictions)
     if len(paths) < 2:
         ids, names_there = _heads(paths[0] if paths else predictions)
         return Bundles([[predictions]], len(ids), sorted(names_there))
@@ -235,17 +232,20 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, imag
         images_root: Put before the file names in the column `path` of the shards.
 
     Raises:
-        UserError: The predictions cannot be read, or the calibration was learned from other members.
+        UserError: The predictions cannot be read or are not finished, or the calibration was learned from other members.
     """
     found = bundles(predictions)
     calibration = None
     if settings.select.calibration is not None:
         calibration = read_calibration(settings.select.calibration)
         calibration.check(found.members, settings.fusion, settings.select.calibration)
+    made_from = _made_from(predictions, settings, calibration)
     if out.endswith(".json"):
         counts = _one_json(found, settings, calibration, out)
+        record = made_from | {"labels": claims.content_hash(out)}
+        storage.write_text_atomic(record_of(out), json.dumps(record, indent=1) + "\n")
     else:
-        counts = _shards(predictions, found, settings, calibration, out, images_root)
+        counts = _shards(found, settings, calibration, out, images_root, made_from)
     observe.pseudo_labels(out, counts["instances"], counts["ignored"])
     return counts
 
@@ -272,34 +272,72 @@ def _labelled_table(
     return record_table(records, ""), summary.summary()
 
 
-def _shards(
-    predictions: str, found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str, images_root: str
-) -> dict[str, Any]:
-    job = storage.join(predictions, "job.json")
-    made_from = {
-        "predictions": hashlib.sha256(storage.read_bytes(job)).hexdigest() if storage.is_file(job) else None,
-        "parts": [[part.rsplit("/", 1)[-1] for part in group] for group in found.groups],
-        "fusion": settings.fusion.model_dump(),
-        "select": settings.select.model_dump(),
-        "calibration": None if calibration is None else [calibration.scores, calibration.precision],
+def record_of(labels: str) -> str:
+    """The file that says from what pseudo labels were made: NAME.made_from.json beside a json, _settings.json among shards."""
+    stem = labels.removesuffix(".json")
+    return storage.join(labels, "_settings.json") if stem == labels else f"{stem}.made_from.json"
+
+
+def _made_from(predictions: str, settings: LabelSettings, calibration: Calibration | None) -> dict[str, Any]:
+    """What pseudo labels depend on. Equal records mean equal labels."""
+    lacks = None if storage.is_file(predictions) else unfinished(predictions)
+    return {
+        "predictions": {
+            "folder": storage.absolute(predictions),
+            "sha256": claims.content_hash(predictions),
+            "job": claims.read(storage.join(predictions, "job.json")),
+            "missing_parts": lacks.missing if lacks else 0,
+        },
+        "fusion": settings.fusion.model_dump(mode="json"),
+        "select": settings.select.model_dump(mode="json"),
+        "calibration": None if calibration is None else [list(calibration.scores), list(calibration.precision)],
     }
-    marker = storage.join(out, "_settings.json")
-    if claims.first_difference(claims.read(marker), json.loads(json.dumps(made_from))):
+
+
+def _same_labels(there: Any, here: Mapping[str, Any]) -> bool:
+    """Whether shards with the record `there` are those of `here`."""
+    if not isinstance(there, dict):
+        return False
+    before, now = there.get("predictions"), here["predictions"]
+    if isinstance(before, dict):
+        # The same predictions may lie in another place.
+        before, now = ({**each, "folder": ""} for each in (before, now))
+    else:
+        # Earlier versions recorded a hash of job.json alone.
+        job = storage.join(now["folder"], "job.json")
+        now = hashlib.sha256(storage.read_bytes(job)).hexdigest() if storage.is_file(job) else None
+    return claims.first_difference({**there, "predictions": before}, {**here, "predictions": now}) is None
+
+
+def _shards(
+    found: Bundles,
+    settings: LabelSettings,
+    calibration: Calibration | None,
+    out: str,
+    images_root: str,
+    made_from: dict[str, Any],
+) -> dict[str, Any]:
+    made_from = made_from | {"parts": [[part.rsplit("/", 1)[-1] for part in group] for group in found.groups]}
+    marker = record_of(out)
+    if not _same_labels(claims.read(marker), made_from):
         # Shards of other settings or predictions, or the rest of a stopped deletion. A run keeps the labels of its last `select`.
         storage.remove_tree(out)
-    claims.claim(marker, made_from, "other pseudo labels")
+        storage.write_text_atomic(marker, json.dumps(made_from, indent=1) + "\n")
     present = set(storage.list_dir(out))
     summary = SelectionSummary()
     waiting = []
     for number, group in enumerate(found.groups):
-        if f"_part-{number:05d}.json" in present:
+        if {f"_part-{number:05d}.json", f"part-{number:05d}.parquet"} <= present:
             summary.merge(json.loads(storage.read_text(storage.join(out, f"_part-{number:05d}.json"))))
         else:
             waiting.append((group, settings, calibration, out, number, images_root))
+    if "_done.json" not in present:
+        note_command(out)
     in_process = len(waiting) if found.images <= _IN_PROCESS else 0
     for _, counts in fan_out("select", _write_shard, waiting, in_process=in_process, unit="bundle"):
         summary.merge(counts)
     storage.write_text_atomic(storage.join(out, "_done.json"), json.dumps(summary.summary()) + "\n")
+    storage.remove_tree(storage.join(out, "_work"))
     return summary.summary()
 
 

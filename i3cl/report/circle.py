@@ -33,10 +33,12 @@ def write_circle_report(
     runs: Mapping[str, str],
     others: Sequence[Mapping[str, Any]] = (),
     verdict: str = "",
+    made_from: Mapping[str, str] | None = None,
 ) -> None:
     """Write report.html. `measured` holds the teachers in order and the student last; `runs` their run directories.
 
     verdict: what the pseudo labels brought, in words; the report begins with it.
+    made_from: what the report shows -> SHA-256 of its content.
     others: rows of summary.json for further models: the control, and students of later rounds.
     """
     *teachers, student = measured
@@ -66,6 +68,7 @@ def write_circle_report(
                 ("backbone", settings.model.backbone.name),
                 ("pseudo label thresholds", f"{settings.label.select.low:g} to {settings.label.select.high:g}"),
                 ("protocol", measured[student].score.rules.split(";")[0]),
+                *((f"SHA-256 of {role}", sha256[:12]) for role, sha256 in (made_from or {}).items()),
             ],
             verdict=verdict,
             results=results,

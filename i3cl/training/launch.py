@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import claim_run
+from i3cl.claims import claim_run, inputs_of
 from i3cl.config import Settings, with_overrides
 from i3cl.data.loading.ingest import mix, read_source
 from i3cl.errors import UserError, inside
-from i3cl.model.shipped import is_shipped, names
+from i3cl.model.shipped import folder_of, is_shipped, names
 from i3cl.runtime.cluster import connect
 from i3cl.runtime.pace import Pace
 from i3cl.runtime.resources import cluster_gpus, machine_cores, use_gpu
@@ -31,6 +31,8 @@ _RAY_TRAIN = {
 """Environment variables for the process that runs Ray Train's controller; what the user has set stays."""
 IDENTITY = ("model", "data", "train", "evaluate")
 """Sections of the settings in which two trainings must agree to be the same run."""
+MADE_FROM = "made_from.json"
+"""File of a finished checkpoint: settings key -> file and sha256 of the annotation files and weights that it was made from."""
 INITIAL = ("none", "timm", "package")
 """Values of model.backbone.weights that do not name a file."""
 
@@ -67,7 +69,7 @@ def train_all(runs: list[Settings]) -> list[TrainResult]:
     for settings in todo:
         _check_data(settings)
     for settings in runs:
-        claim_run(_run(settings), settings, IDENTITY)
+        claim_run(_run(settings), settings, IDENTITY, None if _begun(settings) else _weights(settings))
     if todo:
         connect()
         import ray
@@ -115,6 +117,18 @@ def _run(settings: Settings) -> str:
 
 def _done(settings: Settings) -> bool:
     return storage.is_complete(storage.join(_run(settings), "best"))
+
+
+def _begun(settings: Settings) -> bool:
+    """Whether a run has a checkpoint to continue from, so that the weights it started from are not read again."""
+    return _done(settings) or _last_step(_run(settings)) > 0
+
+
+def _weights(settings: Settings) -> dict[str, tuple[str, str]]:
+    """Settings key -> name and place of the weights files that a located run starts from."""
+    start, backbone = settings.train.start_from, settings.model.backbone.weights
+    found = {"train.start_from": (start, folder_of(start))} if start else {}
+    return found if backbone in INITIAL else found | {"model.backbone.weights": (backbone, backbone)}
 
 
 def _result(settings: Settings) -> TrainResult:
@@ -187,7 +201,11 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
     """
     import ray.train
 
+    from i3cl.training.loop import STOPPED
+
     run = _run(settings)
+    note = storage.join(run, STOPPED)
+    storage.remove_tree(note)
     while True:
         step = _last_step(run)
         try:
@@ -195,6 +213,7 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
             break
         except ray.train.WorkerGroupError as error:
             if mistake := inside(error, UserError):
+                storage.remove_tree(note)
                 return str(mistake)
             # Ray counts the failures over a whole run; on machines that vanish, a long run has many. Only failures without
             # progress in between count here.
@@ -202,16 +221,23 @@ def fit(settings: Settings, callbacks: Sequence[Any] = ()) -> str | None:
                 raise
     stopped = (result.return_value or {}).get("stopped")
     if stopped:
+        storage.remove_tree(note)
         return stopped
     ranked = result.best_checkpoints or []
     if settings.data.validation and ranked:
         checkpoint, metrics = max(ranked, key=lambda pair: (pair[1].get("hmean", -1.0), pair[1].get("step", 0)))
     else:
         checkpoint, metrics = result.checkpoint, result.metrics or {}
+    keep_best(run, checkpoint, metrics)
+    return None
+
+
+def keep_best(run: str, checkpoint: Any, metrics: Mapping[str, Any]) -> None:
+    """Make a checkpoint of Ray Train the result of a run, <run>/best, with its metrics and what it was made from."""
     with storage.atomic_directory(storage.join(run, "best")) as folder:
         checkpoint.to_directory(str(folder))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    return None
+        (folder / MADE_FROM).write_text(json.dumps(inputs_of(run) or {}, indent=1) + "\n")
 
 
 def _last_step(run: str) -> int:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,7 +44,7 @@ from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.shipped import folder_of
 from i3cl.runtime.resources import machine_cores
-from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
+from i3cl.training.schedule import WeightAverage, describe_rate, learning_rate, make_optimizer
 
 REMOTE_EVERY = 30.0
 """Seconds between two uploads of the log to S3; every checkpoint uploads it too."""
@@ -52,6 +52,8 @@ _ASK_EVERY = 2.0
 """Seconds between two checks whether a machine's end has been announced; each is a round trip that all workers wait for."""
 _SHOWN = 20
 """Unusable images that a run names one by one."""
+STOPPED = "stopped.txt"
+"""File of the run directory in which one of several workers says why training cannot go on, for the workers started after it."""
 Pair = tuple[torch.Tensor, dict[str, Any]]
 """What the network trains on: an image and its target."""
 T = TypeVar("T")
@@ -78,6 +80,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device, prepare_model
 
     settings = Settings.model_validate(config["settings"])
+    note = storage.join(config["run"], STOPPED)
+    if storage.is_file(note):
+        # Ray starts the workers again after any failure; this one would come again.
+        return {"stopped": storage.read_text(note)}
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     # Blocks of memory that grow leave fewer unusable gaps when image sizes change from step to step.
@@ -138,6 +144,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         if workers > 1:
             # The other workers wait for this one's gradients: only its failure ends them.
+            storage.write_text_atomic(note, str(error))
             raise
         # From a Ray Data task the error comes in a wrapper of Ray's, whose text is a traceback.
         return {"stopped": str(inside(error, UserError))}
@@ -179,8 +186,16 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     if settings.train.start_from:
         with storage.local_copy(folder_of(settings.train.start_from), without=STATE) as folder:
             notes.append(f"start_from {settings.train.start_from}: {load_weights(model, folder)}")
-    model = model.to(device).to(memory_format=torch.channels_last)
-    trainer = Trainer(settings, model, device, rank, workers, run)
+    try:
+        model = model.to(device).to(memory_format=torch.channels_last)
+        trainer = Trainer(settings, model, device, rank, workers, run)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({_where(device)}) for the network alone; free it or take a smaller model.backbone"
+        ) from None
+    notes.append(describe_rate(trainer.steps, trainer.images_per_step, settings.train))
     trainer.log.notes(notes)
     return trainer
 
@@ -265,6 +280,13 @@ class _SourceLosses:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _where(device: torch.device) -> str:
+    """What ran out of memory, in words."""
+    if device.type != "cuda":
+        return "this machine"
+    return f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB"
 
 
 def _stand_in() -> Pair:
@@ -361,7 +383,7 @@ class Trainer:
         Raises:
             MachineLeaves: a machine will be taken away; a checkpoint has been saved, without validation, as time is short.
             TrainingStopped: training cannot go on; on every rank.
-            UserError: memory ran out while gradients were computed; on this rank alone.
+            UserError: memory ran out while gradients were computed or applied; on this rank alone.
         """
         train = self.settings.train
         batches = self._ready_batches()
@@ -452,7 +474,7 @@ class Trainer:
         """One step over this worker's shares: mean losses, learning rate, seconds spent waiting for data.
 
         TrainingStopped, on every rank, for what is wrong on any of them before gradients are exchanged; UserError for memory
-        that ran out while they were.
+        that ran out while they were, or afterwards.
         """
         train = self.settings.train
         self.parallel.train()
@@ -481,11 +503,7 @@ class Trainer:
                     self._backward(stacked, pairs)
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value / len(self.shares)
-        if train.gradient_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
+        self._update(pairs)
         return {"loss": sum(sums.values())} | sums, rate, waited
 
     def _forward(
@@ -514,8 +532,23 @@ class Trainer:
 
     def _backward(self, losses: torch.Tensor, pairs: list[Pair]) -> None:
         # The workers exchange the mean of their gradients; the mean over the shares is wanted.
-        try:
+        with self._memory(pairs):
             (losses.sum() * (self.workers / self.settings.cluster.workers)).backward()
+
+    def _update(self, pairs: list[Pair]) -> None:
+        """Apply the gradients. The optimiser takes its own memory, for AdamW twice the weights, at the first step only."""
+        with self._memory(pairs):
+            if self.settings.train.gradient_clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.gradient_clip)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+
+    @contextmanager
+    def _memory(self, pairs: list[Pair]) -> Iterator[None]:
+        """UserError with step, sizes and remedy in place of memory that runs out inside."""
+        try:
+            yield
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -526,12 +559,10 @@ class Trainer:
         sizes = ", ".join(
             f"{image.shape[2]} x {image.shape[1]} with {len(target['labels'])} instances" for image, target in pairs
         )
-        where = "this machine"
-        if self.device.type == "cuda":
-            where = f"{torch.cuda.get_device_name(self.device)}, {torch.cuda.mem_get_info(self.device)[1] / 2**30:.0f} GiB"
         return (
-            f"step {self.step + 1}: out of memory ({where}) for a batch of {len(pairs)} images of {sizes}; lower train.batch, "
-            "data.transform.crop, short_sides or long_cap, or set model.backbone.checkpointing=true or train.precision=bfloat16"
+            f"step {self.step + 1}: out of memory ({_where(self.device)}) for a batch of {len(pairs)} images of {sizes}; lower "
+            "train.batch, data.transform.crop, short_sides or long_cap, or set model.backbone.checkpointing=true or "
+            "train.precision=bfloat16"
         )
 
     def _without_exchange(self) -> AbstractContextManager[None]:
@@ -606,7 +637,7 @@ class Trainer:
             rank; {} without a validation set.
 
         Raises:
-            TrainingStopped: an image cannot be used; on every rank.
+            TrainingStopped: an image cannot be used, or memory ran out; on every rank.
         """
         if self.validation is None:
             return {}
@@ -626,6 +657,14 @@ class Trainer:
                 )
         except UserError as error:
             fault = str(error)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            fault = (
+                f"step {self.step}: out of memory ({_where(self.device)}) in validation, at test size "
+                f"{self.settings.data.test_short_side}/{self.settings.data.test_long_side}; lower data.test_short_side and "
+                "test_long_side, or set data.tile"
+            )
         self.parallel.train()
         if self.workers > 1:
             gathered: list[Any] = [None] * self.workers

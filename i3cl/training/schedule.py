@@ -29,23 +29,48 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
+def peak_rate(images_per_step: int, settings: TrainSettings) -> float:
+    """The learning rate after the warm-up, for a total batch of `images_per_step` images over all workers.
+
+    With the ratio of the total batch to reference_batch, SGD's rate grows linearly (Goyal et al., arXiv 1706.02677) and AdamW's
+    by the square root (Malladi et al., arXiv 2205.10287).
+    """
+    ratio = _ratio(images_per_step, settings)
+    return settings.learning_rate * (ratio if settings.optimizer == "sgd" else math.sqrt(ratio))
+
+
+def warmup_steps(steps: int, images_per_step: int, settings: TrainSettings) -> int:
+    """Steps of the warm-up: the same number of images at any batch, at least warmup_min_steps, at most a fifth of `steps`."""
+    fewest = min(settings.warmup_steps, settings.warmup_min_steps)
+    return min(max(round(settings.warmup_steps / _ratio(images_per_step, settings)), fewest), steps // 5)
+
+
+def describe_rate(steps: int, images_per_step: int, settings: TrainSettings) -> str:
+    """One line for people: the learning rate and the warm-up of a run, and what they follow from."""
+    rate, warmup = peak_rate(images_per_step, settings), warmup_steps(steps, images_per_step, settings)
+    given, why = settings.learning_rate, "train.learning_rate as it stands"
+    if settings.reference_batch is not None and images_per_step != settings.reference_batch:
+        how = "linear, SGD" if settings.optimizer == "sgd" else "by the square root, AdamW"
+        why = f"{given:g} for {settings.reference_batch} images a step, scaled to {images_per_step}: {how}"
+    return f"learning rate {rate:.3g} ({why}), warm-up over {warmup} of {steps} steps"
+
+
 def learning_rate(step: int, steps: int, images_per_step: int, settings: TrainSettings) -> float:
     """Rate of 0-based `step` of `steps`, for a total batch of `images_per_step` images over all workers.
 
-    With the ratio of the total batch to reference_batch, SGD's rate grows linearly (Goyal et al., arXiv 1706.02677) and AdamW's
-    by the square root (Malladi et al., arXiv 2205.10287). Linear warm-up over the same number of images at any batch, but over
-    warmup_min_steps steps at least; then tenfold falls at the milestones or a half cosine to a hundredth.
+    Linear warm-up to `peak_rate`; then tenfold falls at the milestones or a half cosine to a hundredth.
     """
-    ratio = 1.0 if settings.reference_batch is None else images_per_step / settings.reference_batch
-    rate = settings.learning_rate * (ratio if settings.optimizer == "sgd" else math.sqrt(ratio))
-    fewest = min(settings.warmup_steps, settings.warmup_min_steps)
-    warmup = min(max(round(settings.warmup_steps / ratio), fewest), steps // 5)
+    rate, warmup = peak_rate(images_per_step, settings), warmup_steps(steps, images_per_step, settings)
     if step < warmup:
         return rate * (settings.warmup_factor + (1 - settings.warmup_factor) * step / warmup)
     if settings.schedule == "cosine":
         share = (step - warmup) / max(1, steps - warmup)
         return rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
     return rate * 0.1 ** sum(step >= milestone * steps for milestone in settings.milestones)
+
+
+def _ratio(images_per_step: int, settings: TrainSettings) -> float:
+    return 1.0 if settings.reference_batch is None else images_per_step / settings.reference_batch
 
 
 class WeightAverage:

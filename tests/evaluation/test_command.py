@@ -186,7 +186,8 @@ def test_shards_add_up_to_the_whole(tmp_path):
 def test_shards_read_only_the_parts_that_hold_their_images(tmp_path, monkeypatch):
     """The ids of every part are read once; a task opens its own parts, not all of them."""
     truth, found = write_corpus(tmp_path)
-    (tmp_path / "found" / "job.json").write_text("{}")
+    for name in ("job.json", "done.json"):
+        (tmp_path / "found" / name).write_text("{}")
     shards, member = plan(truth, found, "m")
     opened = []
     real = storage.open_arrow
@@ -197,15 +198,86 @@ def test_shards_read_only_the_parts_that_hold_their_images(tmp_path, monkeypatch
         plan(truth, found, "other")
 
 
-def test_an_unfinished_labelling_is_warned_of(tmp_path):
+def test_an_unfinished_labelling_is_refused_and_warned_of_when_it_is_accepted(tmp_path, monkeypatch):
     truth, found = write_corpus(tmp_path)
-    (tmp_path / "found" / "job.json").write_text("{}")
-    assert any("not finished" in warning for warning in scoring.load(truth, found)[1])
-    (tmp_path / "found" / "done.json").write_text("{}")
-    assert not any("not finished" in warning for warning in scoring.load(truth, found)[1])
+    job = {"images": {"count": 60}, "label.rows_per_block": 20, "groups": [["m"]]}
+    (tmp_path / "found" / "job.json").write_text(json.dumps(job))
+    for read in (lambda: scoring.load(truth, found), lambda: plan(truth, found, None)):
+        with pytest.raises(UserError, match=rf"^{found}: is not finished, 1 of 3 parts are missing; finish it with: "):
+            read()
+    monkeypatch.setenv("I3CL_ACCEPT_UNFINISHED", f"elsewhere,{found}/")
+    assert any("not finished, 1 of 3" in warning for warning in scoring.load(truth, found)[1])
+    assert plan(truth, found, None)[1] == "m"
 
 
-@pytest.mark.parametrize("option", [["--details"], ["--sweep"], ["--report", "r.html"], ["--choose-threshold-on", "0.2"]])
+@pytest.fixture
+def written(tiny_set, tiny_settings, tiny_checkpoints, tmp_path, labelling_here, monkeypatch):
+    """What the commands write about the tiny set: truth as Parquet in two row groups, and every kind of result."""
+    from i3cl.cli import predict as predict_command
+    from i3cl.data.formats.coco import read_coco
+    from i3cl.labelling.label import select_labels
+    from i3cl.labelling.predict import predict
+
+    truth = read_coco(str(tiny_set / "set.json"), str(tiny_set / "images"))
+    (tmp_path / "truth").mkdir()
+    # In another order than the files have, as the ids of `predict` follow that one.
+    records = sorted(truth.records, key=lambda record: -record.id)
+    predictions.pq.write_table(record_table(records, "images"), tmp_path / "truth" / "0.parquet", row_group_size=7)
+    found = predict(truth, tiny_checkpoints, tiny_settings, str(tmp_path / "predictions"), "test")
+    select = {"low": 0.0, "ignore": 0.0, "high": 0.9, "min_side": 0}
+    label = tiny_settings.label.model_validate({"select": select, "fusion": {"min_score": 0.0}})
+    shards = label.model_copy(update={"select": label.select.model_copy(update={"format": "parquet"})})
+    results = {"predictions": found, "json": select_labels(found, label, str(tmp_path), "").path}
+    results["shards"] = select_labels(found, shards, str(tmp_path), "").path
+    out = str(tmp_path / "predict")
+    arguments = ["--checkpoint", tiny_checkpoints["a"], "--images", str(tiny_set / "images"), "--out", out, "--score", "0"]
+    monkeypatch.setattr(sys, "argv", ["i3cl predict", *arguments, "cluster.gpu=false"])
+    predict_command.main()
+    return str(tmp_path / "truth"), results | {"predict": out}
+
+
+def test_shards_of_all_that_the_commands_write_add_up_to_the_whole(written):
+    from i3cl.evaluation.formats.read import read_results
+    from i3cl.evaluation.shards import plan_given
+
+    truth, results = written
+    counted = {}
+    for kind, path in results.items():
+        member = "b" if kind == "predictions" else None
+        if kind in ("predictions", "shards"):
+            shards, chosen = plan(truth, path, member)
+        else:
+            (shards, _), chosen = plan_given(truth, read_results(path)), None
+        assert len(shards) == 2
+        rules = PROTOCOLS["icdar"]
+        parts = [count_shard(shard, chosen, rules, None) for shard in shards]
+        total = sum(counts[0].table.sum(axis=0) for counts, _ in parts)
+        paired, _ = scoring.load(truth, path, member=member)
+        whole = DetectionMetric(rules[0])
+        whole.update(paired.images)
+        counted[kind] = summarise(total, 12, rules[0], None)
+        assert counted[kind] == whole.summary(), kind
+        assert sum(missing for _, missing in parts) == len(paired.missing)
+    assert counted["json"] == counted["shards"]
+    assert all(summary.truths > 10 and summary.detections > 0 for summary in counted.values())
+
+
+def test_over_ray_all_that_the_commands_write_gives_the_numbers_of_files(written, ray_cluster):
+    from i3cl.evaluation.command import Options, check_over_ray, evaluate_files, evaluate_over_ray
+
+    truth, results = written
+    for kind, path in results.items():
+        options = Options(truth, path, member="b" if kind == "predictions" else None)
+        check_over_ray(options)
+        one, ray = evaluate_files(options).values, evaluate_over_ray(options).values
+        for key in ("recall", "precision", "hmean", "truths", "dont_cares", "detections", "missing_images", "rules"):
+            assert one[key] == ray[key], (kind, key)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--details"], ["--sweep"], ["--report", "r.html"], ["--choose-threshold-on", "0.2"], ["--pre-steps", "adelaidet"]],
+)
 def test_what_ray_cannot_do_is_said(option, tmp_path):
     done = job("--truth", tmp_path, "--results", tmp_path, "--ray", *option)
     assert done.returncode == 2 and option[0] in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -288,6 +288,37 @@ def test_an_image_that_the_network_refuses_costs_only_itself(tiny_checkpoints, t
     assert "2.jpg: the network cannot take it (RuntimeError: out of memory in lines)" in errors[3]
 
 
+@pytest.mark.parametrize(("batch", "room", "tried"), [(5, 2, [5, 2, 3, 1, 2]), (1, 1, [1] * 6)])
+def test_memory_that_runs_out_costs_no_good_image(tiny_checkpoints, tmp_path, monkeypatch, batch, room, tried):
+    """The failed pass is dropped before the batch is tried again in halves; one image alone is tried twice."""
+    import weakref
+
+    import torch
+
+    from i3cl.inference.predictor import Predictor
+
+    names = write_images(tmp_path / "images", 5)
+    real, sizes, held, alive = Predictor.__call__, [], [], []
+
+    def small_memory(predictor, images, view=None):
+        alive.append(sum(tensor() is not None for tensor in held))
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        sizes.append(len(images))
+        if len(images) > room or len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(predictor, images, view)
+
+    monkeypatch.setattr(Predictor, "__call__", small_memory)
+    members = {"a": tiny_checkpoints["a"]}
+    labeller = Labeller(plan(tmp_path / "images", tmp_path / "out", members, batch=batch, views=VIEWS[:1]))
+    reports = [row for table in blocks(dataset(tmp_path / "images", names), 5) for row in labeller(table).to_pylist()]
+    assert sum(row["errors"] for row in reports) == 0
+    assert all(row["error"] is None for rows in rows_of(tmp_path / "out").values() for row in rows.values())
+    assert set(alive) == {0}, "a failed pass was kept alive"
+    assert sizes == tried
+
+
 def _work(labeller: Labeller, tables: list) -> None:
     """A worker's life, in a process of its own, in which image 5.jpg is deadly."""
     read = labeller._read
@@ -386,7 +417,8 @@ def test_a_done_job_returns_at_once_and_knows_another_one(tiny_checkpoints, tmp_
             "groups": [["a", "b"]],
         }
     )
-    (tmp_path / "out" / "done.json").write_text("{}")
+    for name in ("done.json", part_name(0, 0)):
+        (tmp_path / "out" / name).write_text("{}")
     (tmp_path / "out" / ".tmp-1").write_text("")
     assert predict(data, tiny_checkpoints, Settings(), out, "t") == out
     assert not (tmp_path / "out" / ".tmp-1").exists()

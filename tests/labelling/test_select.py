@@ -198,6 +198,55 @@ def test_shards_that_are_there_are_not_made_again(tmp_path):
     assert make_pseudo_labels(found, other, str(out))["instances"] == 4
 
 
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_other_predictions_in_the_same_folder_never_leave_old_labels(tmp_path, form):
+    """Deleted and predicted again, with the same job.json and the same names of parts."""
+    import json
+    import shutil
+
+    from i3cl.labelling.pseudo import record_of
+
+    folder, out = tmp_path / "predictions", tmp_path / ("pseudo.json" if form == "json" else "pseudo")
+    job = {
+        "images": {"count": 6, "sha256": "x"},
+        "label.rows_per_block": 3,
+        "groups": [["a", "b"]],
+        "members": {"a": "1", "b": "2"},
+    }
+
+    def again(members):
+        shutil.rmtree(folder, ignore_errors=True)
+        found = predictions(folder, 2, members)
+        for name, content in (("job.json", job), ("done.json", {})):
+            (folder / name).write_text(json.dumps(content))
+        return make_pseudo_labels(found, LABEL, str(out))["instances"], json.loads(open(record_of(str(out))).read())
+
+    both, first = again(("a", "b"))
+    one, second = again(("a",))
+    votes = {i.votes for record in read_coco(str(out), "", check_files=False).records for i in record.instances}
+    assert (both, one, votes) == (8, 8, {1})
+    assert first["predictions"]["job"] == second["predictions"]["job"] == job
+    assert first["predictions"]["sha256"] != second["predictions"]["sha256"]
+    assert again(("a", "b"))[1] == first, "the same predictions give the same record"
+
+
+def test_shards_of_an_earlier_version_stay_as_they_are(tmp_path):
+    """Their record holds a hash of job.json alone; a student may be learning from them."""
+    import hashlib
+    import json
+
+    found, out = predictions(tmp_path / "predictions", 2), tmp_path / "pseudo"
+    for name in ("job.json", "done.json"):
+        (tmp_path / "predictions" / name).write_text("{}")
+    counts = make_pseudo_labels(found, LABEL, str(out))
+    record = json.loads((out / "_settings.json").read_text())
+    record["predictions"] = hashlib.sha256(b"{}").hexdigest()
+    (out / "_settings.json").write_text(json.dumps(record))
+    before = (out / "part-00000.parquet").stat().st_mtime_ns
+    assert make_pseudo_labels(found, LABEL, str(out)) == counts
+    assert (out / "part-00000.parquet").stat().st_mtime_ns == before
+
+
 def test_bundles_keep_every_part_once_and_images_whole(tmp_path):
     found = predictions(tmp_path / "predictions", 5)
     made = bundles(found, least=6)

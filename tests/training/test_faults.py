@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from i3cl import observe
-from i3cl.config import with_overrides
+from i3cl import observe, storage
+from i3cl.config import to_yaml, with_overrides
 from i3cl.errors import UserError
-from i3cl.training.launch import train
+from i3cl.training import loop
+from i3cl.training.launch import fit, located, train
 
 
 def cut_off(folder):
@@ -60,3 +61,34 @@ def test_skip_bad_trains_on_the_rest_and_counts_what_it_left_out(recipe, ray_clu
     assert rows[-1]["skipped_images"] == 1, "12 images, 16 places"
     printed = capfd.readouterr().out
     assert "left out: " in printed and "3.jpg: not an image" in printed and "left out so far: 1 images" in printed
+
+
+def test_memory_that_runs_out_on_one_of_several_workers_is_not_tried_again(recipe, ray_cluster, tmp_path, monkeypatch):
+    """The step would fail again and again, max_failures times; the workers that Ray starts once more only carry the message."""
+    settings, _ = recipe
+    settings = located(with_overrides(settings, {"cluster.workers": 2, "cluster.max_failures": 3}, "test"))
+    run = tmp_path / "runs" / "tiny"
+    storage.write_text_atomic(str(run / "settings.yaml"), to_yaml(settings))
+
+    def worker(config):
+        import ray.train
+        import torch
+
+        from i3cl.training import loop
+
+        rank = ray.train.get_context().get_world_rank()
+
+        def full(tensor, *_, **__):
+            with open(f"{config['run']}/tries.txt", "a") as file:
+                file.write("x")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        if rank == 1:
+            torch.Tensor.backward = full
+        return loop.train_worker(config)
+
+    monkeypatch.setattr(loop, "train_worker", worker)
+    message = fit(settings)
+    assert message is not None and message.startswith("step 1: out of memory (this machine) for a batch of 1 images of 96 x 96")
+    assert (run / "tries.txt").read_text() == "x"
+    assert not (run / "stopped.txt").exists(), "the same command must be able to go on after the remedy"

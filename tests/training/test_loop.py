@@ -322,7 +322,7 @@ def test_all_workers_stop_for_an_image_of_one(tiny_settings, tmp_path):
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["cut.jpg: cannot be decoded"] * 2
 
 
-@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("place", ["forward", "backward", "update"])
 def test_out_of_memory_names_step_sizes_and_remedy(tiny_settings, tmp_path, monkeypatch, place):
     trainer = make_trainer(tiny_settings, tmp_path / "run")
     held = []
@@ -334,8 +334,10 @@ def test_out_of_memory_names_step_sizes_and_remedy(tiny_settings, tmp_path, monk
 
     if place == "forward":
         monkeypatch.setattr(trainer, "_losses", full)
-    else:
+    elif place == "backward":
         monkeypatch.setattr(torch.Tensor, "backward", full)
+    else:
+        monkeypatch.setattr(trainer.optimizer, "step", full)
     with pytest.raises((TrainingStopped, UserError)) as stopped:
         trainer.run(lambda metrics, step: None)
     assert re.match(
@@ -345,6 +347,25 @@ def test_out_of_memory_names_step_sizes_and_remedy(tiny_settings, tmp_path, monk
     )
     if place == "forward":
         assert held[0]() is None, "the failed pass is not kept alive"
+
+
+def test_out_of_memory_in_validation_names_the_test_size(tiny_settings, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_settings, tmp_path / "run", **{"train.steps": 1})
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer, "_detect", full)
+    with pytest.raises(
+        TrainingStopped, match=r"^step 1: out of memory \(this machine\) in validation, at test size 96/96; lower"
+    ):
+        trainer.run(lambda metrics, step: None)
+
+
+def test_workers_that_start_after_a_failure_of_one_only_carry_its_message(tiny_settings, tmp_path):
+    (tmp_path / loop.STOPPED).write_text("step 1: out of memory")
+    config = {"settings": tiny_settings.model_dump(mode="json"), "run": str(tmp_path)}
+    assert loop.train_worker(config) == {"stopped": "step 1: out of memory"}
 
 
 def gradients_in_a_group(rank, workers, settings, out, rendezvous):

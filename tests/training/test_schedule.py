@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from i3cl.config import TrainSettings
-from i3cl.training.schedule import WeightAverage, learning_rate, make_optimizer
+from i3cl.training.schedule import WeightAverage, describe_rate, learning_rate, make_optimizer
 
 
 def test_steps_schedule_by_hand():
@@ -45,6 +45,21 @@ def test_adamw_scales_by_the_square_root(optimizer, factor):
     settings = TrainSettings(optimizer=optimizer, learning_rate=1e-4, reference_batch=8, warmup_steps=0, milestones=())
     assert learning_rate(0, 100, 8, settings) == pytest.approx(1e-4)
     assert learning_rate(0, 100, 128, settings) == pytest.approx(factor * 1e-4)
+
+
+def test_the_resulting_rate_is_said():
+    """64 workers of 2 images, with recipes written for 8 and 4 images a step."""
+    sgd = TrainSettings(learning_rate=0.01, reference_batch=8, warmup_steps=1000)
+    assert describe_rate(100_000, 128, sgd) == (
+        "learning rate 0.16 (0.01 for 8 images a step, scaled to 128: linear, SGD), warm-up over 500 of 100000 steps"
+    )
+    adamw = TrainSettings(optimizer="adamw", learning_rate=1e-4, reference_batch=4, warmup_steps=1000)
+    assert describe_rate(100_000, 256, adamw) == (
+        "learning rate 0.0008 (0.0001 for 4 images a step, scaled to 256: by the square root, AdamW), "
+        "warm-up over 500 of 100000 steps"
+    )
+    plain = sgd.model_copy(update={"reference_batch": None})
+    assert describe_rate(100, 128, plain) == "learning rate 0.01 (train.learning_rate as it stands), warm-up over 20 of 100 steps"
 
 
 def test_warm_up_takes_at_most_a_fifth_of_a_short_run():

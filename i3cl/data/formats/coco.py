@@ -119,7 +119,7 @@ def read_coco(
             faults.bad(f"{annotations}: image {image_id}", nothing_read(len(kinds)))
             del heads[image_id]
     records = tuple(ImageRecord(i, *head[:3], tuple(instances[i]), head[3]) for i, head in heads.items())
-    return Dataset(set_name(annotations), images_root, records, tuple(faults.problems))
+    return Dataset(set_name(annotations), images_root, records, tuple(faults.problems), annotations)
 
 
 _Head = tuple[str, int, int, str | None]

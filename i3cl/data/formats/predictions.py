@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from i3cl import storage
+from i3cl.data.formats.parts import parts_of
 from i3cl.errors import UserError
 
 PREDICTION_SCHEMA = pa.schema(
@@ -52,15 +53,11 @@ def prediction_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 def read_batches(url: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Record batches of a Parquet file or a folder of *.parquet parts; one at a time is in memory.
 
-    url: local or s3://; columns: names of ``PREDICTION_SCHEMA``, all by default. UserError when there is no part, or when one
-    does not hold predictions.
+    url: local or s3://; columns: names of ``PREDICTION_SCHEMA``, all by default. UserError when there is no part, when one does
+    not hold predictions, or when the folder is not finished (``parts_of``).
     """
     schema = _schema(columns)
-    if storage.is_file(url):
-        parts = [url]
-    else:
-        names = [n for n in storage.list_dir(url) if n.endswith(".parquet") and n[0] not in "._"]
-        parts = [storage.join(url, name) for name in names]
+    parts = parts_of(url)
     if not parts:
         raise UserError(f"{url}: holds no Parquet part; run the labelling first or correct the path")
     for part in parts:

@@ -85,6 +85,8 @@ class Dataset:
     records: Sequence[ImageRecord]
     """A tuple; for a Parquet table ``TableRecords``, which makes each record when it is asked for."""
     problems: Sequence[Problem] = ()
+    annotations: str = ""
+    """Path or URL of that file; empty for a set that was put together otherwise."""
 
     def __len__(self) -> int:
         return len(self.records)

@@ -39,6 +39,7 @@ from i3cl.data.formats.checks import (
     same_file,
     set_name,
 )
+from i3cl.data.formats.parts import check_finished
 from i3cl.data.formats.records import (
     IMAGE_SCHEMA,
     INSTANCE_TYPE,
@@ -124,7 +125,7 @@ def read_table(
             yield from (table if lossweight is None else _with_lossweight(table, lossweight)).to_batches()
 
     table = _mapped(checked())
-    return Dataset(set_name(path), images_root, TableRecords(table), tuple(reader.faults.problems))
+    return Dataset(set_name(path), images_root, TableRecords(table), tuple(reader.faults.problems), path)
 
 
 def _keys(parts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -172,7 +173,9 @@ def _parts(path: str) -> list[str]:
         raise UserError(f"{path}: no such file or folder; check the path")
     if not storage.is_complete(path):
         raise UserError(f"{path}: its upload was stopped half-way; run the command that writes it again")
-    found = sorted(n for n in storage.list_files(path) if n.endswith(".parquet") and not is_companion(n))
+    files = storage.list_files(path)
+    check_finished(path, {name for name in files if "/" not in name})
+    found = sorted(n for n in files if n.endswith(".parquet") and not is_companion(n))
     names = [name for name in found if not posixpath.basename(name).startswith("_")]
     if not names:
         raise UserError(f"{path}: holds no Parquet file; give a COCO json, or a folder written by: prepare.py export parquet")

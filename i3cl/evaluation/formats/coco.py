@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from i3cl import storage
 from i3cl.data.formats.checks import MAX_SIDE, BadItem, Faults, rle_outline, shown
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import ImageRecord
+from i3cl.data.importers import parse
 from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet, Ring, ring, score_of
 from i3cl.geometry import polygon_area
 
@@ -33,13 +36,33 @@ def truth_of_record(record: ImageRecord) -> ImageTruth:
 
 def coco_as_results(path: str, skip_bad: bool) -> PolygonSet[ImageDetections]:
     """A COCO data set whose instances are the detections; an instance without a score has 1, ignore regions are left out."""
+    records = read_coco(path, "", skip_bad=skip_bad, check_files=False).records
+    return PolygonSet(path, "COCO data set with scores", [detections_of_record(record) for record in records])
+
+
+def detections_of_record(record: ImageRecord) -> ImageDetections:
+    """The instances of one image of a data set as detections."""
+    kept = [i for i in record.instances if not i.ignore]
+    scores = np.array([1.0 if i.score is None else i.score for i in kept])
+    polygons = [np.asarray(i.polygon, np.float64) for i in kept]
+    return ImageDetections(record.file_name, polygons, scores, record.id, record.height, record.width)
+
+
+def is_predicted(path: str) -> bool:
+    """Whether a path is a folder that the command `predict` wrote."""
+    return storage.is_dir(path) and {"coco.json", "images.json"} <= set(storage.list_dir(path))
+
+
+def predicted_results(path: str, faults: Faults) -> PolygonSet[ImageDetections]:
+    """A folder that the command `predict` wrote; its images are known by their file names, whose ids are its own."""
+    texts = {name: storage.join(path, name) for name in ("coco.json", "images.json")}
+    content, heads = (parse.parse_json(storage.read_bytes(file), file) for file in texts.values())
+    found = {image.id: image for image in coco_results(texts["coco.json"], content, faults).images}
     images = []
-    for record in read_coco(path, "", skip_bad=skip_bad, check_files=False).records:
-        kept = [i for i in record.instances if not i.ignore]
-        scores = np.array([1.0 if i.score is None else i.score for i in kept])
-        polygons = [np.asarray(i.polygon, np.float64) for i in kept]
-        images.append(ImageDetections(record.file_name, polygons, scores, record.id, record.height, record.width))
-    return PolygonSet(path, "COCO data set with scores", images)
+    for head in heads:
+        image = found.get(head["id"], ImageDetections("", [], np.zeros(0)))
+        images.append(replace(image, name=head["file_name"], id=None, height=head["height"], width=head["width"]))
+    return PolygonSet(path, "folder of predict", images)
 
 
 def coco_results(path: str, content: list[Any], faults: Faults) -> PolygonSet[ImageDetections]:

@@ -6,7 +6,7 @@ import io
 import zipfile
 import zlib
 
-from i3cl import storage
+from i3cl import claims, storage
 from i3cl.errors import UserError
 
 MAX_FILES = 1_000_000
@@ -44,15 +44,7 @@ def text_files(path: str) -> dict[str, bytes] | None:
 
 def is_table(path: str) -> bool:
     """Whether a path is a Parquet file or a folder of Parquet parts."""
-    return path.rstrip("/").endswith(".parquet") or (storage.is_dir(path) and bool(parts_of(path)))
-
-
-def parts_of(path: str) -> list[str]:
-    """Paths of the Parquet parts of a folder, or the file itself. Other files of a folder, also hidden ones, are passed over."""
-    if storage.is_file(path):
-        return [path]
-    names = [name for name in storage.list_dir(path) if name.endswith(".parquet") and name[0] not in "._"]
-    return [storage.join(path, name) for name in names]
+    return path.rstrip("/").endswith(".parquet") or (storage.is_dir(path) and bool(claims.parts(path)))
 
 
 def _unzipped(path: str, packed: bytes) -> dict[str, bytes]:

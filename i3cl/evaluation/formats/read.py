@@ -1,8 +1,8 @@
 """Truths and results of any format, recognised by their content.
 
 Truth: COCO json or Parquet; ArT/LSVT json; text files (a folder, or a flat zip); any importer's source by name. Results: the
-predictions table; COCO results json; ArT submission json; a COCO data set with scores; text files. A fault is one line with
-file and line.
+predictions table; a folder that `predict` wrote; COCO results json; ArT submission json; a COCO data set with scores, json or
+Parquet; text files. A fault is one line with file and line.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 from i3cl import storage
 from i3cl.data.formats.checks import Faults
+from i3cl.data.formats.table import is_table as holds_labels
 from i3cl.data.importers import parse
 from i3cl.errors import UserError
 from i3cl.evaluation.formats.art import art_results, art_truth, is_art
-from i3cl.evaluation.formats.coco import coco_as_results, coco_results, coco_truth
+from i3cl.evaluation.formats.coco import coco_as_results, coco_results, coco_truth, is_predicted, predicted_results
 from i3cl.evaluation.formats.files import is_table, text_files
 from i3cl.evaluation.formats.imported import imported_truth
 from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PointOrder, PolygonSet
@@ -37,9 +38,12 @@ def read_results(
         UserError: It cannot be read; without `skip_bad` also at the first bad item.
     """
     faults = Faults(skip_bad)
-    files = text_files(path)
-    if files is None and is_table(path):
-        found = table_results(path, member)
+    predicted = is_predicted(path)
+    files = None if predicted else text_files(path)
+    if predicted:
+        found = predicted_results(path, faults)
+    elif files is None and is_table(path):
+        found = coco_as_results(path, skip_bad) if holds_labels(path) else table_results(path, member)
     elif files is None or _only_json(files):
         label, data = _json_file(path, files)
         content = parse.parse_json(data, label)
@@ -103,7 +107,7 @@ def read_truth(
         truth = text_truth(path, files, faults)
     if hash_is_dont_care:
         for image in truth.images:
-            image.ignore = [i or parse.unquoted(text or "").strip() == "#" for i, text in zip(image.ignore, image.texts)]
+            image.spare_hashes()
     truth.left_out += [f"{problem.where}: {problem.message}" for problem in faults.problems]
     if not truth.images:
         raise UserError(f"{path}: holds no image; check the path")

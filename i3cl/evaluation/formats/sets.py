@@ -57,6 +57,10 @@ class ImageTruth:
         self.texts.append(text)
         self.languages.append(language)
 
+    def spare_hashes(self) -> None:
+        """Make don't-care of what is transcribed as '#', as Total-Text does."""
+        self.ignore = [i or parse.unquoted(text or "").strip() == "#" for i, text in zip(self.ignore, self.texts)]
+
 
 Image = TypeVar("Image", ImageTruth, ImageDetections)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from i3cl import storage
+from i3cl.data.formats.parts import unfinished
 from i3cl.data.formats.predictions import read_batches, read_predictions
 from i3cl.data.formats.records import ImageRecord
 from i3cl.data.loading.images import check_size
@@ -37,7 +38,7 @@ def table_results(path: str, member: str | None) -> PolygonSet[ImageDetections]:
             else:
                 images.append(detections_of_row(row))
                 break
-    warnings = unfinished(path)
+    warnings = unfinished_warning(path)
     if unread:
         warnings.append(f"{path}: {unread} images could not be read when they were predicted; they count as empty")
     return PolygonSet(path, FORMAT, images, warnings=warnings)
@@ -53,10 +54,10 @@ def chosen_member(path: str, members: set[str], member: str | None) -> str:
     return member
 
 
-def unfinished(path: str) -> list[str]:
-    """A warning when a labelling job has not finished its folder, else nothing."""
-    begun, done = (storage.exists(storage.join(path, name)) for name in ("job.json", "done.json"))
-    return [f"{path}: the labelling of this folder is not finished; run it again to complete it"] if begun and not done else []
+def unfinished_warning(path: str) -> list[str]:
+    """A warning when a folder is not finished and is read all the same, else nothing."""
+    found = None if storage.is_file(path) else unfinished(path)
+    return [f"{path}: is not finished, {found}; images without a result count as empty"] if found else []
 
 
 def detections_of_row(row: Mapping[str, Any]) -> ImageDetections:
