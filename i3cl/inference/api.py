@@ -29,6 +29,10 @@ def load(checkpoint: str | os.PathLike[str] = DEFAULT, device: str | torch.devic
     """
     if not isinstance(checkpoint, str | os.PathLike):
         raise UserError(f"checkpoint: got {describe(checkpoint)}; it takes the path or URL of a checkpoint directory")
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: got {device!r}; it takes a device of PyTorch, such as cpu or cuda") from None
     return predictor.load(os.fspath(checkpoint), device)
 
 
@@ -55,6 +59,8 @@ def detect(
         UserError: an image cannot be read, or is something else; the message says what it got and what it takes. Also for a
             threshold or a batch that makes no sense.
     """
+    if not isinstance(model, I3CL):
+        raise UserError(f"model: got {describe(model)}; it takes a network, as i3cl.load gives it")
     if not isinstance(score_threshold, Real) or not 0 <= score_threshold <= 1:
         raise UserError(f"score_threshold: got {score_threshold!r}; it takes a number from 0 to 1")
     if not isinstance(batch, Integral) or batch < 1:

@@ -79,11 +79,11 @@ def save_checkpoint(model: nn.Module, directory: str | os.PathLike[str], setting
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> LoadReport:
     """Copies into `module` the tensors whose name and shape fit.
 
-    Raises UserError, naming `source`, when less than half of the module's tensors are found. Names that begin with one
-    of `optional` do not count, and neither do BatchNorm's counters, which some files leave out.
+    Raises UserError, naming `source`, when less than half of the module's tensors are found, or one is not finite. Names that begin
+    with one of `optional` do not count, and neither do BatchNorm's counters, which some files leave out.
     """
     own = module.state_dict()
-    loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
+    loaded = [name for name, value in own.items() if name in tensors and _fits(tensors[name], value)]
     fitting = set(loaded)
     weights = [name for name in own if not name.endswith("num_batches_tracked")]
     needed = [name for name in weights if not optional or not name.startswith(optional)]
@@ -93,12 +93,27 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
             f"{source}: holds only {found} of the network's {len(needed)} tensors, so it seems to belong to another network; "
             f"its names look like '{_example(tensors)}', the network's like '{_example(own)}'"
         )
+    check_finite({name: tensors[name] for name in loaded}, source)
     module.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return LoadReport(
         loaded,
         [name for name in weights if name not in fitting],
         [name for name in tensors if name not in fitting],
     )
+
+
+def _fits(given: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has the shape and kind of number of the model's own: quantised weights are whole numbers."""
+    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """UserError, naming `source`, when a tensor holds NaN or infinity: such a network finds nothing and does not say why."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{source}: {name} holds values that are not finite; its training broke off, so give another checkpoint"
+            )
 
 
 def _example(names: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from i3cl import storage
 from i3cl.config import BackboneSettings, ModelSettings, Settings, load_settings, to_yaml
 from i3cl.errors import UserError
-from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, load_tensors, save_checkpoint
+from i3cl.model.checkpoint import SETTINGS, STATE, WEIGHTS, check_finite, load_tensors, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import UNUSED, cut_classes, to_our_names
 from i3cl.model.shipped import folder_of, not_a_checkpoint
@@ -71,7 +71,11 @@ def halve_checkpoint(source: str, out: str) -> int:
             raise not_a_checkpoint(source)
         settings = load_settings(folder / SETTINGS)
         tensors = read_tensors(folder / WEIGHTS, source)
+    check_finite(tensors, source)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, half in halves.items():
+        if half.is_floating_point() and not half.isfinite().all():
+            raise UserError(f"{source}: {name} has values beyond the range of float16; hand on the checkpoint as it is")
     data = settings.data.model_copy(update={"train": (), "validation": None})
     train = settings.train.model_copy(update={"start_from": None})
     with storage.atomic_directory(out) as made:

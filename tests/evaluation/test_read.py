@@ -469,5 +469,5 @@ def test_accents_and_other_endings_pair(tmp_path):
 
 def test_line_ends_of_old_macintosh_files_are_named(tmp_path):
     path = folder(tmp_path / "t", **{"gt_1.txt": "10,10,60,10,60,30,10,30,a\r20,20,60,20,60,30,20,30,b\r"})
-    with pytest.raises(UserError, match="gt_1.*: line 1: holds a CR"):
+    with pytest.raises(UserError, match=r"gt_1.*: line 1: holds a CR"):
         read_truth(path)
