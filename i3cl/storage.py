@@ -94,8 +94,20 @@ def is_dir(url: str) -> bool:
     return bool(_some_keys(url)) or not s3.split(url)[1] if is_remote(url) else os.path.isdir(_local(url))
 
 
+def refuse_to_overwrite(out: str, *inputs: str | None) -> None:
+    """UserError when the file to write is one of those that are read, which would be lost. None and folders are passed over."""
+    there = is_remote(out) or os.path.exists(_local(out))
+    for each in filter(None, inputs if there else ()):
+        if is_remote(out) or is_remote(each):
+            same = out == each
+        else:
+            same = os.path.isfile(_local(each)) and os.path.samefile(_local(out), _local(each))
+        if same:
+            raise UserError(f"{out}: is read by this command and would be overwritten; choose another name for the output")
+
+
 def open_read(url: str) -> IO[bytes]:
-    """Open a seekable binary reader, which the caller closes. UserError when there is no such file."""
+    """Open a seekable binary reader, which the caller closes. UserError when there is no such file, or it is a named pipe."""
     if is_remote(url):
         file = s3.ask(url, lambda fs: fs.open(_path(url), "rb", block_size=_BLOCK, cache_type="readahead"))
         if file.details["type"] != "file":
@@ -104,7 +116,11 @@ def open_read(url: str) -> IO[bytes]:
         file.cache.fetcher = lambda start, end: s3.ask(url, lambda _: file._fetch_range(start, end))
         return file
     with _user_errors(url):
-        return open(_local(url), "rb")
+        path = _local(url)
+        # Opening a pipe to which nobody writes would wait for ever.
+        if stat.S_ISFIFO(os.stat(path).st_mode) and _descriptor(path) is None:
+            raise UserError(f"{url}: is a pipe, not a file; remove it, or give a file")
+        return open(path, "rb")
 
 
 def read_bytes(url: str) -> bytes:
@@ -539,6 +555,7 @@ _REMEDY = {
     errno.EPIPE: "whoever read the pipe has closed it",
     errno.EBUSY: "is in use, or a file or folder mounted by itself; choose another place",
     errno.ELOOP: "symbolic links form a loop",
+    errno.ENXIO: "is a socket, or a device that is not there; give a file",
 }
 
 

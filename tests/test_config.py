@@ -277,3 +277,34 @@ def test_every_setting_is_explained():
 def test_yaml_dump_is_plain():
     tree = yaml.safe_load(to_yaml(Settings()))
     assert tree["model"]["mean"] == [123.675, 116.28, 103.53]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  steps: 7\n  steps: 8\n", "line 3, column 3: not valid YAML (the key steps occurs twice)"),
+        ("data: {train: &a [*a]}\n", "alias (*) stands inside its own anchor"),
+        ("train: {steps: yes}\n", "train.steps: input should be a number, not True"),
+        ("train: {steps: 1:30}\n", "train.steps: input should be a valid integer"),
+        ("train: {learning_rate: .inf}\n", "train.learning_rate: input should be a finite number"),
+        ("name: ../x\n", "name: would lead out of the folder"),
+        ('name: "a\\nb"\n', "name: is empty or holds a line break"),
+        ("storage: ''\n", "storage: is empty"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_yaml_that_would_be_misread_is_refused(text, words, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "r.yaml")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_leading_zeros_are_decimal_and_merged_keys_may_be_given_again(tmp_path):
+    text = (
+        "name: 001\ntrain: {steps: 0100}\nlabel:\n  views:\n  - &v {short_side: 300}\n  - {<<: *v, flip: true, short_side: 200}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    found = load_settings(tmp_path / "r.yaml")
+    assert (found.name, found.train.steps) == ("001", 100)
+    assert [(view.short_side, view.flip) for view in found.label.views] == [(300, False), (200, True)]

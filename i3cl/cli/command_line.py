@@ -110,6 +110,7 @@ def run(
     complete(parser)
     with streams():
         options = parser.parse_intermixed_args(argv)
+        _refuse_empty(parser, options)
     with exit_status(parser.prog, resumes(options) if callable(resumes) else resumes):
         if options.config is not None:
             options.config = str(find_recipe(options.config))
@@ -124,6 +125,14 @@ def run(
         observe.begin(settings.name, parser.prog.split()[-1].removesuffix(".py"))
         with observe.console():
             work(settings, options)
+
+
+def _refuse_empty(parser: Parser, options: argparse.Namespace) -> None:
+    """End the process when an option is the empty text, as from a shell variable that is not set: as a path it is this folder."""
+    for action in parser._actions:
+        given = getattr(options, action.dest, None)
+        if action.option_strings and action.default != "" and "" in (given if isinstance(given, list) else [given]):
+            parser.error(f"argument {action.option_strings[0]}: is empty; give a value")
 
 
 @contextmanager

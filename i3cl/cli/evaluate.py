@@ -35,6 +35,9 @@ def _files(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl.evaluation.command import Options, check_over_ray, evaluate_files, evaluate_over_ray
 
     given = {each.name: getattr(options, each.name) for each in fields(Options)}
+    inputs = options.truth, options.results, options.against, *(options.choose_threshold_on or ())
+    for written in filter(None, (options.json, options.report)):
+        storage.refuse_to_overwrite(written, *inputs)
     asked = Options(**given | {"report": bool(options.report), "skip_bad": settings.data.skip_bad})
     if options.ray:
         check_over_ray(asked)

@@ -35,6 +35,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl.inference.predictor import Predictor
     from i3cl.inference.recipe import chosen_exif, describe_sizes, describe_tiles, given_size, recipe_of, test_size, tiles
 
+    if not 0 <= options.score <= 1:
+        raise UserError(f"--score {options.score:g}: give a number from 0 to 1")
     files = find_images(options.images)
     names = relative_names(files)
     numbers = art_numbers(files, names)
@@ -48,7 +50,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     # Without tiles as in folders that were begun before there were any.
     sizes = {"test size": str(test_size(recipe, given)), "data.tile": tile and describe_tiles(tile), "data.exif": exif}
     results = Results(out, {"checkpoint": _identity(options.checkpoint), "score": options.score, **sizes})
-    versions = [None if storage.is_remote(file) else storage.version(file) for file in files]
+    versions = [_version(file) for file in files]
     waiting = [index for index, file in enumerate(files) if not results.has(file, versions[index])]
     if len(waiting) < len(files):
         print(f"{len(files) - len(waiting)} of {len(files)} images have their result in {out} already", flush=True)
@@ -79,6 +81,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     for name, content in (("art.json", art), ("coco.json", coco), ("images.json", images)):
         storage.write_text_atomic(storage.join(out, name), json.dumps(content))
     bad = [row["error"] for row in rows if "error" in row]
+    if len(bad) == len(files):
+        raise UserError(f"{bad[0]}; none of the {len(files)} images can be read" if len(bad) > 1 else bad[0])
     for reason in bad:
         print(f"skipped {reason}")
     print(f"{len(files) - len(bad)} images, {len(coco)} texts: {out}")
@@ -102,7 +106,11 @@ def find_images(given: list[str]) -> list[str]:
             continue
         names = storage.list_dir(path)
         folders = set() if storage.is_remote(path) else {name for name in names if storage.is_dir(storage.join(path, name))}
-        found |= dict.fromkeys(storage.absolute(storage.join(path, n)) for n in names if is_image(n) and n not in folders)
+        special = [name for name in names if is_image(name) and name not in folders and _is_special(storage.join(path, name))]
+        images = [name for name in names if is_image(name) and name not in folders and name not in special]
+        found |= dict.fromkeys(storage.absolute(storage.join(path, name)) for name in images)
+        if special:
+            print(f"{path}: left out {len(special)} pipes, sockets or devices: {', '.join(special[:5])}")
         others = left_out([name for name in names if not is_image(name) and name not in folders])
         if others:
             print(f"{path}: {others}")
@@ -111,6 +119,23 @@ def find_images(given: list[str]) -> list[str]:
     if not found:
         raise UserError(f"{given[0]}: has no image ({', '.join(IMAGE_ENDINGS)})")
     return list(found)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path in a folder is a pipe, socket or device, reading which could wait for ever; a broken link is none."""
+    from i3cl import storage
+
+    return not storage.is_remote(path) and os.path.exists(path) and not os.path.isfile(path)
+
+
+def _version(file: str) -> str | None:
+    """As `storage.version`; None on S3, where it costs a request, and for links in a loop, which reading will tell."""
+    from i3cl import storage
+
+    try:
+        return None if storage.is_remote(file) else storage.version(file)
+    except UserError:
+        return None
 
 
 def relative_names(files: list[str]) -> list[str]:
@@ -146,12 +171,12 @@ def art_numbers(files: list[str], names: list[str]) -> list[int] | None:
 
 def picture_names(names: list[str]) -> list[str]:
     """Name of every image's picture: .jpg instead of its ending, or after it where two would be the same."""
-    stems = Counter(posixpath.splitext(name)[0] for name in names)
     relative = [name.partition("://")[2] if "://" in name else name.lstrip("/") for name in names]
-    return [
-        f"{r if stems[posixpath.splitext(name)[0]] > 1 else posixpath.splitext(r)[0]}.jpg"
-        for r, name in zip(relative, names, strict=True)
-    ]
+    pictures = [f"{posixpath.splitext(name)[0]}.jpg" for name in relative]
+    # Again and again: a.jpg beside a.png becomes a.jpg.jpg, which may be the picture of a.jpg.jpg.
+    while len(counts := Counter(pictures)) < len(set(relative)):
+        pictures = [f"{name}.jpg" if counts[picture] > 1 else picture for name, picture in zip(relative, pictures, strict=True)]
+    return pictures
 
 
 class Results:
@@ -170,16 +195,17 @@ class Results:
         self._written = time.monotonic()
         note = storage.join(self._folder, "job.json")
         if storage.exists(note):
-            there = json.loads(storage.read_text(note))
+            there = _own(storage.read_text(note), note, out)
             for key, value in claim.items():
                 if there.get(key, _ABSENT.get(key)) != value:
                     raise UserError(f"{out}: holds results of another {key}; name another --out, or remove the folder")
         else:
             storage.write_text_atomic(note, json.dumps(claim))
-        parts = [name for name in storage.list_dir(self._folder) if name.endswith(".jsonl")]
+        parts = [name for name in storage.list_dir(self._folder) if re.fullmatch(r"[0-9]+\.jsonl", name)]
         for name in parts:
-            for line in storage.read_text(storage.join(self._folder, name)).splitlines():
-                row = json.loads(line)
+            path = storage.join(self._folder, name)
+            for line in storage.read_text(path).splitlines():
+                row = _own(line, path, out, "file", "version")
                 self.rows[row["file"]] = row
         self._next = 1 + max((int(name.removesuffix(".jsonl")) for name in parts), default=-1)
 
@@ -204,6 +230,17 @@ class Results:
             self._next += 1
             self._new = []
         self._written = time.monotonic()
+
+
+def _own(text: str, path: str, out: str, *keys: str) -> dict[str, Any]:
+    """An object that an earlier run wrote to `path`, with these keys. UserError when it is damaged, or of something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise UserError(f"{path}: is damaged or was not written by predict; name another --out, or remove the folder {out}")
+    return found
 
 
 def _identity(checkpoint: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,6 +19,40 @@ from i3cl.errors import SettingsError
 PACKAGED = next((p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs") if p.is_dir()), None)
 """Folder of the recipes that are installed with the package; in a checkout, its folder configs/."""
 _NOT_RECIPES = {"datasets"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values, without two surprises of PyYAML.
+
+    A key may stand once only: of several, PyYAML would keep the last without a word. A number is decimal, or begins with 0x or
+    0b: PyYAML takes 0100 for 64 and 1:30 for 90.
+    """
+
+    # When the tree is composed, because merging (<<) adds keys to a mapping later.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} occurs twice", key.start_mark)
+            seen.add(name)
+        return node
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != _INT] for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789"))
+
+
+def _from_yaml(text: str) -> Any:
+    """The value of a YAML text. YAMLError or ValueError for other text."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def load_settings(config: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
@@ -85,13 +120,15 @@ def _parse(key: str, value: str) -> Any:
             return None
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             try:
-                quoted = yaml.safe_load(value)
+                quoted = _from_yaml(value)
             except yaml.YAMLError:
                 return value
             return quoted if isinstance(quoted, str) else value
         return value
     try:
-        return yaml.safe_load(value)
+        return _from_yaml(value)
+    except yaml.composer.ComposerError as error:
+        raise SettingsError(f"command line: {key}: the value {value!r} is not YAML ({error.problem})") from None
     except (yaml.YAMLError, ValueError):
         raise SettingsError(f"command line: {key}: the value {value!r} is not YAML; put it in quotes") from None
 
@@ -150,16 +187,20 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read ({error}); it must be a UTF-8 YAML file") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = _from_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise SettingsError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise SettingsError(f"{path}: {where}not valid YAML ({_reason(error)})") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise SettingsError(f"{path}: must be a mapping of settings, not a {type(tree).__name__}")
     return tree
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -254,7 +295,10 @@ def _origin(key: str, origin: str, overridden: set[str]) -> str:
 
 
 def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settings:
-    tree = _with_named_sources(tree, origin, overridden)
+    try:
+        tree = _with_named_sources(tree, origin, overridden)
+    except RecursionError:
+        raise SettingsError(f"{origin}: a YAML alias (*) stands inside its own anchor (&); write the value itself") from None
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:

@@ -8,9 +8,10 @@ one line that names the file, the key and the nearest right one. Units and meani
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -20,7 +21,27 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True)
+    # Infinity passes a lower bound, and no setting means it.
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would take `steps: yes` for 1.
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _plain_types(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("input should be a number")
+        return value
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """The types in an annotation such as int | None, without what stands inside of containers."""
+    if get_origin(annotation) is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _plain_types(part)}
+    return {annotation} if isinstance(annotation, type) else set()
 
 
 # ------------------------------------------------------------------------------------------------------------------ model
@@ -863,3 +884,12 @@ class Settings(_Settings):
     selftrain: SelfTrainSettings = SelfTrainSettings()
     scene_text: SceneTextSettings = SceneTextSettings()
     """Sets that `prepare.py scene-text` writes."""
+
+    @field_validator("name", "storage")
+    @classmethod
+    def _usable_in_a_path(cls, text: str, info: ValidationInfo) -> str:
+        if not text.strip() or any(ord(character) < 32 for character in text):
+            raise ValueError("is empty or holds a line break or another control character")
+        if info.field_name == "name" and (text.startswith(("/", "~")) or ".." in text.split("/")):
+            raise ValueError("would lead out of the folder that storage names; write a name without .. or / at its beginning")
+        return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import islice
+from numbers import Integral, Real
 
 import torch
 
@@ -28,6 +29,10 @@ def load(checkpoint: str | os.PathLike[str] = DEFAULT, device: str | torch.devic
     """
     if not isinstance(checkpoint, str | os.PathLike):
         raise UserError(f"checkpoint: got {describe(checkpoint)}; it takes the path or URL of a checkpoint directory")
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: got {device!r}; it takes a device of PyTorch, such as cpu or cuda") from None
     return predictor.load(os.fspath(checkpoint), device)
 
 
@@ -51,8 +56,15 @@ def detect(
             takes their pixels as stored; None: as data.exif in the model's recipe. Arrays are never turned.
 
     Raises:
-        UserError: an image cannot be read, or is something else; the message says what it got and what it takes.
+        UserError: an image cannot be read, or is something else; the message says what it got and what it takes. Also for a
+            threshold or a batch that makes no sense.
     """
+    if not isinstance(model, I3CL):
+        raise UserError(f"model: got {describe(model)}; it takes a network, as i3cl.load gives it")
+    if not isinstance(score_threshold, Real) or not 0 <= score_threshold <= 1:
+        raise UserError(f"score_threshold: got {score_threshold!r}; it takes a number from 0 to 1")
+    if not isinstance(batch, Integral) or batch < 1:
+        raise UserError(f"batch: got {batch!r}; it takes a whole number from 1")
     found: list[Detections] = []
     waiting = as_images(images)
     if upright is None:

@@ -103,7 +103,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
     leave out.
     """
     own = module.state_dict()
-    loaded = [name for name, value in own.items() if name in tensors and tensors[name].shape == value.shape]
+    loaded = [name for name, value in own.items() if name in tensors and _fits(tensors[name], value)]
     fitting = set(loaded)
     weights = [name for name in own if not name.endswith("num_batches_tracked")]
     needed = [name for name in weights if not optional or not name.startswith(optional)]
@@ -120,6 +120,11 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str, 
         [name for name in weights if name not in fitting],
         [name for name in tensors if name not in fitting],
     )
+
+
+def _fits(given: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has the shape and kind of number of the model's own: quantised weights are whole numbers."""
+    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
 
 
 def _example(names: Mapping[str, Tensor]) -> str:

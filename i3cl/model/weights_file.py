@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def _read_torch(path: Path, source: str, start: bytes) -> Any:
     """What torch.save stored. The texts of torch's own errors are not shown: they advise to unpickle everything."""
     try:
         # From an open file: torch judges a path by its ending.
-        with path.open("rb") as file, torch.serialization.safe_globals(_PLAIN):
+        with path.open("rb") as file, torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; the message below says so
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error)

@@ -48,6 +48,7 @@ def write_contact_sheet(
     ending = "." + path.rsplit(".", 1)[-1].lower()
     if ending not in (".jpg", ".jpeg", ".png", ".webp"):
         raise UserError(f"{path}: the sheet's name must end with .jpg, .png or .webp")
+    storage.refuse_to_overwrite(path, *(dataset.path(record) for record in dataset.records))
     encoded, data = cv2.imencode(ending, contact_sheet(dataset, count, columns, tile, upright=upright)[:, :, ::-1])
     assert encoded
     storage.write_bytes_atomic(path, data.tobytes())

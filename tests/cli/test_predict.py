@@ -176,3 +176,42 @@ def test_a_stopped_run_continues(tiny_checkpoints, tiny_set, tmp_path, number):
     assert f"{stored} of 40 images have their result" in done.stdout
     assert done.stdout.count(" texts\n") == 40 - stored
     assert len(read(out, "art.json")) == 40
+
+
+def test_pipes_are_left_out_and_named(call, tiny_set, tmp_path):
+    images = copies(tiny_set, tmp_path / "a", "x.jpg")
+    os.mkfifo(images / "pipe.jpg")
+    (images / "loop.jpg").symlink_to("loop.jpg")
+    status, printed, _ = call(images, out=tmp_path / "out")
+    assert status == 0 and set(read(tmp_path / "out", "art.json")) == {"x.jpg"}
+    assert "left out 1 pipes, sockets or devices: pipe.jpg" in printed and "loop.jpg: symbolic links form a loop" in printed
+
+
+def test_no_readable_image_is_a_mistake(call, tmp_path):
+    (tmp_path / "x.jpg").write_text("<html>")
+    status, _, said = call(tmp_path / "x.jpg", out=tmp_path / "out")
+    assert status == 2 and "x.jpg: not an image in a known format" in said
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-1", "1.5"])
+def test_scores_out_of_range_are_refused(call, tiny_set, tmp_path, score):
+    status, _, said = call(tiny_set / "images" / "0.jpg", out=tmp_path / "out", score=score)
+    assert status == 2 and f"--score {score}: give a number from 0 to 1" in said
+
+
+def test_every_image_has_a_picture_of_its_own():
+    names = ["a.jpg", "a.png", "a.jpg.jpg", "b.jpg", "b.jpg.png", "c.jpg"]
+    assert len(set(predict.picture_names(names))) == 6 and predict.picture_names(["x/c.png"]) == ["x/c.jpg"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("job.json", "{"), ("000000.jsonl", '{"file": 1')])
+def test_damaged_results_of_an_earlier_run_are_named(call, tiny_set, tmp_path, name, content):
+    (tmp_path / "out/parts").mkdir(parents=True)
+    (tmp_path / "out/parts" / name).write_text(content)
+    status, _, said = call(tiny_set / "images" / "0.jpg", out=tmp_path / "out")
+    assert status == 2 and f"{name}: is damaged or was not written by predict" in said
+
+
+def test_an_empty_option_is_refused(call, tmp_path):
+    status, _, said = call("", out=tmp_path / "out")
+    assert status == 2 and "argument --images: is empty" in said

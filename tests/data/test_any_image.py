@@ -123,3 +123,27 @@ def test_endings():
         "left out 2 without the ending of an image: a.txt, b.heic; photographs in .heic are read once the package pillow-heif is "
         "installed"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"score_threshold": float("nan")}, "score_threshold: got nan"),
+        ({"score_threshold": "0.5"}, "score_threshold: got '0.5'"),
+        ({"batch": 0}, "batch: got 0"),
+    ],
+)
+def test_detect_refuses_thresholds_and_batches_that_make_no_sense(options, words, tiny_checkpoints):
+    import i3cl
+
+    with pytest.raises(UserError, match=words):
+        i3cl.detect(i3cl.load(tiny_checkpoints["a"]), [], **options)
+
+
+def test_a_name_is_no_model_and_a_device_is_checked(tiny_checkpoints):
+    import i3cl
+
+    with pytest.raises(UserError, match="model: got an object of type str"):
+        i3cl.detect("lite0-scene", [])
+    with pytest.raises(UserError, match="device: got 'gpu'"):
+        i3cl.load(tiny_checkpoints["a"], device="gpu")

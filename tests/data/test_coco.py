@@ -619,3 +619,9 @@ def test_twenty_thousand_annotations_take_a_second_or_two(tmp_path):
     print(f"reading 20,000 annotations: {seconds:.1f} s")
     assert sum(len(r.instances) for r in data.records) == 20_000
     assert seconds < 10
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    (tmp_path / "s.json").write_text('{"images": [], "annotations": [], "images": []}')
+    with pytest.raises(UserError, match=r"s\.json: key 'images' occurs twice"):
+        read_coco(str(tmp_path / "s.json"), "")

@@ -393,7 +393,7 @@ def test_cvat_shapes_and_its_zip(pseudo, tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "options", "message"),
     [
-        ('<polygon label="text" points="1,1;2"/>', {}, "region 1: a polygon has 3 numbers"),
+        ('<polygon label="text" points="1,1;2"/>', {}, "region 1: has a point that is not x,y"),
         ('<polygon label="text" points="1,1;x,2;3,3"/>', {}, "not a number"),
         ('<polygon label="text" points="1,1;nan,2;3,3"/>', {}, "not a number"),
         ('<polygon points="1,1;9,2;3,3"/>', {}, "label is missing"),
@@ -589,3 +589,99 @@ def test_a_source_that_is_nothing(tmp_path):
         read_labels(str(tmp_path / "none"))
     with pytest.raises(UserError, match="no Parquet"):
         read_labels(str(tmp_path))
+
+
+def one_image(tmp_path, name: str = "a.jpg", text: str | None = None) -> str:
+    path = str(tmp_path / "base.json")
+    word = Instance(np.array([[100, 10], [150, 10], [150, 30]], np.float32), text=text)
+    write_coco(path, [ImageRecord(1, name, 100, 200, (word,))])
+    return path
+
+
+def label_txt(tmp_path, name: str = "a.jpg", **more) -> str:
+    path = tmp_path / "Label.txt"
+    item = {"transcription": "HI", "points": [[10, 10], [60, 10], [60, 30], [10, 30]], **more}
+    path.write_text(f"{name}\t{json.dumps([item])}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("known", ["\u00e9.jpg", "e\u0301.jpg"])
+def test_accents_written_as_one_or_as_two_characters_name_the_same_image(known, tmp_path):
+    other = "e\u0301.jpg" if known == "\u00e9.jpg" else "\u00e9.jpg"
+    done = import_corrections("paddle", label_txt(tmp_path, other), one_image(tmp_path, known), str(tmp_path / "c.json"))
+    assert (done.corrected, done.instances) == (1, 1)
+
+
+@pytest.mark.parametrize(("difficult", "ignored"), [(1, 1), (True, 1), (0, 0), (None, 0)])
+def test_difficult_in_a_label_txt_may_be_a_number(difficult, ignored, tmp_path):
+    source = label_txt(tmp_path, difficult=difficult)
+    assert import_corrections("paddle", source, one_image(tmp_path), str(tmp_path / "c.json")).ignored == ignored
+
+
+def test_difficult_as_a_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="line 1: region 1: difficult is 'true'"):
+        source = label_txt(tmp_path, difficult="true")
+        import_corrections("paddle", source, one_image(tmp_path), str(tmp_path / "c.json"))
+
+
+def test_a_decimal_comma_is_not_two_corners(pseudo, tmp_path):
+    source = cvat(tmp_path, '<polygon label="text" points="10,5,10,5;60,10;60,30"/>')
+    with pytest.raises(UserError, match="region 1: has a point that is not x,y"):
+        import_corrections("cvat", source, pseudo, str(tmp_path / "c.json"))
+
+
+def test_cvat_zip_without_its_ending(pseudo, tmp_path):
+    source = cvat(tmp_path, '<polygon label="text" points="1,1;9.5,1;9,9"/>')
+    with zipfile.ZipFile(tmp_path / "task_12", "w") as archive:
+        archive.write(source, "annotations.xml")
+    assert import_corrections("cvat", str(tmp_path / "task_12"), pseudo, str(tmp_path / "c.json")).instances == 1
+
+
+def test_cvat_export_has_no_character_that_xml_forbids(tmp_path):
+    source = one_image(tmp_path, text="A\uffff\ufffe\x1bB<&>")
+    export_labels("cvat", source, str(tmp_path / "o.xml"))
+    assert fromstring((tmp_path / "o.xml").read_bytes()).findtext("image/polygon/attribute") == "AB<&>"
+    with pytest.raises(UserError, match="XML cannot hold; rename"):
+        export_labels("cvat", one_image(tmp_path, "a\uffff.jpg"), str(tmp_path / "o.xml"))
+
+
+def test_a_parameter_of_a_signed_address_is_not_the_image(tmp_path):
+    shape = region("polygonlabels", {"points": [[10, 10], [50, 10], [50, 50]], "polygonlabels": ["text"]})
+    shape |= {"original_width": 200, "original_height": 100}
+    source = tasks(tmp_path, {"result": [shape]}, data={"image": "https://host/x/a.jpg?signature=1&d=2"})
+    assert import_corrections("label-studio", source, one_image(tmp_path), str(tmp_path / "c.json")).instances == 1
+
+
+def test_turned_boxes_of_x_anylabeling(tmp_path):
+    shape = {"label": "text", "shape_type": "rotation", "points": [[10, 10], [60, 10], [60, 30], [10, 30]], "direction": 0.1}
+    (tmp_path / "a.json").write_text(json.dumps({"imagePath": "a.jpg", "shapes": [shape]}))
+    base, out = one_image(tmp_path), str(tmp_path / "c.json")
+    assert import_corrections("labelme", str(tmp_path / "a.json"), base, out).instances == 1
+    found = read_coco(out, "", check_files=False).records[0].instances[0]
+    assert geometry.polygon_area(found.polygon) == 1000
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"imagePath": "a.jpg", "shapes": [1], "shapes": []}')
+    with pytest.raises(UserError, match="key 'shapes' occurs twice"):
+        import_corrections("labelme", str(tmp_path / "a.json"), one_image(tmp_path), str(tmp_path / "c.json"))
+
+
+def test_an_export_does_not_replace_its_source(pseudo, tmp_path):
+    before = Path(pseudo).read_bytes()
+    (tmp_path / "link.json").symlink_to(pseudo)
+    for format, out in (("paddle", pseudo), ("label-studio", str(tmp_path / "link.json"))):
+        with pytest.raises(UserError, match="would be overwritten"):
+            export_labels(format, pseudo, out)
+    assert Path(pseudo).read_bytes() == before
+    source = label_txt(tmp_path)
+    with pytest.raises(UserError, match="would be overwritten"):
+        import_corrections("paddle", source, one_image(tmp_path), source)
+
+
+def test_images_that_could_not_be_predicted_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    records = [ImageRecord(1, "a.jpg", 10, 10), ImageRecord(2, "broken.jpg", 0, 0)]
+    FORMATS["paddle"].write(str(tmp_path / "Label.txt"), records, ExportOptions())
+    assert (tmp_path / "Label.txt").read_text() == "a.jpg\t[]\n"
+    assert "left out 1 images that could not be read when they were predicted: broken.jpg" in caplog.text

@@ -108,3 +108,8 @@ def test_a_smaller_copy_is_found(tmp_path, tiny_set, caplog):
         report_duplicates(ours, (ours[0], str(tmp_path)), 4)
     with pytest.raises(UserError, match="--distance"):
         report_duplicates(ours, ours, 30)
+
+
+def test_removal_lists_know_every_ending_of_an_image(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jfif\nx\\b.JPE\nc.d\n")
+    assert read_removals(str(tmp_path / "list.txt")) == ({"a", "b", "c.d"}, set())

@@ -419,3 +419,55 @@ def test_coco_ids_and_numbers(tmp_path):
     assert [len(s.detections) for s in by_id.images] == [1, 0]
     by_name = pair(truth, read_results(write(tmp_path / "a.json", {"res_5": [{"points": RING, "confidence": 1}]})))
     assert [len(s.detections) for s in by_name.images] == [0, 1]
+
+
+def result(**more):
+    return {"image_id": 1, "category_id": 1, "score": 0.9, "bbox": [10, 10, 50, 20], **more}
+
+
+def test_results_of_several_categories_are_refused(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([result(), result(category_id=44)]))
+    with pytest.raises(UserError, match="result 2 has category_id 44 and result 1 1"):
+        read_results(str(path))
+
+
+def test_image_ids_may_be_written_with_a_point_and_boxes_not_from_the_other_corner(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([result(image_id=1.0)]))
+    assert read_results(str(path)).images[0].id == 1
+    path.write_text(json.dumps([result(bbox=[60, 30, -50, -20])]))
+    with pytest.raises(UserError, match="result 1: bbox is -50 x -20"):
+        read_results(str(path))
+
+
+def test_illegibility_as_a_text_is_refused(tmp_path):
+    path = tmp_path / "t.json"
+    ring = [[10, 10], [60, 10], [60, 30]]
+    path.write_text(json.dumps({"gt_1": [{"points": ring, "transcription": "a", "illegibility": "false"}]}))
+    with pytest.raises(UserError, match="gt_1: instance 1: illegibility is 'false'"):
+        read_truth(str(path))
+
+
+def test_two_rings_do_not_become_one_polygon(tmp_path):
+    path = tmp_path / "r.json"
+    one, other = [[10, 10], [60, 10], [60, 30]], [[100, 50], [160, 50], [160, 80]]
+    path.write_text(json.dumps({"res_1": [{"points": [one, other], "confidence": 1}]}))
+    with pytest.raises(UserError, match="res_1: polygon 1: points are several lists"):
+        read_results(str(path))
+    # A contour of OpenCV has a dimension of length 1 in the middle.
+    path.write_text(json.dumps({"res_1": [{"points": [[point] for point in one], "confidence": 1}]}))
+    assert read_results(str(path)).images[0].polygons[0].tolist() == one
+
+
+def test_accents_and_other_endings_pair(tmp_path):
+    line = "10,10,60,10,60,30,10,30"
+    truth = read_truth(folder(tmp_path / "t", **{"gt_\u00e9.txt": f"{line},x\n", "gt_b.txt": f"{line},y\n"}))
+    paired = pair(truth, read_results(folder(tmp_path / "r", **{"res_e\u0301.txt": f"{line}\n", "res_b.txt": f"{line}\n"})))
+    assert [len(image.detections) for image in paired.images] == [1, 1]
+
+
+def test_line_ends_of_old_macintosh_files_are_named(tmp_path):
+    path = folder(tmp_path / "t", **{"gt_1.txt": "10,10,60,10,60,30,10,30,a\r20,20,60,20,60,30,20,30,b\r"})
+    with pytest.raises(UserError, match=r"gt_1.*: line 1: holds a CR"):
+        read_truth(path)

@@ -7,7 +7,9 @@ them, and one line in registry.py.
 from __future__ import annotations
 
 import json
+import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -20,6 +22,8 @@ from i3cl import storage
 from i3cl.data.formats.checks import is_companion, shown
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TEXT = "text"
 """Label of a text instance; every other label is an ignore region."""
@@ -119,17 +123,16 @@ def box_points(x0: float, y0: float, x1: float, y1: float, degrees: float = 0.0,
 
 
 def with_size(records: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
-    """The records without images of unknown size: those that could not be read when they were predicted."""
-    return (record for record in records if record.height and record.width)
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. UserError that names `where` when it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: not usable JSON ({reason}); is it complete?") from None
+    """The records without images of unknown size: those that could not be read when they were predicted. Logs which these are."""
+    left_out = []
+    for record in records:
+        if record.height and record.width:
+            yield record
+        else:
+            left_out.append(record.file_name)
+    if left_out:
+        names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        logger.info("left out %d images that could not be read when they were predicted: %s", len(left_out), names)
 
 
 def dumps(value: Any) -> str:
@@ -143,7 +146,7 @@ class ImageNames:
     def __init__(self, names: Iterable[str], base: str, prefix: str = "") -> None:
         self.base, self.prefix = base, prefix
         self.names = set(names)
-        self._last: Mapping[str, list[str]] | None = None
+        self._ends: Mapping[str, list[str]] | None = None
 
     def find(self, name: str, where: str) -> str:
         """The file name in the base set. UserError when none or several fit."""
@@ -151,21 +154,27 @@ class ImageNames:
             name = name[len(self.prefix) :]
         if name in self.names:
             return name
-        if self._last is None:
+        if self._ends is None:
             ends: dict[str, list[str]] = {}
             for known in self.names:
-                ends.setdefault(PurePosixPath(known).name, []).append(known)
-            self._last = ends
-        last = name.replace("\\", "/").rsplit("/", 1)[-1]
+                ends.setdefault(_composed(PurePosixPath(known).name), []).append(known)
+            self._ends = ends
+        name = _composed(name.replace("\\", "/"))
+        last = name.rsplit("/", 1)[-1]
         # Label Studio puts eight hexadecimal digits before the name of an uploaded file.
         for ending in (last, re.sub(r"^[0-9a-f]{8}-", "", last)):
-            found = self._last.get(ending, [])
-            fitting = [known for known in found if ("/" + name).endswith("/" + known)] or found
+            found = self._ends.get(ending, [])
+            fitting = [known for known in found if ("/" + name).endswith("/" + _composed(known))] or found
             if len(fitting) > 1:
                 raise UserError(f"{where}: image {shown(name)} may be {fitting[0]} or {fitting[1]}; give --image-url-prefix")
             if fitting:
                 return fitting[0]
         raise UserError(f"{where}: image {shown(name)} is not in {self.base}; give the set that was exported")
+
+
+def _composed(name: str) -> str:
+    """A name with its accents in one form: macOS writes é as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def files_under(source: str, suffix: str) -> list[str]:

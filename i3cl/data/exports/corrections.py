@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from i3cl import storage
 from i3cl.data.exports.common import IGNORE, TEXT, UNREADABLE, ImageNames, Region, Reviewed, are_numbers
 from i3cl.data.exports.registry import REVIEW_FORMATS
 from i3cl.data.formats.checks import (
@@ -61,6 +62,7 @@ def import_corrections(
     """
     read = REVIEW_FORMATS[format].read
     assert read is not None, "that is what makes it a review format"
+    storage.refuse_to_overwrite(out, source)
     records = read_for_command(base, skip_bad=skip_bad).records
     names = ImageNames((record.file_name for record in records), base, prefix)
     reviewed: dict[str, Reviewed] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from i3cl.errors import UserError
 _MAX_XML = 4 << 30
 """Bytes; a zip whose xml unpacks to more is refused."""
 _NOT_REGIONS = {"tag", "attribute"}
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that cannot stand in XML, not even escaped."""
 
 
 def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> str:
@@ -36,6 +39,8 @@ def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> s
     with storage.atomic_file(out) as file:
         file.write(b'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
         for count, record in enumerate(with_size(records), 1):
+            if _NOT_XML.search(record.file_name):
+                raise UserError(f"{shown(record.file_name)}: has a character that XML cannot hold; rename the image")
             file.write(_image(record, count - 1, options.prefix).encode())
         file.write(b"</annotations>\n")
     return f"{count} images"
@@ -59,8 +64,7 @@ def _attributes(instance: Instance) -> str:
     values = {"score": score, "votes": instance.votes, "text": instance.text}
     if instance.problem is not None:
         values["problem"] = "{} {:.2f}".format(*instance.problem)
-    # Control characters cannot stand in XML, not even escaped.
-    clean = {key: "".join(c for c in str(value) if c >= " " or c in "\t\n") for key, value in values.items() if value is not None}
+    clean = {key: _NOT_XML.sub("", str(value)) for key, value in values.items() if value is not None}
     return "".join(f'<attribute name="{key}">{escape(value)}</attribute>' for key, value in clean.items())
 
 
@@ -94,7 +98,11 @@ def read(source: str) -> Iterator[Reviewed]:
 @contextmanager
 def _opened(source: str) -> Iterator[IO[bytes]]:
     with storage.open_read(source) as file:
-        if not source.lower().endswith(".zip"):
+        zipped = source.lower().endswith(".zip")
+        if not zipped and file.seekable():  # a browser may have saved it without its ending
+            zipped = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+        if not zipped:
             yield file
             return
         try:
@@ -129,7 +137,11 @@ def _region(shape: Any) -> Region:
         label = "occluded"
     try:
         if shape.tag == "polygon":
-            return Region(_numbers(shape.get("points", "").replace(";", ",").split(",")), label, text)
+            pairs = [point.split(",") for point in shape.get("points", "").split(";")]
+            # A decimal comma makes four numbers of two, which would be two corners.
+            if any(len(pair) != 2 for pair in pairs):
+                return Region(None, label, fault="has a point that is not x,y")
+            return Region(_numbers([word for pair in pairs for word in pair]), label, text)
         if shape.tag == "box":
             x0, y0, x1, y1 = _numbers([shape.get(key, "") for key in ("xtl", "ytl", "xbr", "ybr")])
             (turn,) = _numbers([shape.get("rotation", "0")])

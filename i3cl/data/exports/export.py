@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import shapely
 
-from i3cl import geometry
+from i3cl import geometry, storage
 from i3cl.data.exports.common import ExportOptions
 from i3cl.data.exports.registry import FORMATS, REVIEW_FORMATS
 from i3cl.data.exports.sources import read_labels
@@ -43,6 +43,8 @@ def export_labels(
     what comes back from a review replaces all labels. UserError from the readers and writers.
     """
     chosen = FORMATS[format]
+    if format != "coco":  # which gives back all that it reads
+        storage.refuse_to_overwrite(out, source)
     threshold = chosen.score if score is None else score
     records: Iterable[ImageRecord] = read_labels(source, member=member, score=threshold, skip_bad=skip_bad, join=join)
     awkward = _Awkward()

@@ -22,10 +22,9 @@ from i3cl.data.exports.common import (
     dumps,
     flat_points,
     label_of,
-    parse_json,
     with_size,
 )
-from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.checks import kind_of, parse_json, shown
 from i3cl.data.formats.records import ImageRecord
 from i3cl.data.loading.endings import IMAGE_ENDINGS
 from i3cl.errors import UserError
@@ -215,7 +214,8 @@ def _name_in(url: str) -> str:
         return url
     try:
         parts = urlsplit(url)
-        inside = parse_qs(parts.query).get("d")
+        # Other addresses may have a parameter d too.
+        inside = parse_qs(parts.query).get("d") if "local-files" in parts.path else None
     except ValueError:
         return url
     return inside[0] if inside else unquote(parts.path)

@@ -20,11 +20,10 @@ from i3cl.data.exports.common import (
     files_under,
     flat_points,
     label_of,
-    parse_json,
     points_of,
     with_size,
 )
-from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.checks import kind_of, parse_json, shown
 from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import UserError
 
@@ -119,7 +118,8 @@ def _region(shape: Any) -> Region:
     kind, points, label = shape.get("shape_type", "polygon"), flat_points(shape.get("points")), shape.get("label")
     text = shape.get("description")
     text = text if isinstance(text, str) and text else None
-    if kind == "polygon":
+    # X-AnyLabeling, which writes LabelMe's files, calls a turned box a "rotation" and gives its four corners.
+    if kind in ("polygon", "rotation"):
         return Region(points, label, text)
     if kind == "rectangle":
         if len(points) != 4:

@@ -16,10 +16,10 @@ from i3cl.data.exports.common import (
     Reviewed,
     dumps,
     flat_points,
-    parse_json,
     points_of,
+    with_size,
 )
-from i3cl.data.formats.checks import kind_of, shown
+from i3cl.data.formats.checks import BadItem, flag, kind_of, parse_json, shown
 from i3cl.data.formats.records import ImageRecord
 from i3cl.errors import UserError
 
@@ -31,7 +31,7 @@ def write(out: str, records: Iterable[ImageRecord], options: ExportOptions) -> s
     """
     count = 0
     with storage.atomic_file(out) as file:
-        for record in records:
+        for record in with_size(records):
             count += 1
             items = [
                 {
@@ -55,7 +55,7 @@ def read(source: str) -> Iterator[Reviewed]:
         name, tab, rest = line.rstrip("\r").partition("\t")
         if not tab or not name:
             raise UserError(f"{where}: is not a path, a tab and a JSON list; is it a Label.txt?")
-        items = parse_json(rest, where)
+        items = parse_json(rest, where, lines=False)
         if not isinstance(items, list):
             raise UserError(f"{where}: is {kind_of(items)}, not a list of texts")
         yield Reviewed(name, where, [_region(item) for item in items])
@@ -67,7 +67,10 @@ def _region(item: Any) -> Region:
     text = item.get("transcription", "")
     if not isinstance(text, str):
         return Region(None, fault=f"has the transcription {shown(text)}; write text")
-    ignore = text in (UNREADABLE, "*") or item.get("difficult") is True
+    try:
+        ignore = flag(item, "difficult") or text in (UNREADABLE, "*")
+    except BadItem as error:
+        return Region(None, fault=error.message)
     return Region(flat_points(item.get("points")), IGNORE if ignore else TEXT, None if ignore else text or None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import posixpath
 import re
@@ -92,6 +93,34 @@ class PresentFiles:
         return storage.is_file(storage.join(self.root, name)) if self._listed is None else name in self._listed
 
 
+def parse_json(text: str, where: str, *, lines: bool = True) -> Any:
+    """The value of a JSON text. UserError, naming `where`, for other text and for a key that occurs twice in one object.
+
+    Of such a key json would keep the last value without a word. lines: the message says the line; False for a text of one line.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise UserError(f"{where}: key {shown(twice)} occurs twice; correct the file")
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        instead = storage.stand_in(text[:512].encode("utf-8", "replace"))
+        if instead:
+            raise UserError(f"{where}: {instead}") from None
+        place = f"line {error.lineno} column {error.colno}" if lines else f"column {error.colno}"
+        raise UserError(f"{where}: {place}: not valid JSON ({error.msg}); is the file complete?") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply for annotations") from None
+    except ValueError as error:  # e.g. an integer of thousands of digits
+        raise UserError(f"{where}: not usable JSON ({' '.join(str(error).split())})") from None
+
+
 def identity_of(entry: Any) -> int:
     """The id of an image or annotation. BadItem when it is not an object or has no whole number as id."""
     if not isinstance(entry, dict):
@@ -146,7 +175,7 @@ def checked_instance(entry: dict[str, Any], categories: dict[int, bool], height:
         raise BadItem("unknown category", f"category_id {given} is not in categories; use the id of 'text'")
     if not categories[category]:
         raise BadItem(OTHER_CATEGORY, f"category_id {category} is not 'text'; only text is read, remove this")
-    ignore = _flag(entry, "iscrowd") | _flag(entry, "ignore")
+    ignore = flag(entry, "iscrowd") | flag(entry, "ignore")
     lossweight = _number(entry, "lossweight", 0.0, math.inf, "a finite number from 0")
     outlineweight = _number(entry, "outlineweight", 0.0, math.inf, "a finite number from 0")
     score = _number(entry, "score", 0.0, 1.0, "a number from 0 to 1")
@@ -303,7 +332,8 @@ def whole_number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63 else None
 
 
-def _flag(entry: dict[str, Any], key: str) -> bool:
+def flag(entry: dict[str, Any], key: str) -> bool:
+    """entry[key] as a bool, False when it is missing. BadItem unless it is true, false, 0 or 1: a text 'false' would be true."""
     value = entry.get(key)
     if value is None:
         return False

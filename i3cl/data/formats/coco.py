@@ -39,6 +39,7 @@ from i3cl.data.formats.checks import (
     may_hide_text,
     named,
     nothing_read,
+    parse_json,
     same_file,
     set_name,
     shown,
@@ -76,7 +77,7 @@ def read_coco(
             lossweight=lossweight,
             same_files=same_files,
         )
-    content = _parse_json(annotations)
+    content = parse_json(storage.read_text(annotations), annotations)
     if not isinstance(content, dict):
         raise UserError(f"{annotations}: is {kind_of(content)}, not a COCO object with images and annotations")
     images = _list_of(content, "images", annotations, required=True)
@@ -156,20 +157,6 @@ def _read_heads(
         faults.bad(f"{annotations}: image {first}", same_file(other, heads.pop(first)[0]))
         bad.add(first)
     return heads, bad
-
-
-def _parse_json(path: str) -> Any:
-    text = storage.read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); is the file complete?"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path}: JSON nested too deeply for an annotation file") from None
-    except ValueError as error:  # e.g. an integer of thousands of digits
-        raise UserError(f"{path}: not usable JSON ({error})") from None
 
 
 def _list_of(content: dict[str, Any], key: str, path: str, required: bool) -> list[Any]:

@@ -105,6 +105,8 @@ class Folder:
         if self._names is None:
             found = storage.list_files(self.root) if storage.is_remote(self.root) else _walk(self.path(""))
             self._names = sorted(n for n in found if not is_companion(n))
+        if not self._names and storage.is_file(self.root):
+            raise UserError(f"{self.root}: is a file and none of .zip, .tar, .tar.gz and .tgz; unpack it and give the folder")
         if not self._names:
             raise UserError(f"{self.root}: no such folder, or nothing in it; give the folder of the download")
         return self._names

@@ -5,7 +5,6 @@ Every fault is a UserError that names the place; nothing takes more than linear 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
+from i3cl.data.formats import checks
 from i3cl.data.formats.checks import shown
 from i3cl.errors import UserError
 
@@ -36,9 +36,14 @@ def decode(data: bytes, where: str) -> str:
 
 
 def lines(data: bytes, where: str) -> Iterator[tuple[str, str]]:
-    """(place, line) of every line that is not blank. Only LF and CRLF end a line: transcriptions may hold other separators."""
+    """(place, line) of every line that is not blank. Only LF and CRLF end a line: transcriptions may hold other separators.
+
+    UserError for CR within a line: it ends the lines of old Macintosh files, which would be one line here.
+    """
     for number, line in enumerate(decode(data, where).split("\n"), 1):
-        line = line.removesuffix("\r")
+        line = line.rstrip("\r")
+        if "\r" in line:
+            raise UserError(f"{where}: line {number}: holds a CR, the line end of old Macintosh files; save it with LF or CRLF")
         if line.strip():
             yield f"{where}: line {number}", line
 
@@ -85,25 +90,7 @@ def unquoted(text: str) -> str:
 
 def parse_json(data: bytes | str, where: str) -> Any:
     """A json value. UserError for broken text, a key that occurs twice, and nesting deeper than any label file has."""
-    text = decode(data, where) if isinstance(data, bytes) else data
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise UserError(f"{where}: key {shown(twice)} occurs twice; correct the file")
-        return result
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{where}: {place}: not valid JSON ({error.msg}); is the file complete?") from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deeply for a label file") from None
-    except ValueError as error:  # e.g. an integer of thousands of digits
-        raise UserError(f"{where}: not usable JSON ({' '.join(str(error).split())})") from None
+    return checks.parse_json(decode(data, where) if isinstance(data, bytes) else data, where)
 
 
 def a_list(value: Any, where: str) -> list[Any]:

@@ -39,6 +39,15 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS) and not posixpath.basename(name).startswith("._")
 
 
+_KNOWN = {*IMAGE_ENDINGS, *HEIF_ENDINGS, ".avif", ".txt", ".json", ".xml", ".mat"}
+
+
+def without_ending(name: str) -> str:
+    """A file's name without its folders and without the ending of an image or label file; other endings are part of the name."""
+    base, ending = posixpath.splitext(name.replace("\\", "/").rsplit("/", 1)[-1])
+    return base if ending.lower() in _KNOWN else base + ending
+
+
 def images_in(folder: str) -> list[str]:
     """Names of the images directly in a folder (local or s3://). UserError when there is none."""
     from i3cl import storage  # here, so that endings are known where the libraries of S3 are not installed

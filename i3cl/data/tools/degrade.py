@@ -131,6 +131,8 @@ def write_degraded(
     for record in dataset.records:
         if not skip_bad and not record.file_name.lower().endswith(_ENDINGS):
             raise UserError(f"{record.file_name}: {_NOT_WRITTEN}, or leave it out with --skip-bad")
+    if storage.absolute(storage.join(folder, "images")) == storage.absolute(dataset.images_root):
+        raise UserError(f"{folder}: its folder images/ holds the images to degrade; choose another folder")
     annotations, note = storage.join(folder, "set.json"), storage.join(folder, "degrade.json")
     content = {"kind": kind, "seed": seed, "images_root": dataset.images_root, "images": len(dataset.records)}
     if upright:

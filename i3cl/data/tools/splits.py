@@ -20,6 +20,7 @@ from i3cl import storage
 from i3cl.data.formats.coco import read_for_command, write_coco
 from i3cl.data.formats.records import Dataset, ImageRecord, TableRecords
 from i3cl.data.formats.table import write_shards
+from i3cl.data.loading.endings import without_ending
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.errors import UserError
 
@@ -83,7 +84,7 @@ def read_removals(listed: str) -> tuple[set[str], set[int]]:
             continue
         words = [word for word in re.split(r"[\s,;]+|->", line.strip()) if word]
         for word in words[int(column) - 1 : int(column)] if column else words:
-            stem = re.sub(r"\.(jpe?g|png|bmp|tiff?|webp|gif|txt|mat|xml)$", "", word.rsplit("/", 1)[-1], flags=re.IGNORECASE)
+            stem = without_ending(word)
             stems.add(stem)
             if column and re.fullmatch(r"[0-9]{1,18}", stem):
                 numbers.add(int(stem))
@@ -224,6 +225,8 @@ def report_duplicates(
     """
     if not 0 <= distance <= 16:
         raise UserError(f"--distance {distance}: give 0 to 16 bits; unrelated images differ in about 32")
+    if out is not None:
+        storage.refuse_to_overwrite(out, source[0], against[0])
     first = hash_images(read_for_command(*source, skip_bad=skip_bad), upright=upright)
     second = first if against == source else hash_images(read_for_command(*against, skip_bad=skip_bad), upright=upright)
     pairs = near_pairs(first[0], second[0], distance)

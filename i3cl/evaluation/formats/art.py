@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from i3cl.data.formats.checks import BadItem, Faults
+from i3cl.data.formats.checks import BadItem, Faults, flag
 from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet, ring, score_of
 
 
@@ -27,12 +27,12 @@ def art_truth(path: str, content: dict[str, list[Any]], faults: Faults) -> Polyg
             try:
                 if not isinstance(entry, dict) or "points" not in entry:
                     raise BadItem("polygon", "has no points; weak labels without places cannot be truth for detection")
-                polygon = ring(entry["points"])
+                polygon, illegible = ring(entry["points"]), flag(entry, "illegibility")
             except BadItem as error:
                 faults.bad(f"{path}: {key}: instance {position + 1}", error)
                 continue
             text, language = (value if isinstance(value := entry.get(k), str) else None for k in ("transcription", "language"))
-            image.add(polygon, bool(entry.get("illegibility")), text, language)
+            image.add(polygon, illegible, text, language)
         images.append(image)
     return PolygonSet(path, "ArT/LSVT labels", images)
 

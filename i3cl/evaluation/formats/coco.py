@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from i3cl import storage
-from i3cl.data.formats.checks import MAX_SIDE, BadItem, Faults, rle_outline, shown
+from i3cl.data.formats.checks import MAX_SIDE, BadItem, Faults, rle_outline, shown, whole_number
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import ImageRecord
 from i3cl.data.importers import parse
+from i3cl.errors import UserError
 from i3cl.evaluation.formats.sets import ImageDetections, ImageTruth, PolygonSet, Ring, ring, score_of
 from i3cl.geometry import polygon_area
 
@@ -66,7 +67,11 @@ def predicted_results(path: str, faults: Faults) -> PolygonSet[ImageDetections]:
 
 
 def coco_results(path: str, content: list[Any], faults: Faults) -> PolygonSet[ImageDetections]:
-    """A list of {image_id, score, segmentation or bbox}; polygons, RLE masks and boxes may be mixed."""
+    """A list of {image_id, score, segmentation or bbox}; polygons, RLE masks and boxes may be mixed.
+
+    The list does not say which category_id is text, so all must have the same. UserError otherwise.
+    """
+    _check_categories(path, content)
     images: dict[int, ImageDetections] = {}
     scores: dict[int, list[float]] = {}
     for position, entry in enumerate(content):
@@ -74,9 +79,9 @@ def coco_results(path: str, content: list[Any], faults: Faults) -> PolygonSet[Im
         try:
             if not isinstance(entry, dict):
                 raise BadItem("type", "is not an object with image_id, segmentation or bbox, and score")
-            identity = entry.get("image_id")
-            if isinstance(identity, bool) or not isinstance(identity, int):
-                raise BadItem("type", f"image_id is {shown(identity)}; write the image's number in the truth")
+            identity = whole_number(entry.get("image_id"))
+            if identity is None:
+                raise BadItem("type", f"image_id is {shown(entry.get('image_id'))}; write the image's number in the truth")
             score = score_of(entry.get("score"))
             segmentation = entry.get("segmentation")
             polygon = _segmentation(segmentation) if segmentation else _box(entry.get("bbox"))
@@ -100,6 +105,20 @@ def coco_results(path: str, content: list[Any], faults: Faults) -> PolygonSet[Im
     return PolygonSet(path, RESULTS, list(images.values()))
 
 
+def _check_categories(path: str, content: list[Any]) -> None:
+    first: tuple[int, Any] | None = None
+    for position, entry in enumerate(content, 1):
+        category = entry.get("category_id") if isinstance(entry, dict) else None
+        if category is None:
+            continue
+        first = first or (position, category)
+        if category != first[1]:
+            raise UserError(
+                f"{path}: result {position} has category_id {shown(category)} and result {first[0]} {shown(first[1])}; "
+                "keep the results of the category 'text' alone"
+            )
+
+
 def _segmentation(segmentation: Any) -> Ring:
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
@@ -120,4 +139,6 @@ def _box(box: Any) -> Ring:
     if not set(map(type, box)) <= {int, float}:
         raise BadItem("type", f"bbox is {box!r:.60}; write four numbers, not text: [x, y, width, height]")
     x, y, width, height = box
+    if width < 0 or height < 0:
+        raise BadItem("type", f"bbox is {width:g} x {height:g}; write [x, y, width, height] with x, y of the top left corner")
     return ring([x, y, x + width, y, x + width, y + height, x, y + height])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from i3cl import storage
+from i3cl.data.loading.endings import without_ending
 from i3cl.data.loading.images import check_size
 from i3cl.errors import UserError
 from i3cl.evaluation.formats.coco import RESULTS
@@ -128,8 +130,8 @@ def _check_names(truth: PolygonSet[ImageTruth]) -> None:
 
 
 def _stem(name: str) -> str:
-    base = name.replace("\\", "/").rsplit("/", 1)[-1]
-    return re.sub(r"\.(?:txt|jpe?g|png|json|xml|mat|bmp|tiff?|webp|gif)$", "", base, flags=re.IGNORECASE)
+    # macOS writes é as two characters, other systems as one.
+    return unicodedata.normalize("NFC", without_ending(name))
 
 
 def _short(name: str) -> str:

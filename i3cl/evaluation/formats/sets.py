@@ -95,6 +95,9 @@ def ring(points: Any) -> Ring:
         array = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
         raise BadItem("type", "points are not numbers x, y; correct them") from None
+    # Three dimensions are several rings, which would become one.
+    if sum(count > 1 for count in array.shape[:-1]) > 1:
+        raise BadItem("polygon", "points are several lists of points; write one polygon")
     if array.ndim == 2 and array.shape[1] != 2:
         raise BadItem("polygon", "points are not x, y pairs; correct them")
     if array.size == 4:

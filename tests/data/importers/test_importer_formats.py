@@ -423,3 +423,24 @@ def test_half_a_surrogate_pair_becomes_text_that_a_table_can_hold(tmp_path):
 def test_every_line_separator_but_line_feed_belongs_to_the_text(tmp_path):
     root = write(tmp_path, "icdar2015", f"{flat(QUAD)},a\u2028b\x0bc\x85d\n".encode())
     assert facts(next(iter(read_labels("icdar2015", root)))) == [("a\u2028b\x0bc\x85d", False, None)]
+
+
+def test_doubled_line_ends_are_no_text_and_lone_ones_are_named(tmp_path):
+    image(tmp_path / "img_1.jpg")
+    path = text(tmp_path / "gt_img_1.txt", f"{flat(QUAD)},one\r\r\n{flat(QUAD)},two\r\r\n")
+    assert [i.text for labelled in read_labels("icdar2015", str(tmp_path)) for i in labelled.instances] == ["one", "two"]
+    path.write_bytes(f"{flat(QUAD)},one\r{flat(QUAD)},two\r".encode())
+    with pytest.raises(UserError, match="line 1: holds a CR"):
+        list(read_labels("icdar2015", str(tmp_path)))
+
+
+def test_a_pipe_among_the_labels_is_named(tmp_path):
+    os.mkfifo(tmp_path / "gt_img_1.txt")
+    with pytest.raises(UserError, match=r"gt_img_1\.txt: is a pipe"):
+        list(read_labels("icdar2015", str(tmp_path)))
+
+
+def test_an_archive_that_is_not_unpacked_is_told(tmp_path):
+    (tmp_path / "set.rar").write_bytes(b"Rar!")
+    with pytest.raises(UserError, match=r"set\.rar: is a file and none of \.zip"):
+        list(read_labels("icdar2015", str(tmp_path / "set.rar")))
