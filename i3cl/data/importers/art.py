@@ -5,54 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from i3cl.data.importers import parse
-from i3cl.data.importers.base import (
-    IMAGE_ENDINGS,
-    MAX_SET_BYTES,
-    Folder,
-    Importer,
-    Item,
-    LabelledImage,
-    LabelledInstance,
-    dont_care,
-    files,
-    instance,
-    one_file,
-    own_entries,
-    required_label,
-    whole_set,
-)
+from i3cl.data.importers import base, parse
 
 
-def items(folder: Folder, split: str) -> Iterator[Item]:
+def items(folder: base.Folder, split: str) -> Iterator[base.Item]:
     """Every image of `<split>_labels.json` and of the split's folders."""
     layout = f"{split}_labels.json and {split}_images/gt_<n>.jpg"
-    name = one_file(folder, f"{split}_labels.json", layout)
+    name = base.one_file(folder, f"{split}_labels.json", layout)
     entries = read_object(folder, name)
-    return whole_set(folder, name, files(folder, split, IMAGE_ENDINGS), entries, layout)
+    return base.whole_set(folder, name, base.files(folder, split, base.IMAGE_ENDINGS), entries, layout)
 
 
-def read_object(folder: Folder, name: str) -> dict[str, object]:
+def read_object(folder: base.Folder, name: str) -> dict[str, object]:
     """The object in the label file of a whole set. UserError when it is not one."""
     where = folder.path(name)
-    return parse.an_object(parse.parse_json(folder.read(name, MAX_SET_BYTES), where), where)
+    return parse.an_object(parse.parse_json(folder.read(name, base.MAX_SET_BYTES), where), where)
 
 
-def read(folder: Folder, item: Item) -> LabelledImage:
+def read(folder: base.Folder, item: base.Item) -> base.LabelledImage:
     """Ignore regions are instances that are illegible or transcribed `###`."""
-    entries, where = own_entries(folder, required_label(folder, item))
-    return LabelledImage(item.file_name, tuple(read_entry(e, f"{where}: entry {i}") for i, e in enumerate(entries, 1)))
+    entries, where = base.own_entries(folder, base.required_label(folder, item))
+    return base.LabelledImage(item.file_name, tuple(read_entry(e, f"{where}: entry {i}") for i, e in enumerate(entries, 1)))
 
 
-def read_entry(entry: Any, where: str) -> LabelledInstance:
+def read_entry(entry: Any, where: str) -> base.LabelledInstance:
     """One instance. LSVT's entries are the same, without `language`."""
     entry = parse.an_object(entry, where)
     text = parse.a_text(entry, "transcription", where)
     pairs = parse.a_list(entry.get("points"), f"{where}: points")
     flat = [number for pair in pairs for number in _pair(pair, where)]
     language = parse.a_text(entry, "language", where) if "language" in entry else None
-    ignore = parse.a_flag(entry, "illegibility", where) or dont_care(text)
-    return instance(parse.points(flat, where, minimum=1), ignore, text, language)
+    ignore = parse.a_flag(entry, "illegibility", where) or base.dont_care(text)
+    return base.instance(parse.points(flat, where, minimum=1), ignore, text, language)
 
 
 def _pair(pair: Any, where: str) -> list[Any]:
@@ -62,4 +46,4 @@ def _pair(pair: Any, where: str) -> list[Any]:
     return pair
 
 
-ART = Importer(items, read)
+ART = base.Importer(items, read)

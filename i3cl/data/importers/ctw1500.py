@@ -12,47 +12,35 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from i3cl.data.importers import parse
-from i3cl.data.importers.base import (
-    Folder,
-    Importer,
-    Item,
-    LabelledImage,
-    LabelledInstance,
-    dont_care,
-    instance,
-    paired,
-    required_label,
-    stem,
-)
+from i3cl.data.importers import base, parse
 from i3cl.errors import UserError
 
 _LAYOUT = "images and <dddd>.xml or <dddd>.txt, e.g. train_images/1001.jpg, ctw1500_train_labels/1001.xml"
 _MARK = ",####"
 
 
-def items(folder: Folder, split: str) -> list[Item]:
+def items(folder: base.Folder, split: str) -> list[base.Item]:
     """Images and label files matched by number: test labels have leading zeros that the images do not have."""
-    return paired(folder, split, (".xml", ".txt"), _number, _LAYOUT)
+    return base.paired(folder, split, (".xml", ".txt"), _number, _LAYOUT)
 
 
 def _number(name: str) -> str:
-    name = stem(name)
+    name = base.stem(name)
     return name.lstrip("0").zfill(4) if name.isascii() and name.isdigit() else name
 
 
-def read(folder: Folder, item: Item) -> LabelledImage:
+def read(folder: base.Folder, item: base.Item) -> base.LabelledImage:
     """Ignore regions are instances transcribed `###`; the 2017 files have none."""
-    name = required_label(folder, item)
+    name = base.required_label(folder, item)
     where, data = folder.path(name), folder.read(name)
     if name.lower().endswith(".xml"):
         found = _read_xml(parse.parse_xml(data, where), where)
     else:
         found = [_read_line(line, place) for place, line in parse.lines(data, where)]
-    return LabelledImage(item.file_name, tuple(found))
+    return base.LabelledImage(item.file_name, tuple(found))
 
 
-def _read_xml(root: Element, where: str) -> list[LabelledInstance]:
+def _read_xml(root: Element, where: str) -> list[base.LabelledInstance]:
     images = [root] if root.tag == "image" else root.findall("image")
     if len(images) != 1:
         raise UserError(f"{where}: {len(images)} image elements; expected one file per image")
@@ -64,23 +52,25 @@ def _read_xml(root: Element, where: str) -> list[LabelledInstance]:
             raise UserError(f"{place}: has no segs; expected x,y pairs there")
         # An empty element has the text "", a missing one none.
         text = box.findtext("label")
-        found.append(instance(parse.points([number.strip() for number in segments.split(",")], place), dont_care(text), text))
+        found.append(
+            base.instance(parse.points([number.strip() for number in segments.split(",")], place), base.dont_care(text), text)
+        )
     return found
 
 
-def _read_line(line: str, where: str) -> LabelledInstance:
+def _read_line(line: str, where: str) -> base.LabelledInstance:
     numbers, mark, text = line.partition(_MARK)
     if mark:
-        return instance(parse.points(numbers.split(","), where), dont_care(text), text)
+        return base.instance(parse.points(numbers.split(","), where), base.dont_care(text), text)
     fields = line.split(",")
     if len(fields) == 32 and all(map(parse.is_number, fields)):
         polygon = parse.points(fields, where)
         offsets = polygon[2:].astype(np.float64) + polygon[0]
-        return instance(offsets.astype(np.float32))
+        return base.instance(offsets.astype(np.float32))
     fields = line.split(",", 28)
     if len(fields) < 29:
         raise UserError(f"{where}: neither x1,y1,...,xn,yn,####TEXT nor 32 numbers nor x1,y1,...,x14,y14,TEXT")
-    return instance(parse.points(fields[:28], where), dont_care(fields[28]), fields[28])
+    return base.instance(parse.points(fields[:28], where), base.dont_care(fields[28]), fields[28])
 
 
-CTW1500 = Importer(items, read)
+CTW1500 = base.Importer(items, read)

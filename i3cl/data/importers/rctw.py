@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from i3cl.data.importers import parse
-from i3cl.data.importers.base import (
-    Folder,
-    Importer,
-    Item,
-    LabelledImage,
-    LabelledInstance,
-    dont_care,
-    instance,
-    line_by_line,
-    paired,
-    stem,
-)
+from i3cl.data.importers import base, parse
 from i3cl.errors import UserError
 
 _LAYOUT = "image_<n>.jpg and image_<n>.txt, e.g. train_images/image_0.jpg, train_gts/image_0.txt"
 
 
-def items(folder: Folder, split: str) -> list[Item]:
+def items(folder: base.Folder, split: str) -> list[base.Item]:
     """Images and label files matched by name."""
-    return paired(folder, split, (".txt",), stem, _LAYOUT)
+    return base.paired(folder, split, (".txt",), base.stem, _LAYOUT)
 
 
-def read(folder: Folder, item: Item) -> LabelledImage:
+def read(folder: base.Folder, item: base.Item) -> base.LabelledImage:
     """Ignore regions are instances that are difficult or transcribed `###`."""
-    return line_by_line(folder, item, _read_line)
+    return base.line_by_line(folder, item, _read_line)
 
 
-def _read_line(line: str, where: str) -> LabelledInstance:
+def _read_line(line: str, where: str) -> base.LabelledInstance:
     polygon, difficult, quoted = parse.quadrilateral(line, where, "difficult", '"text"')
     if difficult.strip() not in ("0", "1"):
         raise UserError(f"{where}: difficult is {parse.shown(difficult)}; expected 0 or 1")
     text = parse.unquoted(quoted)
-    return instance(polygon, difficult.strip() == "1" or dont_care(text), text)
+    return base.instance(polygon, difficult.strip() == "1" or base.dont_care(text), text)
 
 
-RCTW = Importer(items, read)
+RCTW = base.Importer(items, read)
