@@ -290,6 +290,7 @@ def test_yaml_dump_is_plain():
         ("name: ../x\n", "name: would lead out of the folder"),
         ('name: "a\\nb"\n', "name: is empty or holds a line break"),
         ("storage: ''\n", "storage: is empty"),
+        ("label: {views: []}\n", "label.views: is empty; give at least one value"),
         ("[" * 5000, "nested too deeply"),
     ],
 )

@@ -310,6 +310,8 @@ def _validate(tree: dict[str, Any], origin: str, overridden: set[str]) -> Settin
         if first["type"] == "extra_forbidden":
             raise SettingsError(f"{origin}: {key}: unknown key{_nearest(location)}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "too_short":
+            raise SettingsError(f"{origin}: {key}: is empty; give at least one value, or leave the key out") from None
         given = first.get("input")
         shown = "" if isinstance(given, dict | BaseModel) else f", not {_shown(given)}"
         if first["type"] == "string_type" and not isinstance(given, dict | list | tuple | NoneType):

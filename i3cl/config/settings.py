@@ -18,6 +18,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Policy = Literal["rotate", "colour", "colour_rotate", "resize_only"]
 
 
 class _Settings(BaseModel):
@@ -101,7 +102,7 @@ class ModelSettings(_Settings):
     """Dropout of the encoder."""
     anchor_scale: Positive = 8.0
     """Side of the anchors, in strides of their level."""
-    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    anchor_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
     """Height / width of the anchors; their area is the same for all ratios."""
     proposals_per_level_train: PositiveInt = 2000
     """Proposals per level that go into NMS, in training: the best ones."""
@@ -208,7 +209,7 @@ class SourceSettings(_Settings):
 class TransformSettings(_Settings):
     """Training augmentation of model.md; image and polygons move together and boxes are recomputed from the polygons."""
 
-    short_sides: tuple[PositiveInt, ...] = (800, 1000, 1200, 1400, 1600)
+    short_sides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (800, 1000, 1200, 1400, 1600)
     """Pixels; one is drawn for every image."""
     long_cap: PositiveInt = 1800
     """Pixels; the long side never exceeds this."""
@@ -220,7 +221,7 @@ class TransformSettings(_Settings):
     """Probability."""
     flip_vertical: Fraction = 0.5
     """Probability."""
-    policies: tuple[Literal["rotate", "colour", "colour_rotate", "resize_only"], ...] = ("rotate", "colour", "colour_rotate")
+    policies: Annotated[tuple[Policy, ...], Field(min_length=1)] = ("rotate", "colour", "colour_rotate")
     """One is drawn uniformly for every image: rotate +-10 (p 0.5); colour, brightness, contrast (p 0.5 each); both, +-15."""
     rotation: Annotated[float, Field(ge=0, le=180)] | None = None
     """Degrees; largest angle of the policies rotate and colour_rotate; null: 10 and 15."""
@@ -541,7 +542,7 @@ class LabelSettings(_Settings):
 
     members: dict[str, str] = {}
     """Name -> checkpoint directory, local or s3://."""
-    views: tuple[ViewSettings, ...] = (ViewSettings(),)
+    views: Annotated[tuple[ViewSettings, ...], Field(min_length=1)] = (ViewSettings(),)
     """Ways in which every member sees every image."""
     source: SourceSettings | None = None
     """Unlabelled images (a COCO json or Parquet folder whose annotations may be empty)."""
