@@ -11,6 +11,21 @@ import pytest
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
+LONG = (
+    "jobs/test_jobs.py",
+    "cluster/test_submit.py",
+    "training/test_faults.py",
+    "cluster/test_metrics.py",
+    "deploy/test_onnx.py",
+)
+"""Files that take a minute or more. They come first, so that at the end no process waits long for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+
+
 TINY_MODEL = {
     "backbone": {"name": "tf_efficientnet_lite0", "weights": "package", "frozen_stages": 0},
     "num_classes": 1,

@@ -49,10 +49,13 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-
 
 def _from_yaml(text: str) -> Any:
     """The value of a YAML text. YAMLError or ValueError for other text."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        return loader.get_single_data()
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 def load_settings(config: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:

@@ -150,7 +150,7 @@ def test_results_of_other_settings_are_not_mixed(call, tiny_set, tmp_path):
     assert status == 2 and "another score" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_continues(tiny_checkpoints, tiny_set, tmp_path, number):
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()

@@ -88,7 +88,7 @@ def scrape(folder: Path) -> str:
         except URLError:  # announced, but not yet listening
             return None
 
-    return until(read, 60, "the targets to answer")
+    return until(read, 180, "the targets to answer")
 
 
 def names(text: str) -> set[str]:
@@ -112,7 +112,7 @@ def test_metrics_and_logs_on_a_cluster(cluster):
         first = json.loads(driver.stdout.readline())
         assert (first["run"], first["cpus"]) == ("toy", 2) and first["message"].startswith("Ray: ")
         assert json.loads(driver.stdout.readline())["message"] == "emitted"
-        until(lambda: shown - NEEDS_GPU <= names(scrape(folder)), 30, f"all metrics of the dashboard: {sorted(shown)}")
+        until(lambda: shown - NEEDS_GPU <= names(scrape(folder)), 90, f"all metrics of the dashboard: {sorted(shown)}")
 
         # Ray alone would forget a gauge after two report intervals, 2 s here.
         time.sleep(3)
@@ -130,7 +130,7 @@ def test_metrics_and_logs_on_a_cluster(cluster):
         driver.stdin.flush()
         assert json.loads(driver.stdout.readline())["message"] == "killed"
         gone = {"ray_i3cl_train_step", "ray_i3cl_label_remaining_images"}
-        until(lambda: not gone & names(scrape(folder)), 20, "the gauges of a dead worker and of an ended job to go")
+        until(lambda: not gone & names(scrape(folder)), 60, "the gauges of a dead worker and of an ended job to go")
         left = names(scrape(folder))
         assert {"ray_i3cl_train_starts_total", "ray_i3cl_label_images_total", "ray_i3cl_evaluation_hmean_ratio"} <= left
     finally:

@@ -108,6 +108,8 @@ def circle(tiny_settings, tiny_set, tmp_path_factory):
             "model.detections_per_image": 5,
             "selftrain.unlabelled_truth": source,
             "selftrain.control": False,
+            # One process that loads torch per labelling in place of two.
+            "label.actors": 1,
             "selftrain.teachers": [
                 {"name": "a", "overrides": {"train.seed": 1}},
                 {"name": "b", "overrides": {"train.seed": 2}},

@@ -43,7 +43,9 @@ def recipe(tiny_set, tiny_settings, tmp_path):
     return with_overrides(tiny_settings, changes, "test"), tmp_path / "set"
 
 
-@pytest.mark.parametrize(("fault", "workers"), [(cut_off, 1), (page_instead_of_image, 2), (turned, 2)])
+@pytest.mark.parametrize(
+    ("fault", "workers"), [(cut_off, 1), pytest.param(page_instead_of_image, 2, marks=pytest.mark.slow), (turned, 2)]
+)
 def test_an_unusable_image_ends_the_run_with_one_line(recipe, ray_cluster, fault, workers):
     settings, folder = recipe
     message = fault(folder)
