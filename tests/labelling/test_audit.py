@@ -399,5 +399,6 @@ def test_damaged_labels_of_photographs(tmp_path):
         unseen = read_coco(str(tmp_path / f"{k}.json"), str(root / "train"))
         predictions.append(predict(unseen, members, runs[0], str(tmp_path / f"fold-{k}"), f"fold {k}"))
     precision, recall, by_kind = at_damaged_count(audit_labels(predictions, given, LabelSettings()), damages)
-    print(f"{len(damages)} damaged labels: precision {precision:.3f}, recall {recall:.3f}, by kind {by_kind}")
+    kinds = ", ".join(f"{kind} {share:.3f}" for kind, share in by_kind.items())
+    print(f"{len(damages)} damaged labels: precision {precision:.3f}, recall {recall:.3f}; {kinds}")
     assert precision > 0.2, "four times what chance finds"
