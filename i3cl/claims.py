@@ -26,7 +26,7 @@ _READ = 1 << 22
 """Bytes hashed at a time."""
 _TOGETHER = 16
 """Parts read at the same time: on S3 a read is mostly waiting."""
-WEIGHTS = ("settings.yaml", "weights.safetensors")
+CHECKPOINT_FILES = ("settings.yaml", "weights.safetensors")
 """The files of a checkpoint directory on which what it finds depends."""
 
 
@@ -144,9 +144,9 @@ def content_hash(url: str) -> str:
                     digest.update(part.rpartition("/")[2].encode() + b"\0" + data)
     else:
         # Training may start from a directory that holds weights alone.
-        for name in WEIGHTS:
+        for name in CHECKPOINT_FILES:
             file = storage.join(url, name)
-            if name == WEIGHTS[-1] or storage.is_file(file):
+            if name == CHECKPOINT_FILES[-1] or storage.is_file(file):
                 _update(digest, file)
     return digest.hexdigest()
 
@@ -155,7 +155,12 @@ def parts(url: str) -> list[str]:
     """The file itself, or the Parquet parts of a folder in the order of their names. What begins with _ or . is not data."""
     if storage.is_file(url):
         return [url]
-    return [storage.join(url, name) for name in storage.list_dir(url) if name.endswith(".parquet") and name[0] not in "._"]
+    return [storage.join(url, name) for name in storage.list_dir(url) if is_part(name)]
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is that of a Parquet part; what begins with _ or . is not data."""
+    return name.endswith(".parquet") and name[0] not in "._"
 
 
 def _update(digest: Any, file: str) -> None:
@@ -199,7 +204,7 @@ def _annotation_files(settings: Settings, sections: Sequence[str]) -> Iterator[t
 
 def _version(url: str) -> str | None:
     """Something that changes whenever the content may have; None when there is nothing. Much cheaper than the hash."""
-    files = parts(url) or [storage.join(url, name) for name in WEIGHTS]
+    files = parts(url) or [storage.join(url, name) for name in CHECKPOINT_FILES]
     with ThreadPoolExecutor(_TOGETHER) as pool:
         versions = list(pool.map(storage.version, files))
     if not any(versions):

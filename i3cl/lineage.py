@@ -28,7 +28,9 @@ from i3cl.errors import UserError
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.manifest import make_manifest
 from i3cl.labelling.pseudo import record_of
+from i3cl.model.checkpoint import SETTINGS, WEIGHTS
 from i3cl.model.shipped import folder_of
+from i3cl.training.launch import MADE_FROM
 
 State = Literal["fresh", "stale", "missing", "not recorded"]
 REPORTS = ("summary.json", "study.json")
@@ -172,7 +174,7 @@ class _Reader:
 
     def top(self, folder: str) -> list[tuple[str, Artefact]]:
         """The artefacts of a folder, what it shows last first."""
-        if storage.is_file(folder) or storage.is_file(storage.join(folder, "weights.safetensors")):
+        if storage.is_file(folder) or storage.is_file(storage.join(folder, WEIGHTS)):
             return [("artefact", self.at(folder))]
         names = storage.list_dir(folder)
         if "job.json" in names or "_settings.json" in names:
@@ -196,7 +198,7 @@ class _Reader:
                 found += self.top(place)
             elif "." not in name and storage.is_file(storage.join(place, "_settings.json")):
                 found.append(("labels", self.at(place)))
-            elif "." not in name and name != "best" and storage.is_file(storage.join(place, "settings.yaml")):
+            elif "." not in name and name != "best" and storage.is_file(storage.join(place, SETTINGS)):
                 found += self.top(place)
         return found
 
@@ -206,7 +208,7 @@ class _Reader:
             # Put there first, so that a record which names itself cannot go on for ever.
             artefact = self.artefacts[place] = Artefact(place)
             where = folder_of(place)
-            if storage.is_file(storage.join(where, "weights.safetensors")):
+            if storage.is_file(storage.join(where, WEIGHTS)):
                 self.checkpoint(artefact, where)
             elif storage.is_file(storage.join(where, "job.json")):
                 self.predictions(artefact)
@@ -225,21 +227,21 @@ class _Reader:
         """SHA-256 of what is at a place; None when nothing is."""
         if place not in self.hashes:
             where = folder_of(place)
-            there = storage.is_file(where) or claims.parts(where) or storage.is_file(storage.join(where, "weights.safetensors"))
+            there = storage.is_file(where) or claims.parts(where) or storage.is_file(storage.join(where, WEIGHTS))
             self.hashes[place] = claims.content_hash(where) if there else None
         return self.hashes[place]
 
     def checkpoint(self, artefact: Artefact, where: str) -> None:
         """Fill in what a checkpoint was made from."""
         folder, _, name = where.rstrip("/").rpartition("/")
-        found = claims.read(storage.join(where, "made_from.json"))
+        found = claims.read(storage.join(where, MADE_FROM))
         if found is None and name == "best":
             found = claims.inputs_of(folder)
         if found is None:
             artefact.note = "" if where != artefact.place else "what it was made from is not recorded"
             return
         artefact.inputs = [self.input(key, record) for key, record in found.items()]
-        settings = storage.join(where, "settings.yaml")
+        settings = storage.join(where, SETTINGS)
         tree = yaml.safe_load(storage.read_text(settings)) if storage.is_file(settings) else {}
         start = (tree.get("train") or {}).get("start_from")
         if start and "train.start_from" not in found:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import WEIGHTS, content_hash, recorded
+from i3cl.claims import CHECKPOINT_FILES, content_hash, recorded
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.records import Dataset
@@ -115,10 +115,10 @@ def checkpoint_hash(checkpoint: str) -> str:
     UserError when it is not a checkpoint directory or its weights are not safetensors.
     """
     path = folder_of(checkpoint)
-    for name in WEIGHTS:
+    for name in CHECKPOINT_FILES:
         if not storage.is_file(storage.join(path, name)):
             raise not_a_checkpoint(checkpoint, name)
-    _check_weights(storage.join(path, WEIGHTS[1]))
+    _check_weights(storage.join(path, CHECKPOINT_FILES[1]))
     return content_hash(path)
 
 
@@ -143,7 +143,7 @@ def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, st
 
 
 def _weights_bytes(checkpoint: str) -> int:
-    with storage.open_read(storage.join(folder_of(checkpoint), WEIGHTS[1])) as stream:
+    with storage.open_read(storage.join(folder_of(checkpoint), CHECKPOINT_FILES[1])) as stream:
         return stream.seek(0, 2)
 
 

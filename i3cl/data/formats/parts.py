@@ -78,7 +78,7 @@ def unfinished(folder: str, names: Collection[str] | None = None) -> Unfinished 
     names: what lies directly in the folder, where that is known.
     """
     names = storage.list_dir(folder) if names is None else names
-    there = sum(name.endswith(".parquet") and name[0] not in "._" for name in names)
+    there = sum(map(claims.is_part, names))
     if "job.json" in names:
         done, wanted = "done.json" in names, _predicted_parts(claims.read(storage.join(folder, "job.json")))
     elif "_settings.json" in names:
