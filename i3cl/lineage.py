@@ -28,11 +28,11 @@ from i3cl.errors import UserError
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.manifest import make_manifest
 from i3cl.labelling.pseudo import record_of
-from i3cl.model.checkpoint import SETTINGS, WEIGHTS
 from i3cl.model.shipped import folder_of
 from i3cl.training.launch import MADE_FROM
 
 State = Literal["fresh", "stale", "missing", "not recorded"]
+SETTINGS, WEIGHTS = claims.CHECKPOINT_FILES
 REPORTS = ("summary.json", "study.json")
 """The files of a run whose key `made_from` names what its report shows."""
 _SHOWN = 12
