@@ -60,7 +60,11 @@ def read(path: str) -> Any:
 
 
 def claim_run(
-    run: str, settings: Settings, sections: Sequence[str], weights: Mapping[str, tuple[str, str]] | None = None
+    run: str,
+    settings: Settings,
+    sections: Sequence[str],
+    weights: Mapping[str, tuple[str, str]] | None = None,
+    free: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write settings and hashes of their annotation files into a new run directory, or compare them with what is there.
 
@@ -70,12 +74,13 @@ def claim_run(
         sections: Of the settings, which must be the same when the run continues, and whose annotation files must be.
         weights: Settings key -> (what the settings name, where that lies): the weights that a training is about to start from,
             whose hashes are written. None: it has started, and what is written about them stays.
+        free: (section, key) of settings that may change when the run continues.
 
     Raises:
         UserError: Something differs; the message names the first difference. An annotation file that is not there is not
             compared: whoever needs it names it.
     """
-    _claim_settings(run, settings, sections)
+    _claim_settings(run, settings, sections, free)
     path = storage.join(run, _ANNOTATIONS)
     there = read(path) or {}
     sources = dict(_annotation_files(settings, sections))
@@ -169,7 +174,7 @@ def _update(digest: Any, file: str) -> None:
             digest.update(data)
 
 
-def _claim_settings(run: str, settings: Settings, sections: Sequence[str]) -> None:
+def _claim_settings(run: str, settings: Settings, sections: Sequence[str], free: Sequence[tuple[str, str]]) -> None:
     path = storage.join(run, "settings.yaml")
     if not storage.exists(path):
         storage.write_text_atomic(path, to_yaml(settings))
@@ -181,6 +186,9 @@ def _claim_settings(run: str, settings: Settings, sections: Sequence[str]) -> No
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a settings file ({reason}); {_REMEDY}") from None
     here = settings.model_dump(mode="json")
+    for section, key in free:
+        there[section].pop(key)
+        here[section].pop(key)
     for section in sections:
         difference = first_difference(there.get(section), here[section], section)
         if difference:

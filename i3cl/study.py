@@ -68,7 +68,9 @@ def study(settings: Settings) -> dict[str, Any]:
         settings = use_synthetic(settings, storage.join(run, "data"))
     if settings.data.validation is None:
         raise UserError("data.validation: names no data set; the arms' thresholds are chosen on it")
-    claim_run(run, settings, ("synthetic", "model", "data", "train", "label", "evaluate", "study"))
+    # More seeds may join later; arms may not.
+    sections = ("synthetic", "model", "data", "train", "label", "evaluate", "study")
+    claim_run(run, settings, sections, free=[("study", "seeds")])
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
     parts, test = _split(settings, run)
 

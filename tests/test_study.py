@@ -159,3 +159,9 @@ def test_arms_are_trained_once(recipe, tmp_path, ray_cluster):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("weights.safetensors")}
     assert study(settings) == summary
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("weights.safetensors")}
+    # Another seed joins; other arms do not.
+    joined = study(with_overrides(settings, {"study.seeds": [3, 4]}, "test"))
+    assert joined["arms"]["T"]["runs"][0] == summary["arms"]["T"]["runs"][0] and len(joined["arms"]["T"]["runs"]) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    with pytest.raises(UserError, match=r"other settings \(study.compare"):
+        study(with_overrides(settings, {"study.compare": []}, "test"))

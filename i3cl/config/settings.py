@@ -750,9 +750,9 @@ class StudySettings(_Settings):
     """Arms x seeds, fixed before the run; see docs/study.md."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every arm is trained once with each."""
+    """Every arm is trained once with each. The same command with more seeds continues a study."""
     labelled: PositiveInt | None = None
-    """Images of data.train that keep their labels, drawn anew by each seed; the others join the unlabelled ones. null: all."""
+    """Images of data.train that keep their labels, drawn by each seed; the others join the unlabelled ones. null: all."""
     test: NonNegativeInt = 0
     """Images of data.train that no arm trains on and all are measured on, the same ones for every seed; the score threshold then
     comes from data.validation. 0: measure on data.validation, each arm at its best threshold."""
