@@ -537,11 +537,37 @@ class TrustSettings(_Settings):
     one come later (perceptual hashes; reads every image)."""
 
 
+class MemberSettings(_Settings):
+    """One detector of an ensemble. A plain text in its place is the `weights` of a checkpoint of ours."""
+
+    use: str = "i3cl"
+    """i3cl, ppocr, craft, doctr, torchvision, or what an installed package adds; `i3cl members` lists them."""
+    weights: str | None = None
+    """Of i3cl: a checkpoint directory, local or s3://, or the name of a detector in the package. Of others: a local file."""
+    results: tuple[str, ...] = ()
+    """Files of results in the place of a detector: what another program has found in the same images."""
+    format: str = "auto"
+    """Of the results, as for `i3cl evaluate --format`."""
+    granularity: Literal["word", "line"] | None = None
+    """What one polygon encloses. A line supports the words that it covers and lends no outline. null: as the detector says; results
+    are words."""
+    options: dict[str, bool | int | float | str] = {}
+    """What this detector alone understands."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> MemberSettings:
+        if self.results and (self.weights is not None or self.use != "i3cl" or self.options):
+            raise ValueError("results: stand for a detector; leave use, weights and options out")
+        if not self.results and self.use == "i3cl" and self.weights is None:
+            raise ValueError("weights: give a checkpoint directory, or the name of another detector in `use`")
+        return self
+
+
 class LabelSettings(_Settings):
     """Labelling with an ensemble."""
 
-    members: dict[str, str] = {}
-    """Name -> checkpoint directory, local or s3://."""
+    members: dict[str, MemberSettings] = {}
+    """Name -> detector; a text is a checkpoint directory, local or s3://."""
     views: Annotated[tuple[ViewSettings, ...], Field(min_length=1)] = (ViewSettings(),)
     """Ways in which every member sees every image."""
     source: SourceSettings | None = None
@@ -573,6 +599,13 @@ class LabelSettings(_Settings):
     """When a given label counts as contradicted; label audit."""
     trust: TrustSettings = TrustSettings()
     """The order of the images for review; label trust."""
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _text_is_a_checkpoint(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"weights": each} if isinstance(each, str) else each for name, each in value.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
