@@ -156,6 +156,15 @@ def content_hash(url: str) -> str:
     return digest.hexdigest()
 
 
+def files_hash(urls: Sequence[str]) -> str:
+    """SHA-256 of the names, without their folders, and the content of several files in this order."""
+    digest = hashlib.sha256()
+    for url in urls:
+        digest.update(url.rpartition("/")[2].encode(errors="surrogateescape") + b"\0")
+        _update(digest, url)
+    return digest.hexdigest()
+
+
 def parts(url: str) -> list[str]:
     """The file itself, or the Parquet parts of a folder in the order of their names. What begins with _ or . is not data."""
     if storage.is_file(url):

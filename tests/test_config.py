@@ -165,7 +165,7 @@ def test_text_on_the_command_line_is_taken_as_it_stands(text):
     ]
     settings = load_settings(None, overrides)
     assert (settings.name, settings.storage, settings.data_root) == (text, text, text)
-    assert settings.train.start_from == settings.search.start_from == settings.label.members["a"] == text
+    assert settings.train.start_from == settings.search.start_from == settings.label.members["a"].weights == text
     assert load_settings(None, ['name="quoted #1"']).name == "quoted #1"
 
 

@@ -1,15 +1,19 @@
 """Label unlabelled images with an ensemble.
 
-predict   the members predict the images: GPU actors, Parquet out
-select    thresholds turn the predictions into pseudo labels: COCO json or Parquet out
-all       both
-trust     compare fused predictions of labelled images with their truth: report, calibration.json, disputed.json
-audit     find given labels that an ensemble contradicts which has not seen the images: report, audit.json, audit.csv
+predict     the members predict the images: GPU actors, Parquet out
+add-member  one more member for predictions that are there: `i3cl label add-member NAME --results FILES`, or the detector that
+            label.members.NAME says
+select      thresholds turn the predictions into pseudo labels: COCO json or Parquet out
+all         predict and select
+trust       compare fused predictions of labelled images with their truth: report, calibration.json, disputed.json
+audit       find given labels that an ensemble contradicts which has not seen the images: report, audit.json, audit.csv
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +33,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
 
     folder = storage.join(storage.absolute(settings.storage), settings.name)
     predictions = storage.join(folder, "predictions", "unlabelled")
+    if options.step == "add-member":
+        add_member(settings, options, predictions)
     if options.step in ("predict", "all"):
         images = unlabelled_images(settings)
         if images.problems:
@@ -44,6 +50,31 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         trust(settings, options, folder)
     if options.step == "audit":
         audit(settings, options, folder)
+
+
+def add_member(settings: Settings, options: argparse.Namespace, predictions: str) -> None:
+    """Add a member to the job in the folder `predictions`, or begin one with it."""
+    from i3cl.config import MemberSettings
+    from i3cl.labelling import predict
+    from i3cl.labelling.label import unlabelled_images
+
+    name = options.name
+    if not name:
+        raise UserError("add-member: names no member; write i3cl label add-member NAME --results FILES")
+    if options.results:
+        chosen = {"results": options.results, "format": options.format, "granularity": options.granularity}
+        member = MemberSettings.model_validate(chosen)
+    elif name in settings.label.members:
+        member = settings.label.members[name]
+    else:
+        raise UserError(
+            f"--results: names no file; give one, or say what {name} is with label.members.{name}.use=… or .weights=…"
+        )
+    images = unlabelled_images(settings)
+    if images.problems:
+        print(images.summary())
+    predict.add_member(images, name, member, settings, predictions, f"add {name}")
+    print(f"predictions: {predictions}")
 
 
 def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
@@ -132,9 +163,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "step",
-        choices=("predict", "select", "all", "trust", "audit"),
+        choices=("predict", "add-member", "select", "all", "trust", "audit"),
         help="what to do (see above); select, trust and audit need no GPU",
     )
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="add-member: what another program has found in the same images",
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help="add-member: auto, or a format of `i3cl prepare export`: labelme, paddle, cvat, ...",
+    )
+    parser.add_argument("--granularity", choices=("word", "line"), help="add-member: what one polygon encloses (word)")
     parser.add_argument("--truth", metavar="SET.json", help="trust, audit: labelled images, COCO json; default data.validation")
     parser.add_argument("--images", metavar="FOLDER", help="trust, audit: folder of the images of --truth")
     stored = "trust: stored predictions of the labelled images; audit: those of each fold, by members trained without it"
@@ -143,6 +190,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=place)
 
 
+def named(words: Sequence[str]) -> list[str]:
+    """The command line with --name before the word that follows add-member, which is no setting."""
+    words = list(words)
+    if "add-member" in words:
+        place = words.index("add-member") + 1
+        if place < len(words) and not words[place].startswith("-") and "=" not in words[place]:
+            words.insert(place, "--name")
+    return words
+
+
 def main() -> None:
     """Entry point of jobs/label.py."""
-    run(work, __doc__, arguments, resumes=lambda options: options.step in ("predict", "all"))
+    run(work, __doc__, arguments, named(sys.argv[1:]), resumes=lambda options: options.step in ("predict", "all", "add-member"))

@@ -116,7 +116,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _parse(key: str, value: str) -> Any:
-    """The value of an override: text as it stands where the setting is text, else YAML."""
+    """The value of an override: text as it stands where the setting is text or may be one, else YAML."""
     kind = _kind(key)
     if kind is not None and _is_text(kind):
         if NoneType in get_args(kind) and value.strip() in ("", "null", "~"):
@@ -128,6 +128,13 @@ def _parse(key: str, value: str) -> Any:
                 return value
             return quoted if isinstance(quoted, str) else value
         return value
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        # label.members.NAME=CHECKPOINT: a name such as 20240105 is text.
+        try:
+            group = _from_yaml(value)
+        except (yaml.YAMLError, ValueError):
+            return value
+        return group if isinstance(group, dict) else value
     try:
         return _from_yaml(value)
     except yaml.composer.ComposerError as error:

@@ -467,6 +467,8 @@ class FusionSettings(_Settings):
     """View ('default', 's800-flip', ...) -> weight within every member's vote; 1 when not named; 0 leaves the view out."""
     min_score: Fraction = 0.05
     """Predictions below this score are left out."""
+    line_cover: Fraction = 0.5
+    """Share of a word's area that a line must cover to support it."""
 
 
 class SelectSettings(_Settings):
@@ -549,8 +551,8 @@ class MemberSettings(_Settings):
     format: str = "auto"
     """Of the results, as for `i3cl evaluate --format`."""
     granularity: Literal["word", "line"] | None = None
-    """What one polygon encloses. A line supports the words that it covers and lends no outline. null: as the detector says; results
-    are words."""
+    """What one polygon encloses. A line supports the words that it covers and lends no outline. null: as the detector says, and
+    words for results."""
     options: dict[str, bool | int | float | str] = {}
     """What this detector alone understands."""
 

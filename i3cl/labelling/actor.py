@@ -5,33 +5,31 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from i3cl import observe, storage
-from i3cl.config import ViewSettings
+from i3cl.config import MemberSettings, ViewSettings
 from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
 from i3cl.inference.recipe import Given
 from i3cl.labelling.ledger import Attempt, Failure, Ledger
-
-if TYPE_CHECKING:
-    from i3cl.inference.predictor import Predictor
+from i3cl.members.member import OURS, Granularity, Member, Place, granularity_of, kind_of
 
 DEATHS = 2
 """An image on which a worker has died this often while working on it alone is not tried again."""
 
 Decoded = NDArray[np.uint8] | str
 """(H, W, 3) RGB, or the reason why there are no pixels."""
-Views = dict[tuple[str, str], Detections]
-"""(member, view) -> what was found in one image."""
+Views = dict[tuple[str, str], Detections | str]
+"""(member, view) -> what was found in one image, or the reason why this member cannot take it."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Plan:
 
     out: str
     images_root: str
-    groups: tuple[dict[str, str], ...]
-    """Members that are in memory at the same time: name -> checkpoint directory."""
+    groups: Mapping[int, dict[str, MemberSettings]]
+    """Number in the job -> members that are in memory at the same time, by name."""
     views: tuple[ViewSettings, ...]
     batch: int
     prefetch: int
@@ -106,9 +104,10 @@ class Labeller:
         self.pool = ThreadPoolExecutor(plan.decode_threads, "decode")
         self.writer = ThreadPoolExecutor(1, "write")
         self.group = -1
-        self.predictors: dict[str, Predictor] = {}
+        self.members: dict[str, Member] = {}
+        self.granularity: dict[str, Granularity] = {}
         self.busy = 0.0
-        self._use(0)
+        self._use(min(plan.groups))
         self.ready = time.time()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -156,15 +155,18 @@ class Labeller:
 
     def _use(self, group: int) -> None:
         """Load the members of this group and drop all others."""
-        from i3cl.inference.predictor import Predictor
-
         if group != self.group:
-            self.predictors = {}
-            self.predictors = {
-                name: Predictor.load(checkpoint, self.plan.device, self.plan.given)
-                for name, checkpoint in self.plan.groups[group].items()
-            }
+            self.members = {}
+            place = Place(self.plan.device, self.plan.threads, self.plan.given)
+            for name, member in self.plan.groups[group].items():
+                key = f"label.members.{name}"
+                self.members[name] = kind_of(member.use, key).load(member, place)
+                self.granularity[name] = granularity_of(member, key)
             self.group = group
+
+    def _views(self, member: str) -> tuple[ViewSettings, ...]:
+        """The views in which a member predicts. One that takes none sees the image as it is, under the name of the first."""
+        return self.plan.views if self.members[member].takes_views else self.plan.views[:1]
 
     def _begin(self, shards: Iterable[Shard], suspects: list[tuple[Shard, Attempt]]) -> Iterator[Shard]:
         """Yield the shards; each is recorded as started just before its first image is read."""
@@ -200,12 +202,18 @@ class Labeller:
         readable = [image for image in images if not isinstance(image, str)]
         found = iter(self._detect(readable))
         for entry, image in zip(entries, images, strict=True):
-            result = image if isinstance(image, str) else next(found)
-            if isinstance(result, str):
-                self._fail(shard, entry, result if isinstance(image, str) else f"{entry.file_name}: {result}")
-            else:
-                for (member, view), detections in result.items():
-                    shard.rows.append(_row(entry, member, view, detections))
+            if isinstance(image, str):
+                self._fail(shard, entry, image)
+                continue
+            reasons = []
+            for (member, view), result in next(found).items():
+                if isinstance(result, str):
+                    reasons.append(f"{entry.file_name}: {member}: {result}")
+                    shard.rows.append(self._row(entry, member, view, None, reasons[-1]))
+                else:
+                    shard.rows.append(self._row(entry, member, view, result))
+            if reasons:
+                shard.failures.append(Failure(entry.image_id, entry.file_name, reasons[0]))
         shard.left -= len(entries)
 
     def _label_carefully(self, shard: Shard, attempt: Attempt) -> None:
@@ -219,17 +227,31 @@ class Labeller:
             self.ledger.hold(shard.part, attempt, entry.image_id)
             self._label(shard, [entry], [self._read(entry)])
 
-    def _detect(self, images: list[NDArray[np.uint8]], again: bool = False) -> list[Views | str]:
-        """What every member finds in every view of each image, or the reason why the network cannot take the image.
+    def _detect(self, images: list[NDArray[np.uint8]]) -> list[Views]:
+        """What every member finds in every view of each image."""
+        results: list[Views] = [{} for _ in images]
+        for member in self.members if images else ():
+            for view in self._views(member):
+                for result, found in zip(results, self._member(member, images, view), strict=True):
+                    result[member, view_name(view)] = found
+        return results
+
+    def _member(
+        self, name: str, images: list[NDArray[np.uint8]], view: ViewSettings, again: bool = False
+    ) -> list[Detections | str]:
+        """One member's detections in each image, or the reason why it cannot take the image.
 
         Images that it cannot take together are tried in halves. again: this one was tried alone before, and memory ran out.
         """
         import torch
 
+        member = self.members[name]
+        # What code of others may raise is not known.
+        caught = (RuntimeError, ValueError, MemoryError) if self._is_ours(name) else Exception
         started = time.perf_counter()
         try:
-            return list(self._detect_batch(images))
-        except (RuntimeError, ValueError, MemoryError) as error:
+            return list(checked(member(images, view), images))
+        except caught as error:
             # After an error of the device itself this process can do nothing more.
             if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -242,37 +264,44 @@ class Labeller:
             torch.cuda.empty_cache()
         if len(images) > 1:
             half = len(images) // 2
-            return self._detect(images[:half]) + self._detect(images[half:])
+            return self._member(name, images[:half], view) + self._member(name, images[half:], view)
         # Once more with all memory free: an error row is for good, and the memory may have been full of something else.
-        return self._detect(images, again=True) if full and not again else [reason]
+        return self._member(name, images, view, again=True) if full and not again else [reason]
 
-    def _detect_batch(self, images: list[NDArray[np.uint8]]) -> list[Views]:
-        results: list[Views] = [{} for _ in images]
-        if not images:
-            return results
-        for member, predictor in self.predictors.items():
-            for view in self.plan.views:
-                for result, detections in zip(results, predictor(images, view), strict=True):
-                    result[member, view_name(view)] = detections
-        return results
+    def _is_ours(self, name: str) -> bool:
+        return self.plan.groups[self.group][name].use == OURS
 
     def _fail(self, shard: Shard, entry: Entry, reason: str) -> None:
         shard.failures.append(Failure(entry.image_id, entry.file_name, reason))
-        for member in self.predictors:
-            for view in self.plan.views:
-                shard.rows.append(_row(entry, member, view_name(view), None, reason))
+        for member in self.members:
+            for view in self._views(member):
+                shard.rows.append(self._row(entry, member, view_name(view), None, reason))
+
+    def _row(self, entry: Entry, member: str, view: str, found: Detections | None, error: str | None = None) -> dict[str, Any]:
+        row: dict[str, Any] = {"image_id": entry.image_id, "file_name": entry.file_name, "member": member, "view": view}
+        row |= {"error": error, "granularity": self.granularity[member]}
+        # Not `if found`: an image without text has been seen too, and keeps its size.
+        if found is None:
+            return {**row, "height": 0, "width": 0, "polygons": [], "scores": []}
+        return {**row, "height": found.height, "width": found.width, "polygons": found.polygons, "scores": found.scores}
 
     def _write(self, shard: Shard) -> None:
-        assert shard.left == 0 and len(shard.rows) == len(shard.entries) * len(self.predictors) * len(self.plan.views)
+        assert shard.left == 0 and len(shard.rows) == len(shard.entries) * sum(
+            len(self._views(member)) for member in self.members
+        )
         self.ledger.write(shard.part, prediction_table(shard.rows), shard.failures)
 
 
-def _row(entry: Entry, member: str, view: str, found: Detections | None, error: str | None = None) -> dict[str, Any]:
-    row = {"image_id": entry.image_id, "file_name": entry.file_name, "member": member, "view": view, "error": error}
-    # Not `if found`: an image without text has been seen too, and keeps its size.
-    if found is None:
-        return {**row, "height": 0, "width": 0, "polygons": [], "scores": []}
-    return {**row, "height": found.height, "width": found.width, "polygons": found.polygons, "scores": found.scores}
+def checked(found: Sequence[Detections], images: Sequence[NDArray[np.uint8]]) -> Sequence[Detections]:
+    """A member's answer. ValueError when it is not one `Detections` for each image, in that image's frame."""
+    if len(found) != len(images):
+        raise ValueError(f"{len(found)} results for {len(images)} images")
+    for each, image in zip(found, images, strict=True):
+        if not isinstance(each, Detections):
+            raise ValueError(f"a result is {type(each).__name__}, not Detections")
+        if (each.height, each.width) != image.shape[:2]:
+            raise ValueError(f"detections of {each.width} x {each.height} px for an image of {image.shape[1]} x {image.shape[0]}")
+    return found
 
 
 def automatic_threads(threads: int, actors: int, on_gpu: bool, cores: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import cv2
@@ -46,6 +46,8 @@ class MemberPrediction:
     """Weight of the member's vote, >= 0, shared by its views. None: `member_weights` of the settings."""
     view: str = "default"
     """Name of the view; its part of the member's vote is `view_weights` of the settings."""
+    lines: bool = False
+    """Whether its polygons enclose lines of text and not words."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class FusedInstances:
     agreement: NDArray[np.float64]
     """(n,) 0-1, how well the outlines agree: the mean IoU over all pairs of polygons (members and views) that were fused; 0 when
     only one polygon was found, so that nothing confirms its outline."""
+    lines: list[Ring] = field(default_factory=list)
+    """m lines of text in which no word was found: there is text, and how it divides into words is not known."""
+    line_scores: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """(m,) 0-1, in the unit of `scores`: the line's score times the weight of its member's vote."""
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -80,6 +86,9 @@ def fuse(predictions: Sequence[MemberPrediction], settings: FusionSettings) -> F
       It is exact to about a hundredth of the length and inside the union of the cluster's polygons (up to float32 rounding). A
       polygon that no other joined keeps its shape; when the mean is positive nowhere, the polygon of the largest weight counts.
     - Agreement: the mean IoU over the pairs of polygons in the cluster.
+    - A view of lines joins no cluster and lends no outline. Its best line that covers at least `settings.line_cover` of an
+      instance's area adds view weight x score to the instance's score, and its member's vote. Where it has no such line it counts
+      as a view that found nothing. Lines of which instances cover less than a quarter are returned as `lines`.
     - When results overlap by more than `settings.iou`, the one with the higher score stays.
 
     ValueError: lengths that differ, scores outside 0-1, a negative weight, weights that differ between the views of one member,
@@ -97,16 +106,61 @@ def fuse_images(images: Sequence[Sequence[MemberPrediction]], settings: FusionSe
     outlines = iter(_valid(_mean_outlines(clusters)))
     agreements = iter(_agreements(clusters).tolist())
 
-    fused = []
-    for draft in drafts:
+    fused, lines = [], []
+    for predictions, draft in zip(images, drafts):
         drawn = [(c.score, c.votes, next(agreements), next(outlines)) for c in draft]
         rows = [(score, votes, agreement, ring) for score, votes, agreement, ring in drawn if ring is not None]
+        rows, left = _with_lines(rows, predictions, settings)
+        lines.append(left)
         fused.append(sorted(rows, key=lambda row: (-row[0], -row[1], row[3].tobytes())))
     overlapping = _overlapping([[row[3] for row in rows] for rows in fused], settings.iou)
-    return [_best(rows, pairs, settings.iou) for rows, pairs in zip(fused, overlapping)]
+    return [_best(rows, pairs, settings.iou, left) for rows, pairs, left in zip(fused, overlapping, lines)]
 
 
-def _best(rows: Sequence[tuple[float, int, float, Ring]], pairs: _Pairs, limit: float) -> FusedInstances:
+_Row = tuple[float, int, float, Ring]
+"""Score, votes, agreement and outline of an instance."""
+_Line = tuple[float, Ring]
+"""Share x score and outline of a line."""
+_EMPTY = 0.25
+"""Share of a line that instances cover, below which it counts as a line without words."""
+
+
+def _with_lines(
+    rows: list[_Row], predictions: Sequence[MemberPrediction], settings: FusionSettings
+) -> tuple[list[_Row], list[_Line]]:
+    """The instances with the support of views of lines, and the lines that hardly cover any."""
+    found: list[tuple[str, int, float, Ring]] = []
+    for view, (prediction, share) in enumerate(zip(predictions, _shares(predictions, settings))):
+        if prediction.lines and share > 0:
+            scores = np.asarray(prediction.scores, np.float64).reshape(-1)
+            chosen = np.flatnonzero(scores >= settings.min_score).tolist()
+            valid = _valid([as_polygon(prediction.polygons[k]) for k in chosen])
+            found += [(prediction.member, view, share * scores[k], ring) for k, ring in zip(chosen, valid) if ring is not None]
+    if not found:
+        return rows, []
+    # By score and coordinates, so that the result does not depend on the order of members or lines.
+    found.sort(key=lambda line: (-line[2], line[3].tobytes()))
+    count = len(rows)
+    rings = [row[3] for row in rows] + [line[3] for line in found]
+    word, line = (each.ravel() for each in np.meshgrid(np.arange(count), np.arange(len(found)), indexing="ij"))
+    _, areas = _boxes_and_areas(rings)
+    common = intersection_areas(rings, word, line + count).reshape(count, len(found))
+    covers = common >= settings.line_cover * areas[:count, None]
+    supported: list[_Row] = []
+    for (score, votes, agreement, ring), covering in zip(rows, covers):
+        best: dict[int, float] = {}
+        members = set()
+        for k in np.flatnonzero(covering).tolist():
+            member, view, part, _ = found[k]
+            best.setdefault(view, part)
+            members.add(member)
+        support = math.fsum(best.values())
+        supported.append((min(score + support, 1.0), votes + len(members), agreement, ring))
+    filled = common.sum(axis=0) / areas[count:]
+    return supported, [(part, ring) for (_, _, part, ring), share in zip(found, filled) if share < _EMPTY]
+
+
+def _best(rows: Sequence[_Row], pairs: _Pairs, limit: float, lines: Sequence[_Line]) -> FusedInstances:
     stays = _best_of_overlapping(len(rows), pairs.above(limit))
     kept = [row for row, stay in zip(rows, stays) if stay]
     return FusedInstances(
@@ -114,6 +168,8 @@ def _best(rows: Sequence[tuple[float, int, float, Ring]], pairs: _Pairs, limit: 
         scores=np.array([row[0] for row in kept], np.float64),
         votes=np.array([row[1] for row in kept], np.int64),
         agreement=np.array([row[2] for row in kept], np.float64),
+        lines=[ring for _, ring in lines],
+        line_scores=np.array([score for score, _ in lines], np.float64),
     )
 
 
@@ -159,7 +215,7 @@ def _candidates(images: Sequence[Sequence[MemberPrediction]], settings: FusionSe
                 raise ValueError(f"member {name!r}: {len(prediction.polygons)} polygons but {len(scores)} scores")
             if not ((scores >= 0) & (scores <= 1)).all():
                 raise ValueError(f"member {name!r}: scores must lie in 0-1")
-            if share > 0:
+            if share > 0 and not prediction.lines:
                 for k in np.flatnonzero(scores >= settings.min_score).tolist():
                     rings.append(as_polygon(prediction.polygons[k]))
                     rows.append((number, float(scores[k]), share, name, view))

@@ -6,11 +6,12 @@ images are, which form the labels have, and that a missing image is an error row
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from i3cl import storage
-from i3cl.config import LabelSettings, Settings
+from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
@@ -61,7 +62,7 @@ def select_labels(predictions: str, settings: LabelSettings, folder: str, images
 
 def label_images(
     images: Dataset,
-    members: dict[str, str],
+    members: Mapping[str, str | MemberSettings],
     settings: Settings,
     folder: str,
     title: str,
@@ -74,7 +75,7 @@ def label_images(
 
     Args:
         images: As `unlabelled_images` reads them.
-        members: Name -> checkpoint directory.
+        members: Name -> detector, or in its place a checkpoint directory.
         settings: The whole recipe; `label` and `cluster.gpu` count.
         folder: Run directory, for <folder>/predictions/<part>/ and the labels.
         title: Begins the lines of progress.

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import storage
-from i3cl.claims import claim
+from i3cl.claims import claim, read
 from i3cl.errors import UserError
 
 _WORK = "_work"
@@ -69,6 +69,20 @@ class Ledger:
         if not storage.exists(path) and any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
             raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
         claim(path, job, "predictions of another job", {"data.exif": "stored"})
+
+    def job(self) -> dict[str, Any] | None:
+        """What job.json holds; None in a new folder. UserError when it is damaged."""
+        path = storage.join(self.out, "job.json")
+        there = read(path)
+        if there is not None and not isinstance(there, dict):
+            raise UserError(f"{path}: damaged; remove the folder and give the command again")
+        return there
+
+    def extend(self, job: Mapping[str, Any]) -> None:
+        """Replace job.json by that of a job with one more member. A finished job is unfinished then."""
+        # In this order: killed in between, the folder holds the earlier job without its end, which is soon found again.
+        storage.remove_tree(storage.join(self.out, "done.json"))
+        storage.write_text_atomic(storage.join(self.out, "job.json"), json.dumps(job, indent=1) + "\n")
 
     def is_done(self) -> bool:
         """Whether the whole job is done."""

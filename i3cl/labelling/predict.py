@@ -7,31 +7,33 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import CHECKPOINT_FILES, content_hash, recorded
-from i3cl.config import LabelSettings, Settings
+from i3cl.claims import recorded
+from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
+from i3cl.data.formats.predictions import prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
-from i3cl.labelling.ledger import Ledger, part_name
+from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
-from i3cl.model.shipped import folder_of, is_shipped, not_a_checkpoint
+from i3cl.labelling.results import Found, check_frame, read_member, result_row, results_hash
+from i3cl.members.member import OURS, granularity_of, kind_of
+from i3cl.members.ours import located, weights_bytes
 from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import Every
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
 _TOGETHER_BYTES = 4 << 30
 """Weights for which any GPU in use today has room beside the working memory of one network."""
-_HEADER_BYTES = 100_000_000
-"""The longest header that safetensors reads."""
+_COMPARED = 200
+"""Images on which results from files are compared with the members that are there already."""
 _EARLY = 500
 """Images from which the share of errors so far may stop a job."""
 _SHOWN = 5
@@ -41,15 +43,21 @@ _COST_EVERY = 30.0
 
 
 def predict(
-    dataset: Dataset, members: dict[str, str], settings: Settings, out: str, title: str, given: Given | None = None
+    dataset: Dataset,
+    members: Mapping[str, str | MemberSettings],
+    settings: Settings,
+    out: str,
+    title: str,
+    given: Given | None = None,
 ) -> str:
     """Write the members' predictions for every image of `dataset` as Parquet parts under `out`.
 
-    The same call continues a job that was stopped, and returns at once when done.json says that it is done.
+    The same call continues a job that was stopped, and returns at once when done.json says that it is done. Members that
+    `add_member` has added to the job stay in it.
 
     Args:
         dataset: The images; their instances do not matter.
-        members: Name -> checkpoint directory, local or s3://.
+        members: Name -> detector, or in its place a checkpoint directory, local or s3://.
         settings: Of which `label` and `cluster.gpu` count, and data.exif where it is given; else the checkpoints' own counts.
         out: Folder of the job.
         title: Begins the lines of progress.
@@ -62,89 +70,147 @@ def predict(
     Raises:
         UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles,
             data.exif or shard size), or parts were removed after it was done; a larger share of the images than
-            label.max_error_share cannot be labelled; or the checkpoints were trained with different data.exif and none is given.
+            label.max_error_share cannot be labelled; the checkpoints were trained with different data.exif and none is given; a
+            member's package or weights are missing, or its results do not fit the images.
     """
     label = settings.label
     if not members:
-        raise UserError("label.members: names no checkpoint; add label.members.NAME=CHECKPOINT_DIRECTORY")
-    names = [view_name(view) for view in label.views]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
+        raise UserError("label.members: names no detector; add label.members.NAME=CHECKPOINT_DIRECTORY")
+    names = _view_names(label)
     manifest = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
-    members = {name: _located(members[name]) for name in sorted(members)}
-    hashes = {name: checkpoint_hash(path) for name, path in members.items()}
-    recipes = {name: recipe_of(path) for name, path in members.items()}
+    detectors = {name: _located(as_member(members[name])) for name in sorted(members)}
+    hashes = {name: fingerprint(name, member) for name, member in detectors.items()}
+    recipes = {name: recipe_of(m.weights) for name, m in detectors.items() if m.use == OURS and m.weights is not None}
     given = given_size(settings) if given is None else given
     exif = chosen_exif(recipes, settings)
-    groups = _groups(members, label)
     ledger = Ledger(out)
-    ledger.claim(
-        {
-            "images": {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root},
-            "members": hashes,
-            "views": names,
-            "label.rows_per_block": label.rows_per_block,
-            "groups": [list(group) for group in groups],
-            "data.exif": exif,
-            # A size that every checkpoint has anyway makes no other job.
-            **effective(recipes, given),
-        }
-    )
+    added: dict[str, Any] = (ledger.job() or {}).get("added", {})
+    groups = _groups({name: member for name, member in detectors.items() if name not in added}, label)
+    identity: dict[str, Any] = {
+        "images": {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root},
+        "members": {name: each["sha256"] for name, each in added.items()} | hashes,
+        "views": names,
+        "label.rows_per_block": label.rows_per_block,
+        "groups": groups + [[name] for name in added],
+        "data.exif": exif,
+        # A size that every checkpoint has anyway makes no other job.
+        **effective(recipes, given),
+    }
+    ledger.claim(identity | ({"added": added} if added else {}))
     if ledger.is_done():
         ledger.clean()
         check_finished(out, storage.list_dir(out))
         return out
     note_command(out)
-    sizes = describe_sizes(recipes, given) + (", images turned upright (data.exif)" if exif == "upright" else "")
-    made_from: dict[str, Any] = {"members": {name: {"file": path, "sha256": hashes[name]} for name, path in members.items()}}
-    if dataset.annotations:
-        made_from["images"] = recorded(dataset.annotations) | {"images": manifest.digest}
-    job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright", made_from)
+    sizes = describe_sizes(recipes, given) if recipes else ""
+    sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
+    numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
+    made_from = _made_from(dataset, manifest, added | _sources(detectors, hashes))
+    job = _Job(
+        dataset, manifest, numbered, settings, ledger, title, given, sizes, exif == "upright", made_from, identity["groups"]
+    )
     job.run()
     return out
 
 
-def _located(checkpoint: str) -> str:
-    return checkpoint if is_shipped(checkpoint) else storage.absolute(checkpoint)
+def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Settings, out: str, title: str) -> str:
+    """Add one more member to the labelling job in `out`, finished or not, and let it predict all images of the job.
 
+    What the other members have predicted stays. Without a job, a job with this one member begins. The same call continues when it
+    was stopped. The job's own views, image frame and shard size count; otherwise as `predict`.
 
-def checkpoint_hash(checkpoint: str) -> str:
-    """SHA-256 of the settings and weights of a checkpoint directory, or of a detector in the package.
-
-    UserError when it is not a checkpoint directory or its weights are not safetensors.
+    Raises:
+        UserError: As `predict`; or the job has a member of this name that is another one.
     """
-    path = folder_of(checkpoint)
-    for name in CHECKPOINT_FILES:
-        if not storage.is_file(storage.join(path, name)):
-            raise not_a_checkpoint(checkpoint, name)
-    _check_weights(storage.join(path, CHECKPOINT_FILES[1]))
-    return content_hash(path)
+    manifest = make_manifest(dataset)
+    member = _located(member)
+    sha = fingerprint(name, member)
+    ledger = Ledger(out)
+    images = {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root}
+    job = ledger.job()
+    if job is None:
+        rows = settings.label.rows_per_block
+        job = {"images": images, "members": {}, "views": _view_names(settings.label), "label.rows_per_block": rows, "groups": []}
+        job |= {"data.exif": settings.data.exif, "added": {}}
+    else:
+        ledger.claim(job | {"images": images})
+    there = job["members"].get(name)
+    added: dict[str, Any] = job.get("added", {})
+    if there is None:
+        added = added | {name: _sources({name: member}, {name: sha})[name]}
+        groups, hashes = [*job["groups"], [name]], job["members"] | {name: sha}
+        job = job | {"members": hashes, "groups": groups, "added": added}
+        ledger.extend(job)
+    elif there != sha or name not in added:
+        raise UserError(f"{out}: has a member {name} already, which is another one; choose another name")
+    if ledger.is_done():
+        return out
+    note_command(out)
+    upright = job.get("data.exif") == "upright"
+    label = settings.label.model_copy(update={"rows_per_block": job["label.rows_per_block"]})
+    own = settings.model_copy(update={"label": label})
+    numbered = {job["groups"].index([name]): {name: member}}
+    made_from = _made_from(dataset, manifest, {n: {"file": n, "sha256": h} for n, h in job["members"].items()} | added)
+    _Job(dataset, manifest, numbered, own, ledger, title, AS_TRAINED, "", upright, made_from, job["groups"]).run()
+    return out
 
 
-def _check_weights(file: str) -> None:
-    """UserError when a file does not start as safetensors do. Checked here, before actors start and fail on it."""
-    with storage.open_read(file) as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        try:
-            ok = 2 <= size <= _HEADER_BYTES and isinstance(json.loads(stream.read(size)), dict)
-        except ValueError:
-            ok = False
-    if not ok:
-        raise UserError(f"{file}: not a readable safetensors file; give a checkpoint that train.py or prepare.py convert wrote")
+def _view_names(label: LabelSettings) -> list[str]:
+    names = [view_name(view) for view in label.views]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
+    return names
 
 
-def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, str], ...]:
-    """The members in groups that an actor holds at the same time."""
+def _sources(members: Mapping[str, MemberSettings], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """File and hash of each member, as records name what an artefact was made from."""
+    files = {name: ", ".join(m.results) or m.weights or m.use for name, m in members.items()}
+    return {name: {"file": file, "sha256": hashes[name]} for name, file in files.items()}
+
+
+def _made_from(dataset: Dataset, manifest: Manifest, members: Mapping[str, Any]) -> dict[str, Any]:
+    made_from: dict[str, Any] = {"members": dict(members)}
+    if dataset.annotations:
+        made_from["images"] = recorded(dataset.annotations) | {"images": manifest.digest}
+    return made_from
+
+
+def as_member(given: str | MemberSettings) -> MemberSettings:
+    """A member's settings; a text is a checkpoint."""
+    return MemberSettings(weights=given) if isinstance(given, str) else given
+
+
+def _located(member: MemberSettings) -> MemberSettings:
+    """The member with paths that any process finds."""
+    changes: dict[str, Any] = {"results": tuple(map(storage.absolute, member.results))}
+    if member.weights is not None:
+        changes["weights"] = located(member.weights) if member.use == OURS else storage.absolute(member.weights)
+    return member.model_copy(update=changes)
+
+
+def fingerprint(name: str, member: MemberSettings) -> str:
+    """SHA-256 of all on which a member's findings depend. UserError that names the setting."""
+    if member.results:
+        return results_hash(member)
+    try:
+        return kind_of(member.use, f"label.members.{name}").fingerprint(member)
+    except UserError as error:
+        if member.use == OURS:
+            raise
+        raise UserError(f"label.members.{name}: {error}") from None
+
+
+def _groups(members: Mapping[str, MemberSettings], label: LabelSettings) -> list[list[str]]:
+    """Names of the members in groups that an actor holds at the same time. Results from files are a group each."""
+    files = [[name] for name, member in members.items() if member.results]
+    held = {name: member for name, member in members.items() if not member.results}
     apart = label.passes == "per_member"
-    if label.passes == "auto" and len(members) > 1:
-        apart = sum(map(_weights_bytes, members.values())) > _TOGETHER_BYTES
-    return tuple({name: path} for name, path in members.items()) if apart else (members,)
-
-
-def _weights_bytes(checkpoint: str) -> int:
-    with storage.open_read(storage.join(folder_of(checkpoint), CHECKPOINT_FILES[1])) as stream:
-        return stream.seek(0, 2)
+    if label.passes == "auto" and len(held) > 1:
+        # Others' detectors are small.
+        ours = [member.weights for member in held.values() if member.use == OURS and member.weights is not None]
+        apart = sum(map(weights_bytes, ours)) > _TOGETHER_BYTES
+    return ([[name] for name in held] if apart else [list(held)] if held else []) + files
 
 
 @dataclass(frozen=True)
@@ -185,7 +251,7 @@ class _Job:
         self,
         dataset: Dataset,
         manifest: Manifest,
-        groups: Sequence[dict[str, str]],
+        groups: Mapping[int, dict[str, MemberSettings]],
         settings: Settings,
         ledger: Ledger,
         title: str,
@@ -193,18 +259,20 @@ class _Job:
         sizes: str = "",
         upright: bool = False,
         made_from: Mapping[str, Any] | None = None,
+        all_groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
+        """The groups to predict with, by their numbers in the job.
 
+        sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
         made_from: for done.json; files and hashes of members and image list.
+        all_groups: names of the members of every group of the job; None: it has no others.
         """
         self.made_from = made_from or {}
-        self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, tuple(groups), ledger, title
+        self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, dict(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
-        rows = self.label.rows_per_block
-        self.parts = {
-            part_name(group, shard): (group, shard) for group in range(len(groups)) for shard in range(manifest.shards(rows))
-        }
+        self.all_groups = [list(group) for group in groups.values()] if all_groups is None else all_groups
+        self.shards = range(manifest.shards(self.label.rows_per_block))
+        self.parts = {part_name(group, shard): (group, shard) for group in groups for shard in self.shards}
         self.cost = CostFile(storage.join(ledger.out, "cost.json"))
 
     def run(self) -> None:
@@ -212,11 +280,21 @@ class _Job:
         finished = self.ledger.finished()
         missing = [part for part in self.parts if part not in finished]
         if missing:
+            self._from_files(missing)
+            missing = [part for part in missing if not self._results(part)]
+        if missing:
             self._label(missing)
             left = self.parts.keys() - self.ledger.finished()
             if left:
                 raise RuntimeError(
                     f"{self.ledger.out}: {len(left)} parts are missing, e.g. {min(left)}; give the same command again"
+                )
+        finished = self.ledger.finished()
+        for number, names in enumerate(self.all_groups):
+            if not finished.issuperset(part_name(number, shard) for shard in self.shards):
+                raise UserError(
+                    f"{self.ledger.out}: is not finished, parts of {', '.join(names)} are missing; give its command again: "
+                    "i3cl label predict, or i3cl label add-member NAME for a member that was added"
                 )
         failures = self.ledger.failures()
         self._check_share(len(failures), len(self.manifest), len(self.manifest))
@@ -231,6 +309,58 @@ class _Job:
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
 
+    def _detectors(self) -> dict[int, dict[str, MemberSettings]]:
+        """The groups that actors predict with."""
+        return {number: group for number, group in self.groups.items() if not any(m.results for m in group.values())}
+
+    def _results(self, part: str) -> bool:
+        """Whether a part's member is results from files."""
+        return self.parts[part][0] not in self._detectors()
+
+    def _from_files(self, missing: Sequence[str]) -> None:
+        """Write the missing parts of members whose results come from files."""
+        for group, members in self.groups.items():
+            parts = [part for part in missing if self.parts[part][0] == group]
+            if not parts or group in self._detectors():
+                continue
+            [(name, member)] = members.items()
+            results = read_member(name, member, self.dataset, self.settings.data.skip_bad)
+            check_frame(name, results, self.dataset, self._found_by_others(group))
+            for note in results.notes:
+                self._say(note)
+            absent = len(self.manifest) - len(results.found)
+            if absent > self.label.max_error_share * len(self.manifest):
+                raise UserError(
+                    f"label.members.{name}.results: hold {len(results.found)} of {len(self.manifest)} images; give the files of "
+                    f"all images or raise label.max_error_share ({self.label.max_error_share:g})"
+                )
+            granularity = granularity_of(member)
+            rows = self.label.rows_per_block
+            for part in parts:
+                shard = self.manifest.table.slice(self.parts[part][1] * rows, rows).to_pylist()
+                table = [result_row(image, name, view_name(self.label.views[0]), granularity, results) for image in shard]
+                failures = [Failure(row["image_id"], row["file_name"], row["error"]) for row in table if row["error"]]
+                self.ledger.write(part, prediction_table(table), failures)
+            self._say(f"{name}: results of {len(results.found)} images from {', '.join(member.results)}")
+
+    def _found_by_others(self, own: int) -> dict[int, list[Found]]:
+        """Image id -> what members of finished parts have found, of the first images of the job."""
+        finished = self.ledger.finished()
+        found: dict[int, list[Found]] = {}
+        for shard in self.shards:
+            for number in range(len(self.all_groups)):
+                part = part_name(number, shard)
+                if number == own or part not in finished:
+                    continue
+                for rows in read_predictions(storage.join(self.ledger.out, part)):
+                    good = [
+                        (row["polygons"], row["scores"]) for row in rows if row["error"] is None and row["granularity"] != "line"
+                    ]
+                    found.setdefault(rows[0]["image_id"], []).extend(good)
+            if len(found) >= _COMPARED:
+                break
+        return found
+
     def _say(self, text: str, **numbers: Any) -> None:
         observe.say(f"{self.title}: {text}", stage=self.title, **numbers)
 
@@ -241,14 +371,16 @@ class _Job:
         if on_gpu and not gpus:
             raise UserError("cluster.gpu: true, but the cluster has no GPU; set cluster.gpu=auto or add one")
         spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
-        total = len(self.manifest) * len(self.groups)
+        groups = self._detectors().values()
+        total = len(self.manifest) * len(groups)
         to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
-        self._say(self.sizes)
+        if self.sizes:
+            self._say(self.sizes)
         before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0
         meter = Meter(total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour)
         self._say(
-            f"{len(self.manifest)} images x {sum(map(len, self.groups))} members x {len(self.label.views)} views"
-            + (f" in {len(self.groups)} passes" if len(self.groups) > 1 else "")
+            f"{len(self.manifest)} images x {sum(map(len, groups))} members x {len(self.label.views)} views"
+            + (f" in {len(groups)} passes" if len(groups) > 1 else "")
             + (f", {meter.done} of {total} done already" if meter.done else "")
             + f"; starting {spread.actors} actors of {spread.threads} threads"
             + (f", {spread.gpus_per_actor:g} GPUs each" if spread.gpus_per_actor else ""),
@@ -286,7 +418,7 @@ class _Job:
         return Plan(
             self.ledger.out,
             self.dataset.images_root,
-            self.groups,
+            self._detectors(),
             label.views,
             label.batch,
             label.prefetch,

@@ -61,7 +61,9 @@ class FusedImage:
 def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> Iterator[FusedImage]:
     """Every readable image of a predictions folder, or of parts that hold all rows of their images, with its members fused."""
     paths = [predictions] if isinstance(predictions, str) else predictions
-    readable = (rows for path in paths for rows in read_predictions(path) if rows[0]["error"] is None)
+    # A member that cannot take an image, or has no results for it, is not asked there: it neither supports nor contradicts.
+    every = ([row for row in rows if row["error"] is None] for path in paths for rows in read_predictions(path))
+    readable = (rows for rows in every if rows)
     for group in _batched(readable, _TOGETHER):
         members = [members_of(rows) for rows in group]
         for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
@@ -72,7 +74,13 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
 def members_of(rows: Sequence[Mapping[str, Any]]) -> tuple[MemberPrediction, ...]:
     """The input of fusion, from the rows of one readable image as `read_predictions` gives them."""
     return tuple(
-        MemberPrediction(row["member"], polygons_of(row), np.asarray(row["scores"]), view=row["view"] or "default")
+        MemberPrediction(
+            row["member"],
+            polygons_of(row),
+            np.asarray(row["scores"]),
+            view=row["view"] or "default",
+            lines=row.get("granularity") == "line",
+        )
         for row in rows
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from i3cl.config import EvaluateSettings, Settings, with_overrides
+from i3cl.config import EvaluateSettings, MemberSettings, Settings, with_overrides
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.evaluation.analysis.intervals import seeds_difference
@@ -32,7 +33,7 @@ class Scores:
 
 def score_checkpoints(
     truth: Dataset,
-    members: dict[str, str],
+    members: Mapping[str, str | MemberSettings],
     settings: Settings,
     out: str,
     title: str,
@@ -43,7 +44,7 @@ def score_checkpoints(
 
     Args:
         truth: Labelled images. One that cannot be read counts as an image in which nothing was found.
-        members: Name -> checkpoint directory.
+        members: Name -> detector, or in its place a checkpoint directory.
         settings: The whole recipe; `evaluate`, `label` and `cluster.gpu` count.
         out: Folder for the predictions.
         title: Begins the lines of progress.

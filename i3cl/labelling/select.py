@@ -47,7 +47,8 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
       score ('score');
     - ignore <= score < low: ignore region; so is a would-be pseudo label with fewer than min_votes votes or a short side under
       min_side pixels;
-    - score < ignore: dropped.
+    - score < ignore: dropped;
+    - a line without words: ignore region from the score `ignore` on, dropped below.
 
     Box and mask are taught fully from agreement outline_high on, not at all below outline_low, and by a linear share between.
     """
@@ -66,14 +67,17 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
     outline = np.where(fused.agreement >= settings.outline_high, 1.0, np.clip(outline, 0, 1))
 
     kept = np.flatnonzero(scores >= settings.ignore)
+    line_scores = fused.line_scores if calibration is None else calibration(fused.line_scores)
+    lines = np.flatnonzero(line_scores >= settings.ignore)
+    none = np.zeros(len(lines))
     return Selected(
-        polygons=[fused.polygons[k] for k in kept],
-        lossweight=np.where(label, weight, 0.0)[kept],
-        outlineweight=np.where(label, outline, 1.0)[kept],
-        ignore=~label[kept],
-        scores=scores[kept],
-        votes=fused.votes[kept],
-        dropped=len(scores) - len(kept),
+        polygons=[fused.polygons[k] for k in kept] + [fused.lines[k] for k in lines],
+        lossweight=np.concatenate([np.where(label, weight, 0.0)[kept], none]),
+        outlineweight=np.concatenate([np.where(label, outline, 1.0)[kept], none + 1]),
+        ignore=np.concatenate([~label[kept], none == 0]),
+        scores=np.concatenate([scores[kept], line_scores[lines]]),
+        votes=np.concatenate([fused.votes[kept], np.ones(len(lines), np.int64)]),
+        dropped=len(scores) - len(kept) + len(line_scores) - len(lines),
     )
 
 

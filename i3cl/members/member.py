@@ -23,8 +23,9 @@ from i3cl.errors import UserError
 
 Granularity = Literal["word", "line"]
 ENTRY_POINTS = "i3cl.members"
+OURS = "i3cl"
 BUILT_IN = {
-    "i3cl": "i3cl.members.ours:OurMember",
+    OURS: "i3cl.members.ours:OurMember",
     "ppocr": "i3cl.members.ppocr:PPOCRMember",
     "craft": "i3cl.members.craft:CRAFTMember",
     "doctr": "i3cl.members.doctr:DocTRMember",

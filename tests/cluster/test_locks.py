@@ -217,7 +217,7 @@ def test_weights_from_elsewhere_run_no_code(trap, tiny_settings, tmp_path):
 
 
 def test_a_member_that_is_no_safetensors_is_told_before_actors_start(trap, tiny_settings, tiny_checkpoints, tmp_path):
-    from i3cl.labelling.predict import checkpoint_hash
+    from i3cl.members.ours import checkpoint_hash
 
     weights, sprung = trap
     with pytest.raises(UserError, match=r"weights\.safetensors: not a readable safetensors file; give") as caught:

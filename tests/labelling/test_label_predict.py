@@ -24,7 +24,8 @@ from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import _Job, checkpoint_hash, layout, predict
+from i3cl.labelling.predict import _Job, as_member, layout, predict
+from i3cl.members.ours import checkpoint_hash
 from i3cl.model.checkpoint import save_checkpoint
 from i3cl.model.network import I3CL
 
@@ -48,7 +49,7 @@ def plan(images: Path, out: Path, checkpoints: dict[str, str], **changes) -> Pla
     values = {
         "out": str(out),
         "images_root": str(images),
-        "groups": (checkpoints,),
+        "groups": {0: {name: as_member(checkpoint) for name, checkpoint in checkpoints.items()}},
         "views": VIEWS,
         "batch": 2,
         "prefetch": 2,
@@ -205,7 +206,7 @@ def test_members_apart_and_together_say_the_same(tiny_checkpoints, tmp_path):
     names = write_images(tmp_path / "images", 5)
     data = dataset(tmp_path / "images", names)
     together = Labeller(plan(tmp_path / "images", tmp_path / "one", tiny_checkpoints))
-    groups = tuple({name: path} for name, path in tiny_checkpoints.items())
+    groups = {k: {name: as_member(path)} for k, (name, path) in enumerate(tiny_checkpoints.items())}
     apart = Labeller(plan(tmp_path / "images", tmp_path / "two", {}, groups=groups, batch=3, prefetch=1))
     for table in blocks(data, 2):
         together(table)
@@ -285,7 +286,7 @@ def test_an_image_that_the_network_refuses_costs_only_itself(tiny_checkpoints, t
         labeller(table)
     errors = {i: {r["error"] for r in rows.values()} for i, rows in rows_of(tmp_path / "out").items()}
     assert [i for i, error in sorted(errors.items()) if error != {None}] == [3]
-    assert "2.jpg: the network cannot take it (RuntimeError: out of memory in lines)" in errors[3]
+    assert "2.jpg: a: the network cannot take it (RuntimeError: out of memory in lines)" in errors[3]
 
 
 @pytest.mark.parametrize(("batch", "room", "tried"), [(5, 2, [5, 2, 3, 1, 2]), (1, 1, [1] * 6)])
@@ -443,7 +444,7 @@ def test_a_given_test_size_belongs_to_the_job_and_reaches_the_actors(tiny_checkp
         labeller = Labeller(labelled[-1])
         for table in job._blocks(missing, layout(job.label, len(missing), 0, 1, 1)):
             labeller(table)
-        assert {str(p.size) for p in labeller.predictors.values()} == {"64/96"}
+        assert {str(p.predictor.size) for p in labeller.members.values()} == {"64/96"}
 
     monkeypatch.setattr(_Job, "_label", label)
     given = Settings.model_validate({"data": {"test_short_side": 64}})
@@ -469,12 +470,19 @@ def test_without_gpus_to_use_no_actor_asks_for_one_that_is_visible(tiny_checkpoi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     settings = Settings.model_validate({"cluster": {"gpu": False}})
-    job = _Job(data, make_manifest(data), [tiny_checkpoints], settings, Ledger(str(tmp_path / "out")), "t")
+    job = _Job(
+        data,
+        make_manifest(data),
+        {0: {n: as_member(c) for n, c in tiny_checkpoints.items()}},
+        settings,
+        Ledger(str(tmp_path / "out")),
+        "t",
+    )
     on_cpu, on_gpu = (job.plan(layout(settings.label, 1, gpus, 2, 2)) for gpus in (0, 1))
     assert (on_cpu.device, on_gpu.device) == ("cpu", "cuda")
     labeller = Labeller(on_cpu)
     assert labeller(blocks(data, 2)[0])["errors"].to_pylist() == [0]
-    assert {p.device.type for p in labeller.predictors.values()} == {"cpu"}
+    assert {p.predictor.device.type for p in labeller.members.values()} == {"cpu"}
     with pytest.raises((AssertionError, RuntimeError)):
         Labeller(on_gpu)
 
@@ -494,7 +502,7 @@ def test_without_gpus_to_use_no_actor_asks_for_one_that_is_visible(tiny_checkpoi
 def test_too_many_errors_stop_a_job_early_but_not_too_early(tmp_path, failed, seen, total, stops):
     data = dataset(tmp_path, ["a.jpg"])
     ledger = Ledger(str(tmp_path / "out"))
-    job = _Job(data, make_manifest(data), [{}], Settings(label=LabelSettings(max_error_share=0.1)), ledger, "t")
+    job = _Job(data, make_manifest(data), {0: {}}, Settings(label=LabelSettings(max_error_share=0.1)), ledger, "t")
     if stops:
         with pytest.raises(UserError, match=rf"{failed} of {seen} images cannot be labelled.*max_error_share"):
             job._check_share(failed, seen, total)

@@ -8,13 +8,13 @@ import cv2
 import numpy as np
 
 from i3cl import storage
-from i3cl.config import ViewSettings
+from i3cl.config import MemberSettings, ViewSettings
 from i3cl.data.formats.predictions import read_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.labelling.actor import Labeller, Plan
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import checkpoint_hash
+from i3cl.members.ours import checkpoint_hash
 
 
 def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
@@ -31,7 +31,7 @@ def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
     ledger = Ledger(out)
     ledger.claim({"images": manifest.digest})
     ledger.claim({"images": manifest.digest})
-    plan = Plan(out, f"{bucket}/images", ({"a": f"{bucket}/a"},), (ViewSettings(),), 2, 1, 1, 1, 3)
+    plan = Plan(out, f"{bucket}/images", {0: {"a": MemberSettings(weights=f"{bucket}/a")}}, (ViewSettings(),), 2, 1, 1, 1, 3)
     tasks = [(part_name(0, k), 0, k) for k in range(2)]
     # A shard that was done before the worker ended is not done again.
     Labeller(plan)(next(manifest.blocks(tasks[:1], 2, 1)))

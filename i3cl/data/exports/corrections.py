@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,19 +60,9 @@ def import_corrections(
     `out` is COCO json when it ends in .json, else a folder of Parquet shards. UserError for a broken file, an image that `base`
     does not have, an image that occurs twice, another image size, and, unless `skip_bad`, a region that cannot be used.
     """
-    read = REVIEW_FORMATS[format].read
-    assert read is not None, "that is what makes it a review format"
     storage.refuse_to_overwrite(out, source)
     records = read_for_command(base, skip_bad=skip_bad).records
-    names = ImageNames((record.file_name for record in records), base, prefix)
-    reviewed: dict[str, Reviewed] = {}
-    for item in read(source):
-        name = names.find(item.name, item.where)
-        if name in reviewed:
-            raise UserError(f"{item.where}: image {shown(name)} occurs twice; also at {reviewed[name].where}")
-        reviewed[name] = item
-    if not reviewed:
-        raise UserError(f"{source}: holds no annotated image, so there is nothing to bring back")
+    reviewed = _reviewed(format, source, records, base, prefix)
     faults = Faults(skip_bad)
     counts = {"images": 0, "corrected": 0, "instances": 0, "ignored": 0, "removed": 0}
 
@@ -97,6 +87,35 @@ def import_corrections(
     else:
         write_shards(out, merged())
     return Merged(problems=tuple(faults.problems), **counts)
+
+
+def read_instances(
+    format: str, source: str, images: Sequence[ImageRecord], base: str, faults: Faults
+) -> Iterator[tuple[ImageRecord, tuple[Instance, ...] | None]]:
+    """The images of another tool's file and their instances; None for an image none of whose regions can be used.
+
+    format: a key of `REVIEW_FORMATS`; images: those that it may name; base: where they come from, for messages; faults: collects
+    what cannot be used. Errors as `import_corrections`.
+    """
+    known = {record.file_name: record for record in images}
+    for name, item in _reviewed(format, source, images, base, "").items():
+        yield known[name], _instances(item, known[name], faults)
+
+
+def _reviewed(format: str, source: str, images: Iterable[ImageRecord], base: str, prefix: str) -> dict[str, Reviewed]:
+    """The images of another tool's file by their file names in `images`."""
+    read = REVIEW_FORMATS[format].read
+    assert read is not None, "that is what makes it a review format"
+    names = ImageNames((record.file_name for record in images), base, prefix)
+    reviewed: dict[str, Reviewed] = {}
+    for item in read(source):
+        name = names.find(item.name, item.where)
+        if name in reviewed:
+            raise UserError(f"{item.where}: image {shown(name)} occurs twice; also at {reviewed[name].where}")
+        reviewed[name] = item
+    if not reviewed:
+        raise UserError(f"{source}: holds no annotated image, so there is nothing to bring back")
+    return reviewed
 
 
 def _instances(item: Reviewed, record: ImageRecord, faults: Faults) -> tuple[Instance, ...] | None:

@@ -26,16 +26,19 @@ PREDICTION_SCHEMA = pa.schema(
         ("polygons", pa.list_(pa.list_(pa.float32()))),
         ("scores", pa.list_(pa.float32())),
         ("error", pa.string()),
+        ("granularity", pa.string()),
     ]
 )
 """Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each; `error` is null unless the image could not
-be read."""
+be read, or this member cannot take it; `granularity` is 'line' where a polygon encloses a line, else 'word' or null."""
+_LATER = ("granularity",)
+"""Columns that earlier versions did not write."""
 _ROWS = 1024
 """Rows in memory at a time: a row may hold hundreds of polygons."""
 
 
 def prediction_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view` and `error` may be absent.
+    """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view`, `error` and `granularity` may be absent.
 
     Polygons may be (N, 2) or flat. ValueError for a row whose numbers of scores and polygons differ.
     """
@@ -106,12 +109,14 @@ def polygons_of(row: Mapping[str, Any]) -> list[NDArray[np.float32]]:
 def _read_part(path: str, wanted: pa.Schema) -> Iterator[pa.RecordBatch]:
     try:
         with storage.open_arrow(path) as source, pq.ParquetFile(source) as file:
-            missing = [name for name in wanted.names if name not in file.schema_arrow.names]
+            there = [name for name in wanted.names if name in file.schema_arrow.names]
+            missing = [name for name in wanted.names if name not in there and name not in _LATER]
             if missing:
                 raise UserError(f"{path}: no column {missing[0]}; is it a part of predictions?")
-            for batch in file.iter_batches(_ROWS, columns=wanted.names):
+            for batch in file.iter_batches(_ROWS, columns=there):
                 if batch.num_rows:
-                    yield batch.select(wanted.names).cast(wanted)
+                    columns = [batch[n] if n in there else pa.nulls(batch.num_rows, wanted.field(n).type) for n in wanted.names]
+                    yield pa.RecordBatch.from_arrays(columns, wanted.names).cast(wanted)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot be read as predictions ({reason}); label again") from error

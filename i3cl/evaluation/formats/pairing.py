@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,23 @@ class Paired:
     """Truth images that the results do not name; they count as empty."""
     how: str
     """What tied the images together."""
+    others: list[str] = field(default_factory=list)
+    """Results of images that the truth does not have; only where `pair` is allowed to leave them out."""
 
 
 _PREFIX = re.compile(r"^(?:task\d+_|res_|gt_|poly_|det_)+(?=.)")
 
 
-def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections]) -> Paired:
+_BY_NAME = "file name"
+
+
+def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], others: bool = False) -> Paired:
     """Ties every result to its truth image.
 
     By COCO image id where both have one, else by file name, else by name without folder, extension and the prefixes gt_, res_,
     poly_gt_, task1_, else by the number in the name: the first of these that leaves no result over.
+
+    others: results may hold images that the truth does not have, where file names tie them together; they are left out.
 
     Raises:
         UserError: Results are of images that the truth does not have, images cannot be told apart, or an image has another
@@ -50,7 +57,7 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections]) ->
     if all(t.id is not None for t in truth.images) and all(f.id is not None for f in results.images):
         ways.append(("image id", lambda image: image.id))
     if results.format != RESULTS:
-        ways.append(("file name", lambda image: image.name.rsplit(".", 1)[0]))
+        ways.append((_BY_NAME, lambda image: image.name.rsplit(".", 1)[0]))
         ways.append(("name without prefix and extension", lambda image: _short(image.name)))
     ways.append(("number in the name", lambda image: image_number(image.name)))
     best: tuple[int, str, dict[Any, ImageTruth], dict[Any, ImageDetections]] | None = None
@@ -73,14 +80,14 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections]) ->
             + "; give the results the truth's file names"
         )
     strangers, how, truths, found = best
-    if strangers:
-        names = [image.name for key, image in found.items() if key not in truths]
+    names = [image.name for key, image in found.items() if key not in truths]
+    if strangers and not (others and how == _BY_NAME and strangers < len(found)):
         raise UserError(
             f"{results.path}: {strangers} of {len(found)} results are of images that the truth does not have "
             f"({', '.join(names[:3])}{', ...' if strangers > 3 else ''}){_shift_hint(truth, results)}; remove or rename them"
         )
     missing = [image.name for key, image in truths.items() if key not in found]
-    return Paired([image_of(image, found.get(key)) for key, image in truths.items()], missing, how)
+    return Paired([image_of(image, found.get(key)) for key, image in truths.items()], missing, how, names)
 
 
 def image_of(truth: ImageTruth, found: ImageDetections | None) -> EvalImage:

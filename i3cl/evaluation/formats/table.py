@@ -24,10 +24,7 @@ def table_results(path: str, member: str | None) -> PolygonSet[ImageDetections]:
     Raises:
         UserError: There is no part, one is not of predictions, or it is not clear which member is meant.
     """
-    members: set[str] = set()
-    for batch in read_batches(path, ["member"]):
-        members.update(batch["member"].unique().to_pylist())
-    member = chosen_member(path, members, member)
+    member = chosen_member(path, members_of(path), member)
     images, unread = [], 0
     for rows in read_predictions(path):
         for row in rows:
@@ -42,6 +39,14 @@ def table_results(path: str, member: str | None) -> PolygonSet[ImageDetections]:
     if unread:
         warnings.append(f"{path}: {unread} images could not be read when they were predicted; they count as empty")
     return PolygonSet(path, FORMAT, images, warnings=warnings)
+
+
+def members_of(path: str) -> set[str]:
+    """Names of all members in a table. UserError as `read_batches`."""
+    members: set[str] = set()
+    for batch in read_batches(path, ["member"]):
+        members.update(batch["member"].unique().to_pylist())
+    return members
 
 
 def chosen_member(path: str, members: set[str], member: str | None) -> str:
