@@ -134,7 +134,7 @@ def _parse(key: str, value: str) -> Any:
             group = _from_yaml(value)
         except (yaml.YAMLError, ValueError):
             return value
-        return group if isinstance(group, dict) else value
+        return group if isinstance(group, dict) and value.lstrip().startswith("{") else value
     try:
         return _from_yaml(value)
     except yaml.composer.ComposerError as error:
