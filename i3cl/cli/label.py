@@ -5,7 +5,8 @@ add-member  one more member for predictions that are there: `i3cl label add-memb
             label.members.NAME says
 select      thresholds turn the predictions into pseudo labels: COCO json or Parquet out
 all         predict and select
-trust       compare fused predictions of labelled images with their truth: report, calibration.json, disputed.json
+trust       compare fused predictions of labelled images with their truth: report, calibration.json, members.json, disputed.json
+agree       what the members' scores mean, learned without truth from how often members confirm each other: members.json
 audit       find given labels that an ensemble contradicts which has not seen the images: report, audit.json, audit.csv
 """
 
@@ -23,6 +24,7 @@ from i3cl.errors import UserError
 
 if TYPE_CHECKING:
     from i3cl.data.formats.records import Dataset
+    from i3cl.labelling.member_scores import MemberScores
 
 
 def work(settings: Settings, options: argparse.Namespace) -> None:
@@ -46,6 +48,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         shown = [f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in labels.counts.items()]
         print("  ".join(shown))
         print(f"pseudo labels: {labels.path}")
+    if options.step == "agree":
+        agree(settings, options, folder)
     if options.step == "trust":
         trust(settings, options, folder)
     if options.step == "audit":
@@ -77,10 +81,34 @@ def add_member(settings: Settings, options: argparse.Namespace, predictions: str
     print(f"predictions: {predictions}")
 
 
+def agree(settings: Settings, options: argparse.Namespace, folder: str) -> None:
+    """Learn from agreement what the members' scores mean; write members.json."""
+    from i3cl import storage
+    from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
+
+    given = _folders(options)
+    if len(given) > 1:
+        raise UserError("--predictions: agree takes one folder; several belong to audit")
+    found = scores_by_agreement(given[0] if given else storage.join(folder, "predictions", "unlabelled"), settings.label.fusion)
+    path = storage.join(options.out or storage.join(folder, "agreement"), "members.json")
+    write_member_scores(path, found)
+    _show(found)
+    print(f"{path}: use it with label.fusion.member_scores={path}")
+
+
+def _show(found: MemberScores) -> None:
+    """One line for each member: what its scores mean."""
+    what = "right" if found.learned_from == "truth" else "confirmed by others"
+    for name, own in found.members.items():
+        row = "  ".join(f"{score:.1f}: {own([score])[0]:.2f}" for score in (0.1, 0.3, 0.5, 0.7, 0.9))
+        print(f"{name}: {own.instances} findings, {found.confirmed[name]:.2f} {what}; score: expected precision  {row}")
+
+
 def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     """Measure how far the labels can be trusted; write the report, calibration.json and disputed.json."""
     from i3cl import storage
     from i3cl.labelling.calibration import write_calibration
+    from i3cl.labelling.member_scores import scores_by_truth, write_member_scores
     from i3cl.labelling.trust import diverse_order, exif_of_predictions, measure_trust, write_disputed
     from i3cl.report.trust import write_trust_report
 
@@ -97,13 +125,21 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
         turned = exif == "upright"
         found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root, upright=turned))
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
+    try:
+        meaning = scores_by_truth(predictions, dataset.records, settings.evaluate)
+        write_member_scores(storage.join(out, "members.json"), meaning)
+    except UserError as error:
+        meaning = None
+        print(f"members.json was not written: {error}")
     title = f"Trust in the labels: {settings.name}"
     write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=exif == "upright")
     for row in [found.ensemble, *found.members]:
         print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
     gain, low, high = (100 * value for value in found.gain)
     print(f"ensemble over its best member: {gain:+.1f} points (95 % of bootstrap draws {low:+.1f} to {high:+.1f})")
-    print(f"report, calibration.json, disputed.json: {out}")
+    if meaning is not None:
+        _show(meaning)
+    print(f"report, calibration.json, members.json, disputed.json: {out}")
 
 
 def audit(settings: Settings, options: argparse.Namespace, folder: str) -> None:
@@ -163,8 +199,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "step",
-        choices=("predict", "add-member", "select", "all", "trust", "audit"),
-        help="what to do (see above); select, trust and audit need no GPU",
+        choices=("predict", "add-member", "select", "all", "agree", "trust", "audit"),
+        help="what to do (see above); select, agree, trust and audit need no GPU",
     )
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -184,9 +220,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--granularity", choices=("word", "line"), help="add-member: what one polygon encloses (word)")
     parser.add_argument("--truth", metavar="SET.json", help="trust, audit: labelled images, COCO json; default data.validation")
     parser.add_argument("--images", metavar="FOLDER", help="trust, audit: folder of the images of --truth")
-    stored = "trust: stored predictions of the labelled images; audit: those of each fold, by members trained without it"
+    stored = "stored predictions; agree: of any images; trust: of the labelled images; audit: of each fold, by members trained without it"
     parser.add_argument("--predictions", nargs="+", action="extend", default=[], metavar="FOLDER", help=stored)
-    place = "trust, audit: folder for the files; default <run>/trust, <run>/audit"
+    place = "agree, trust, audit: folder for the files; default <run>/agreement, <run>/trust, <run>/audit"
     parser.add_argument("--out", metavar="FOLDER", help=place)
 
 

@@ -469,6 +469,8 @@ class FusionSettings(_Settings):
     """Predictions below this score are left out."""
     line_cover: Fraction = 0.5
     """Share of a word's area that a line must cover to support it."""
+    member_scores: str | None = None
+    """members.json of `i3cl label trust` or `agree`: each member's scores become expected precision before fusion; null: none."""
 
 
 class SelectSettings(_Settings):

@@ -129,14 +129,19 @@ def read_calibration(path: str) -> Calibration:
     """Read what `write_calibration` wrote. UserError when the file is not a calibration."""
     try:
         content: Any = json.loads(storage.read_text(path))
-        knots = np.array([content["scores"], content["precision"]], np.float64)
-        if knots.ndim != 2 or not knots.shape[1] or not ((knots >= 0) & (knots <= 1)).all():
-            raise ValueError("knots must lie in 0-1")
-        if (np.diff(knots, axis=1) < 0).any():
-            raise ValueError("knots must not fall")
         members = tuple(map(str, content["members"]))
         fusion = FusionSettings.model_validate(content["fusion"])
-        return Calibration(tuple(knots[0]), tuple(knots[1]), members, fusion, int(content["instances"]))
+        return Calibration(*knots_of(content), members, fusion, int(content["instances"]))
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a calibration ({reason}); write one with jobs/label.py trust") from None
+
+
+def knots_of(content: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scores and precisions of a calibration in JSON. ValueError when they are not rising knots in 0-1; KeyError, TypeError."""
+    knots = np.array([content["scores"], content["precision"]], np.float64)
+    if knots.ndim != 2 or not knots.shape[1] or not ((knots >= 0) & (knots <= 1)).all():
+        raise ValueError("knots must lie in 0-1")
+    if (np.diff(knots, axis=1) < 0).any():
+        raise ValueError("knots must not fall")
+    return tuple(knots[0].tolist()), tuple(knots[1].tolist())

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
+from i3cl.labelling.member_scores import read_member_scores
 from i3cl.labelling.select import SelectionSummary, select
 from i3cl.runtime.parts import fan_out
 
@@ -64,8 +65,13 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
     # A member that cannot take an image, or has no results for it, is not asked there: it neither supports nor contradicts.
     every = ([row for row in rows if row["error"] is None] for path in paths for rows in read_predictions(path))
     readable = (rows for rows in every if rows)
+    path = settings.fusion.member_scores
+    meaning = read_member_scores(path) if path is not None else None
     for group in _batched(readable, _TOGETHER):
         members = [members_of(rows) for rows in group]
+        if meaning is not None:
+            assert path is not None
+            members = [tuple(replace(m, scores=meaning(m.member, m.scores, path)) for m in parts) for parts in members]
         for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
             first = rows[0]
             yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused, parts)
@@ -298,6 +304,7 @@ def _made_from(predictions: str, settings: LabelSettings, calibration: Calibrati
         },
         "fusion": settings.fusion.model_dump(mode="json"),
         "select": settings.select.model_dump(mode="json"),
+        "member_scores": claims.read(settings.fusion.member_scores) if settings.fusion.member_scores else None,
         "calibration": None if calibration is None else [list(calibration.scores), list(calibration.precision)],
     }
 
