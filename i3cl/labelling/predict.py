@@ -7,13 +7,12 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import CHECKPOINT_FILES, content_hash, recorded
+from i3cl.claims import CHECKPOINT_FILES, recorded
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.records import Dataset
@@ -23,15 +22,14 @@ from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
-from i3cl.model.shipped import folder_of, is_shipped, not_a_checkpoint
+from i3cl.members.ours import checkpoint_hash, located
+from i3cl.model.shipped import folder_of
 from i3cl.runtime.cluster import connect, quiet
 from i3cl.runtime.pace import Every
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
 _TOGETHER_BYTES = 4 << 30
 """Weights for which any GPU in use today has room beside the working memory of one network."""
-_HEADER_BYTES = 100_000_000
-"""The longest header that safetensors reads."""
 _EARLY = 500
 """Images from which the share of errors so far may stop a job."""
 _SHOWN = 5
@@ -72,7 +70,7 @@ def predict(
         raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
     manifest = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
-    members = {name: _located(members[name]) for name in sorted(members)}
+    members = {name: located(members[name]) for name in sorted(members)}
     hashes = {name: checkpoint_hash(path) for name, path in members.items()}
     recipes = {name: recipe_of(path) for name, path in members.items()}
     given = given_size(settings) if given is None else given
@@ -103,35 +101,6 @@ def predict(
     job = _Job(dataset, manifest, groups, settings, ledger, title, given, sizes, exif == "upright", made_from)
     job.run()
     return out
-
-
-def _located(checkpoint: str) -> str:
-    return checkpoint if is_shipped(checkpoint) else storage.absolute(checkpoint)
-
-
-def checkpoint_hash(checkpoint: str) -> str:
-    """SHA-256 of the settings and weights of a checkpoint directory, or of a detector in the package.
-
-    UserError when it is not a checkpoint directory or its weights are not safetensors.
-    """
-    path = folder_of(checkpoint)
-    for name in CHECKPOINT_FILES:
-        if not storage.is_file(storage.join(path, name)):
-            raise not_a_checkpoint(checkpoint, name)
-    _check_weights(storage.join(path, CHECKPOINT_FILES[1]))
-    return content_hash(path)
-
-
-def _check_weights(file: str) -> None:
-    """UserError when a file does not start as safetensors do. Checked here, before actors start and fail on it."""
-    with storage.open_read(file) as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        try:
-            ok = 2 <= size <= _HEADER_BYTES and isinstance(json.loads(stream.read(size)), dict)
-        except ValueError:
-            ok = False
-    if not ok:
-        raise UserError(f"{file}: not a readable safetensors file; give a checkpoint that train.py or prepare.py convert wrote")
 
 
 def _groups(members: dict[str, str], label: LabelSettings) -> tuple[dict[str, str], ...]:
