@@ -69,7 +69,7 @@ class PPOCRMember(Member):
         path = file_of("rapidocr", "rapidocr/models/*det*.onnx")
         if path is None:
             raise UserError(
-                f"use: {settings.use}: rapidocr {versions['rapidocr']} holds no detector; {cls.install} --upgrade, or give weights"
+                f"use: {settings.use}: rapidocr {versions['rapidocr']} holds no detector; {cls.install}, or give weights"
             )
         return path
 
