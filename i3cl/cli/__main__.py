@@ -18,6 +18,7 @@ GROUPS = {
     },
     "labels": {
         "label": "predict with an ensemble, select pseudo labels, measure how far to trust them, audit given labels",
+        "members": "the detectors that can take part in an ensemble: licence, installed or not, options",
         "search": "search thresholds, loss weights or any other settings with Ray Tune",
     },
     "measuring": {

@@ -220,7 +220,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--granularity", choices=("word", "line"), help="add-member: what one polygon encloses (word)")
     parser.add_argument("--truth", metavar="SET.json", help="trust, audit: labelled images, COCO json; default data.validation")
     parser.add_argument("--images", metavar="FOLDER", help="trust, audit: folder of the images of --truth")
-    stored = "stored predictions; agree: of any images; trust: of the labelled images; audit: of each fold, by members trained without it"
+    stored = "stored predictions; trust: of the labelled images; audit: of each fold, by members trained without it"
     parser.add_argument("--predictions", nargs="+", action="extend", default=[], metavar="FOLDER", help=stored)
     place = "agree, trust, audit: folder for the files; default <run>/agreement, <run>/trust, <run>/audit"
     parser.add_argument("--out", metavar="FOLDER", help=place)

@@ -19,6 +19,7 @@ from i3cl.config import MemberSettings, ViewSettings
 from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.detections import Detections
+from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
 from i3cl.labelling.ledger import Attempt, Failure, Ledger
 from i3cl.members.member import OURS, Granularity, Member, Place, granularity_of, kind_of
@@ -160,7 +161,10 @@ class Labeller:
             place = Place(self.plan.device, self.plan.threads, self.plan.given)
             for name, member in self.plan.groups[group].items():
                 key = f"label.members.{name}"
-                self.members[name] = kind_of(member.use, key).load(member, place)
+                try:
+                    self.members[name] = kind_of(member.use, key).load(member, place)
+                except UserError as error:
+                    raise error if member.use == OURS else UserError(f"{key}.{error}") from None
                 self.granularity[name] = granularity_of(member, key)
             self.group = group
 

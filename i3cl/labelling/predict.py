@@ -198,7 +198,7 @@ def fingerprint(name: str, member: MemberSettings) -> str:
     except UserError as error:
         if member.use == OURS:
             raise
-        raise UserError(f"label.members.{name}: {error}") from None
+        raise UserError(f"label.members.{name}.{error}") from None
 
 
 def _groups(members: Mapping[str, MemberSettings], label: LabelSettings) -> list[list[str]]:

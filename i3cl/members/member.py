@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import isabstract
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -56,7 +57,11 @@ class Member(ABC):
     licence: ClassVar[str] = "not stated"
     """Of the code and the weights, for `i3cl members`."""
     about: ClassVar[str] = ""
-    """One line for `i3cl members`: what it is, what must be installed, which settings it needs."""
+    """One line for `i3cl members`: what it is, which settings it needs."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Installed distributions that it needs beside those of the project."""
+    install: ClassVar[str] = ""
+    """The command that installs them."""
 
     @classmethod
     @abstractmethod
@@ -108,6 +113,9 @@ def kind_of(use: str, key: str = "label.members") -> type[Member]:
             raise UserError(f"{key}.use: {use} ({point.value}) cannot be imported: {type(error).__name__}: {reason}") from None
         if not (isinstance(found, type) and issubclass(found, Member)):
             raise UserError(f"{key}.use: {use} ({point.value}) is not a subclass of i3cl.members.member.Member")
+        if isabstract(found):
+            lacks = ", ".join(sorted(found.__abstractmethods__))
+            raise UserError(f"{key}.use: {use} ({point.value}) does not define {lacks} of i3cl.members.member.Member")
         return found
     known = kinds()
     near = difflib.get_close_matches(use, known, n=1, cutoff=0.5)

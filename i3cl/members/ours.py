@@ -1,10 +1,10 @@
-"""Our own detector as a member of an ensemble, and the hash by which a checkpoint is known."""
+"""Our own detector as a member of an ensemble."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from i3cl.claims import CHECKPOINT_FILES, content_hash
 from i3cl.config import MemberSettings, ViewSettings
 from i3cl.detections import Detections
 from i3cl.errors import UserError
-from i3cl.members.member import Member, Place
+from i3cl.members.adapting import read_options
+from i3cl.members.member import Granularity, Member, Place
 from i3cl.model.shipped import folder_of, is_shipped, not_a_checkpoint
 
 if TYPE_CHECKING:
@@ -25,38 +26,45 @@ _HEADER_BYTES = 100_000_000
 
 
 class OurMember(Member):
-    """A checkpoint of I3CL, at the test size and in the tiles of its recipe or of the user."""
+    """A checkpoint of this project, at its own test size and tiles unless others are given, in every view."""
 
-    takes_views = True
-    licence = "of the project; a checkpoint's weights are its owner's"
-    about = "I3CL; weights: a checkpoint directory, local or s3://, or the name of a detector in the package"
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+    granularity: ClassVar[Granularity] = "word"
+    takes_views: ClassVar[bool] = True
+    licence: ClassVar[str] = "code and the packaged weights Apache-2.0; your own checkpoints are yours"
+    about: ClassVar[str] = "I3CL: words. weights: a checkpoint directory, or the name of a detector in the package"
 
     @classmethod
     def fingerprint(cls, settings: MemberSettings) -> str:
-        """As `checkpoint_hash`."""
-        if settings.options:
-            raise UserError(f"options: i3cl has none, not {next(iter(settings.options))}; use data.test_short_side and the like")
-        assert settings.weights is not None
-        return checkpoint_hash(settings.weights)
+        """As `Member.fingerprint`: SHA-256 of the checkpoint's settings and weights."""
+        return checkpoint_hash(located(cls._checkpoint(settings)))
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> OurMember:
-        """The network of the checkpoint."""
+        """As `Member.load`."""
+        checkpoint = located(cls._checkpoint(settings))
+        # Here, because it needs torch, and a fingerprint does not.
         from i3cl.inference.predictor import Predictor
 
-        assert settings.weights is not None
-        return cls(Predictor.load(settings.weights, place.device, place.given))
+        return cls(Predictor.load(checkpoint, place.device, place.given))
+
+    @staticmethod
+    def _checkpoint(settings: MemberSettings) -> str:
+        read_options(settings, {})
+        if settings.weights is None:
+            raise UserError("weights: give a checkpoint directory, or the name of a detector in the package")
+        return settings.weights
+
+    def __init__(self, predictor: Predictor) -> None:
+        """predictor: of the checkpoint, on its device."""
+        self.predictor = predictor
 
     def __call__(self, images: Sequence[NDArray[np.uint8]], view: ViewSettings) -> list[Detections]:
-        """Detections of each image in one view."""
+        """As `Member.__call__`."""
         return self.predictor(images, view)
 
 
 def located(checkpoint: str) -> str:
-    """A checkpoint as any process finds it: an absolute path or URL, or the name of a detector in the package."""
+    """A path as it is known in every process: absolute, or the name of a detector in the package."""
     return checkpoint if is_shipped(checkpoint) else storage.absolute(checkpoint)
 
 
