@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from i3cl import observe, storage
 from i3cl.claims import claim_run, recorded
-from i3cl.config import Settings, TeacherSettings, with_overrides
+from i3cl.config import MemberSettings, Settings, TeacherSettings, with_overrides
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
@@ -50,7 +50,8 @@ class Stages:
 def selftrain(settings: Settings) -> dict[str, Any]:
     """Teachers -> pseudo labels -> student in <storage>/<name>/; returns what summary.json holds.
 
-    UserError for missing data sets or checkpoints. The same call continues a run that was stopped.
+    Without a labelled set, `i3cl.circle_without_labels` is the circle. UserError for missing data sets or checkpoints. The same
+    call continues a run that was stopped.
     """
     if not settings.selftrain.teachers:
         raise UserError("selftrain.teachers: names no teacher; add {name: a, overrides: {train.seed: 1}}")
@@ -72,7 +73,7 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         names = [teacher.name for teacher in settings.selftrain.teachers]
         variants = [_variant(settings, teacher, i) for i, teacher in enumerate(settings.selftrain.teachers)]
         teachers = dict(zip(names, train_all(variants), strict=True))
-    checkpoints = {name: t.checkpoint for name, t in teachers.items()}
+    checkpoints = {name: t.checkpoint for name, t in teachers.items()} | settings.selftrain.members
     if settings.selftrain.calibrate:
         with stages("calibration"):
             settings = _calibrated(settings, validation, checkpoints, run)
@@ -192,7 +193,7 @@ def _more_rounds(
         own = settings.model_copy(update={"storage": run, "name": f"round-{number}"})
         folder = storage.join(run, f"round-{number}")
         with stages(f"round {number}: labels"):
-            checkpoints = {name: model.checkpoint for name, model in members.items()}
+            checkpoints = {name: model.checkpoint for name, model in members.items()} | circle.members
             if circle.calibrate:
                 own = _calibrated(own, validation, checkpoints, folder)
             labels = label_images(unlabelled, checkpoints, own, folder, f"labels of round {number}", given=AS_TRAINED)
@@ -252,7 +253,7 @@ def _control(settings: Settings, teachers: dict[str, TrainResult]) -> Settings:
     return with_overrides(student, changes, "selftrain.control")
 
 
-def _calibrated(settings: Settings, validation: Dataset, members: dict[str, str], run: str) -> Settings:
+def _calibrated(settings: Settings, validation: Dataset, members: Mapping[str, str | MemberSettings], run: str) -> Settings:
     out = storage.join(run, "predictions", "calibration")
     scores = score_checkpoints(validation, members, settings, out, "calibration", AS_TRAINED, every_view=True)
     return calibrate(validation, scores, settings, storage.join(run, "calibration.json"))

@@ -17,7 +17,7 @@ import numpy as np
 
 from i3cl import storage
 from i3cl.claims import claim_run, recorded
-from i3cl.config import ArmSettings, Settings, SourceSettings, with_overrides
+from i3cl.config import ArmSettings, MemberSettings, Settings, SourceSettings, with_overrides
 from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
@@ -84,8 +84,8 @@ def study(settings: Settings) -> dict[str, Any]:
         runs = {}
         for name, arm in ready:
             for seed, part in parts.items():
-                if arm.labels_from:
-                    members = {other: results[other, seed].checkpoint for other in arm.labels_from}
+                if arm.labels_from or arm.members:
+                    members = {other: results[other, seed].checkpoint for other in arm.labels_from} | arm.members
                     labels[name, seed] = _label(settings, run, name, arm, seed, part, members)
                 runs[name, seed] = _training(settings, run, name, arm, seed, part, results, labels.get((name, seed)))
         results |= zip(runs, train_all(list(runs.values())), strict=True)
@@ -211,7 +211,7 @@ def _arm(settings: Settings, name: str, arm: ArmSettings, changes: Mapping[str, 
 
 
 def _label(
-    settings: Settings, run: str, name: str, arm: ArmSettings, seed: int, part: Part, members: dict[str, str]
+    settings: Settings, run: str, name: str, arm: ArmSettings, seed: int, part: Part, members: Mapping[str, str | MemberSettings]
 ) -> PseudoLabels:
     """The pseudo labels that an arm learns from, made once."""
     if part.unlabelled is None:

@@ -7,6 +7,7 @@ select      thresholds turn the predictions into pseudo labels: COCO json or Par
 all         predict and select
 trust       compare fused predictions of labelled images with their truth: report, calibration.json, members.json, disputed.json
 agree       what the members' scores mean, learned without truth from how often members confirm each other: members.json
+checked     recall, precision and F, with intervals, from the answers that a page of `i3cl selftrain` without labels has saved
 audit       find given labels that an ensemble contradicts which has not seen the images: report, audit.json, audit.csv
 """
 
@@ -48,6 +49,8 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         shown = [f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in labels.counts.items()]
         print("  ".join(shown))
         print(f"pseudo labels: {labels.path}")
+    if options.step == "checked":
+        checked(options)
     if options.step == "agree":
         agree(settings, options, folder)
     if options.step == "trust":
@@ -94,6 +97,20 @@ def agree(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     write_member_scores(path, found)
     _show(found)
     print(f"{path}: use it with label.fusion.member_scores={path}")
+
+
+def checked(options: argparse.Namespace) -> None:
+    """Print the estimate that a person's answers yield."""
+    from i3cl.report.check import estimate
+
+    if not options.answers:
+        raise UserError("--answers: names no file; give what the page's “Save answers” has written")
+    found = estimate(options.answers)
+    for name in ("recall", "precision", "hmean"):
+        interval = getattr(found, f"{name}_interval")
+        title = "F" if name == "hmean" else name
+        print(f"{title}: {getattr(found, name):.3f}  (95 % interval {interval.low:.3f} to {interval.high:.3f})")
+    print(f"of what has a score above {found.threshold:g}, from {found.images} images checked by eye")
 
 
 def _show(found: MemberScores) -> None:
@@ -199,7 +216,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "step",
-        choices=("predict", "add-member", "select", "all", "agree", "trust", "audit"),
+        choices=("predict", "add-member", "select", "all", "agree", "trust", "checked", "audit"),
         help="what to do (see above); select, agree, trust and audit need no GPU",
     )
     parser.add_argument("--name", help=argparse.SUPPRESS)
@@ -218,6 +235,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="add-member: auto, or a format of `i3cl prepare export`: labelme, paddle, cvat, ...",
     )
     parser.add_argument("--granularity", choices=("word", "line"), help="add-member: what one polygon encloses (word)")
+    parser.add_argument("--answers", metavar="FILE", help="checked: what the page has saved")
     parser.add_argument("--truth", metavar="SET.json", help="trust, audit: labelled images, COCO json; default data.validation")
     parser.add_argument("--images", metavar="FOLDER", help="trust, audit: folder of the images of --truth")
     stored = "stored predictions; trust: of the labelled images; audit: of each fold, by members trained without it"

@@ -1,4 +1,7 @@
-"""The whole circle: teachers, pseudo labels, student, evaluation, report. The same command continues where it stopped."""
+"""The whole circle: teachers, pseudo labels, student, evaluation, report. The same command continues where it stopped.
+
+Without a labelled set in data.train, the detectors of selftrain.members label, and a student learns from their labels alone.
+"""
 
 import argparse
 
@@ -9,10 +12,15 @@ from i3cl.config import Settings
 def work(settings: Settings, options: argparse.Namespace) -> None:
     """Run the command."""
     from i3cl import storage
+
+    if not settings.data.train and settings.synthetic is None:
+        from i3cl.circle_without_labels import print_summary, selftrain_without_labels
+
+        print_summary(selftrain_without_labels(settings))
+        return
     from i3cl.circle import print_table, selftrain
 
-    summary = selftrain(settings)
-    print_table(summary)
+    print_table(selftrain(settings))
     print(f"report: {storage.join(storage.absolute(settings.storage), settings.name, 'report.html')}")
 
 

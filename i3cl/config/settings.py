@@ -567,6 +567,13 @@ class MemberSettings(_Settings):
         return self
 
 
+def _checkpoints(members: Any) -> Any:
+    """Members as given, with a checkpoint in the place of each text."""
+    if not isinstance(members, dict):
+        return members
+    return {name: {"weights": each} if isinstance(each, str) else each for name, each in members.items()}
+
+
 class LabelSettings(_Settings):
     """Labelling with an ensemble."""
 
@@ -607,9 +614,7 @@ class LabelSettings(_Settings):
     @field_validator("members", mode="before")
     @classmethod
     def _text_is_a_checkpoint(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: {"weights": each} if isinstance(each, str) else each for name, each in value.items()}
+        return _checkpoints(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
@@ -711,6 +716,9 @@ class SelfTrainSettings(_Settings):
     """The circle: teachers, pseudo labels, student, control."""
 
     teachers: tuple[TeacherSettings, ...] = ()
+    members: dict[str, MemberSettings] = {}
+    """Name -> detector that labels beside the teachers, or in their place where data.train names no labelled set; a text is a
+    checkpoint."""
     student: TeacherSettings = TeacherSettings(name="student")
     student_starts_from_best_teacher: bool = True
     """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
@@ -737,6 +745,18 @@ class SelfTrainSettings(_Settings):
     Only the difference between student and control shows what pseudo labels bring. false: for those who know already."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known. Only used to score the pseudo labels, never for training."""
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _text_is_a_checkpoint(cls, value: Any) -> Any:
+        return _checkpoints(value)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> SelfTrainSettings:
+        models = {*(teacher.name for teacher in self.teachers), self.student.name}
+        for name in sorted(models & self.members.keys()):
+            raise ValueError(f"members: {name} is a teacher or the student; choose another name")
+        return self
 
     @model_validator(mode="after")
     def _shares_fit(self) -> SelfTrainSettings:
@@ -771,6 +791,8 @@ class ArmSettings(_Settings):
     """Arm whose checkpoint of the same seed this one starts from; null: as train.start_from says."""
     labels_from: tuple[str, ...] = ()
     """Arms whose checkpoints of the same seed label the unlabelled images together."""
+    members: dict[str, MemberSettings] = {}
+    """Name -> further detector that labels with them, the same for every seed."""
     train: tuple[ArmSourceSettings, ...] = (ArmSourceSettings(use="labelled"),)
     """Training sets."""
     overrides: dict[str, Any] = {}
@@ -778,9 +800,17 @@ class ArmSettings(_Settings):
 
     @model_validator(mode="after")
     def _labels_are_made(self) -> ArmSettings:
-        if any(source.use == "pseudo" for source in self.train) != bool(self.labels_from):
+        if any(source.use == "pseudo" for source in self.train) != bool(self.labels_from or self.members):
             raise ValueError("labels_from: goes with a training set {use: pseudo}; give both or neither")
+        for name in self.labels_from:
+            if name in self.members:
+                raise ValueError(f"members: {name} is an arm; choose another name")
         return self
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _text_is_a_checkpoint(cls, value: Any) -> Any:
+        return _checkpoints(value)
 
 
 class StudySettings(_Settings):

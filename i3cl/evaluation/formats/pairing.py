@@ -43,8 +43,9 @@ _BY_NAME = "file name"
 def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], others: bool = False) -> Paired:
     """Ties every result to its truth image.
 
-    By COCO image id where both have one, else by file name, else by name without folder, extension and the prefixes gt_, res_,
-    poly_gt_, task1_, else by the number in the name: the first of these that leaves no result over.
+    By file name, else by COCO image id where both have one, else by name without extension and the prefixes gt_, res_, poly_gt_,
+    task1_, else by the number in the name: the first of these that leaves no result over. Names come before ids, because every
+    set counts its images from 1.
 
     others: results may hold images that the truth does not have, where file names tie them together; they are left out.
 
@@ -54,10 +55,11 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
     """
     _check_names(truth)
     ways: list[tuple[str, Callable[[Any], Any]]] = []
+    if results.format != RESULTS:
+        ways.append((_BY_NAME, lambda image: image.name.rsplit(".", 1)[0]))
     if all(t.id is not None for t in truth.images) and all(f.id is not None for f in results.images):
         ways.append(("image id", lambda image: image.id))
     if results.format != RESULTS:
-        ways.append((_BY_NAME, lambda image: image.name.rsplit(".", 1)[0]))
         ways.append(("name without prefix and extension", lambda image: _short(image.name)))
     ways.append(("number in the name", lambda image: image_number(image.name)))
     best: tuple[int, str, dict[Any, ImageTruth], dict[Any, ImageDetections]] | None = None
@@ -69,7 +71,7 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
         strangers = sum(k not in truths for k in found)
         if best is None or strangers < best[0]:
             best = (strangers, how, truths, found)
-        if strangers == 0:
+        if strangers == 0 or (others and how == _BY_NAME and strangers < len(found)):
             break
     if best is None:
         stems = (Counter(_stem(image.name) for image in images) for images in (truth.images, results.images))
