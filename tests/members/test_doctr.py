@@ -48,7 +48,9 @@ def test_any_image_can_be_taken(file):
 def test_the_fingerprint_follows_weights_and_options(file, tmp_path):
     other = tmp_path / "other.pt"
     other.write_bytes(b"x")
-    check_fingerprints(settings(file), settings(file, bin_thresh=0.3), settings(file, bin_thresh=0.2), settings(str(other)), kind=DocTRMember)
+    check_fingerprints(
+        settings(file), settings(file, bin_thresh=0.3), settings(file, bin_thresh=0.2), settings(str(other)), kind=DocTRMember
+    )
 
 
 @needed

@@ -115,7 +115,12 @@ def test_a_missing_package_is_named_with_the_command():
     assert require("x", ["pytest"], "")["pytest"] == pytest.__version__
 
 
-KNOWN = {"side": Option(5, "", 1, 9), "share": Option(0.5, "", 0, 1), "way": Option("a", "", choices=("a", "b")), "on": Option(True, "")}
+KNOWN = {
+    "side": Option(5, "", 1, 9),
+    "share": Option(0.5, "", 0, 1),
+    "way": Option("a", "", choices=("a", "b")),
+    "on": Option(True, ""),
+}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,12 @@ def test_a_wrong_option_is_told_with_the_right_ones(options, words):
 
 
 def test_options_that_are_left_out_have_their_defaults():
-    assert read_options(MemberSettings(use="ppocr", options={"share": 1}), KNOWN) == {"side": 5, "share": 1.0, "way": "a", "on": True}
+    assert read_options(MemberSettings(use="ppocr", options={"share": 1}), KNOWN) == {
+        "side": 5,
+        "share": 1.0,
+        "way": "a",
+        "on": True,
+    }
 
 
 def test_tiny_and_thin_images_grow_without_moving():
@@ -172,7 +182,8 @@ def test_no_torch_is_needed_before_a_detector_is_loaded():
         "from i3cl.members.listing import listing\nfrom i3cl.members.member import kind_of\nlisting()\n"
         "print(kind_of('i3cl').fingerprint(MemberSettings(weights='lite0-scene')))\n"
         "for use in ('ppocr', 'craft', 'doctr', 'torchvision'):\n"
-        "    try:\n        kind_of(use).fingerprint(MemberSettings(use=use))\n    except UserError as error:\n        print(error)\n"
+        "    try:\n        kind_of(use).fingerprint(MemberSettings(use=use))\n"
+        "    except UserError as error:\n        print(error)\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'onnxruntime', 'easyocr', 'doctr', 'rapidocr')))"
     )
     done = subprocess.run(

@@ -91,7 +91,9 @@ def test_a_region_is_widened_by_its_area_over_its_perimeter():
     found[40:50, 80:95] = 0.35  # too weak
     (polygon,), (score,) = regions(found, 0.3, 0.5, unclip=1.5, least=3)
     out = 10 * 40 * 1.5 / (2 * (10 + 40))
-    np.testing.assert_allclose(polygon, [[30 - out, 20 - out], [70 + out, 20 - out], [70 + out, 30 + out], [30 - out, 30 + out]], atol=0.01)
+    np.testing.assert_allclose(
+        polygon, [[30 - out, 20 - out], [70 + out, 20 - out], [70 + out, 30 + out], [30 - out, 30 + out]], atol=0.01
+    )
     assert score == pytest.approx(0.8)
 
 
