@@ -182,7 +182,8 @@ def test_no_torch_is_needed_before_a_detector_is_loaded():
         "from i3cl.members.listing import listing\nfrom i3cl.members.member import kind_of\nlisting()\n"
         "print(kind_of('i3cl').fingerprint(MemberSettings(weights='lite0-scene')))\n"
         "for use in ('ppocr', 'craft', 'doctr', 'torchvision'):\n"
-        "    try:\n        kind_of(use).fingerprint(MemberSettings(use=use))\n    except UserError as error:\n        print(error)\n"
+        "    try:\n        kind_of(use).fingerprint(MemberSettings(use=use))\n"
+        "    except UserError as error:\n        print(error)\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'onnxruntime', 'easyocr', 'doctr', 'rapidocr')))"
     )
     done = subprocess.run(
