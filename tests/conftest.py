@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -193,3 +194,24 @@ def bucket(_s3_proxy, s3_server, monkeypatch):
     monkeypatch.setenv("I3CL_S3_PATIENCE", "30")
     yield Bucket(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", _s3_proxy)
     _s3_proxy.reset()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, driven through its own driver; `browser.downloads` is the folder of what it saves."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1200,900"):
+        options.add_argument(argument)
+    downloads = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.downloads = downloads
+    yield driver
+    driver.quit()

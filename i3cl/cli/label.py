@@ -118,6 +118,8 @@ def _show(found: MemberScores) -> None:
     what = "right" if found.learned_from == "truth" else "confirmed by others"
     for name, own in found.members.items():
         row = "  ".join(f"{score:.1f}: {own([score])[0]:.2f}" for score in (0.1, 0.3, 0.5, 0.7, 0.9))
+        if name in found.unlearned:
+            row = "too few findings to learn from; the scores stay as they are"
         print(f"{name}: {own.instances} findings, {found.confirmed[name]:.2f} {what}; score: expected precision  {row}")
 
 
@@ -142,20 +144,15 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
         turned = exif == "upright"
         found = replace(found, disputed=diverse_order(found.disputed, len(found.members), dataset.images_root, upright=turned))
     write_disputed(storage.join(out, "disputed.json"), found.disputed)
-    try:
-        meaning = scores_by_truth(predictions, dataset.records, settings.evaluate)
-        write_member_scores(storage.join(out, "members.json"), meaning)
-    except UserError as error:
-        meaning = None
-        print(f"members.json was not written: {error}")
+    meaning = scores_by_truth(predictions, dataset.records, settings.evaluate)
+    write_member_scores(storage.join(out, "members.json"), meaning)
     title = f"Trust in the labels: {settings.name}"
     write_trust_report(storage.join(out, "report.html"), found, dataset.images_root, title, upright=exif == "upright")
     for row in [found.ensemble, *found.members]:
         print(f"{row.name}: R {row.recall:.4f}  P {row.precision:.4f}  F {row.hmean:.4f}  (score > {row.threshold:.2f})")
     gain, low, high = (100 * value for value in found.gain)
     print(f"ensemble over its best member: {gain:+.1f} points (95 % of bootstrap draws {low:+.1f} to {high:+.1f})")
-    if meaning is not None:
-        _show(meaning)
+    _show(meaning)
     print(f"report, calibration.json, members.json, disputed.json: {out}")
 
 

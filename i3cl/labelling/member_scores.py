@@ -27,7 +27,7 @@ Source = Literal["truth", "agreement"]
 _SUREST = 0.1
 """Share of a member's findings, by score, that agreement takes to be right."""
 _FEWEST = 20
-"""Findings of a member from which anything can be learned."""
+"""Findings of a member from which anything can be learned. The scores of one with fewer stay as they are."""
 _FILLED = 0.25
 """Share of a line that words must fill for it to be a line of text."""
 
@@ -39,7 +39,12 @@ class MemberScores:
     learned_from: Source
     members: Mapping[str, Calibration]
     confirmed: Mapping[str, float]
-    """Member -> share of its findings that is right, or with agreement: that other members confirm."""
+    """Member -> share of its findings that is right, or with agreement: that other members confirm. 0 without findings."""
+
+    @property
+    def unlearned(self) -> list[str]:
+        """Members with so few findings that nothing was learned of them; their scores stay as they are."""
+        return [name for name, own in self.members.items() if own.instances < _FEWEST]
 
     def __call__(self, member: str, scores: Any, path: str) -> NDArray[np.float64]:
         """(N,) expected precision of (N,) scores; path: for messages. UserError for a member of whom nothing was learned."""
@@ -55,7 +60,7 @@ def scores_by_truth(predictions: str, truth: Sequence[ImageRecord], evaluate: Ev
     """From stored predictions of labelled images.
 
     A word is right when the truth matches it by `evaluate.iou`, a line when words of the truth fill a quarter of it or more.
-    Findings in don't-care regions do not count. UserError when a member has found fewer than 20 polygons.
+    Findings in don't-care regions do not count. The scores of a member with fewer than 20 findings stay as they are.
     """
     known = {record.id: record for record in truth}
 
@@ -83,9 +88,9 @@ def scores_by_agreement(predictions: str, fusion: FusionSettings) -> MemberScore
     A finding is confirmed when another member has found the same: words by an IoU of `fusion.iou`, a word by a line that covers
     `fusion.line_cover` of it, a line by words that fill a quarter of it. A member that misses what is there cannot confirm it, so
     the share of confirmed findings is too low; it is divided by that of the member's surest tenth, which is taken to be right.
-    Members that err together make it too high.
+    Members that err together make it too high. The scores of a member with fewer than 20 findings stay as they are.
 
-    UserError when there is one member only, or one has found fewer than 20 polygons.
+    UserError when there is one member only.
     """
 
     def verdicts() -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
@@ -143,15 +148,16 @@ def _fitted(
     members, shares = {}, {}
     for member, parts in sorted(collected.items()):
         scores, right = (np.concatenate(column) for column in zip(*parts, strict=True))
+        shares[member] = float(right.mean()) if len(right) else 0.0
         if len(scores) < _FEWEST:
-            raise UserError(f"{predictions}: {member} has found {len(scores)} polygons; {_FEWEST} are needed to learn from")
+            members[member] = Calibration((0.0, 1.0), (0.0, 1.0), (member,), instances=len(scores))
+            continue
         found = fit_calibration(scores, right > 0, [member])
         precision = np.asarray(found.precision)
         if source == "agreement":
             surest = right[np.argsort(-scores, kind="stable")[: max(_FEWEST, int(_SUREST * len(scores)))]].mean()
             precision = np.minimum(precision / max(surest, 1e-9), 1.0)
         members[member] = Calibration(found.scores, tuple(precision.tolist()), (member,), instances=len(scores))
-        shares[member] = float(right.mean())
     return MemberScores(source, members, shares)
 
 

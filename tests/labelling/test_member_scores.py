@@ -103,8 +103,8 @@ def test_mistakes(tmp_path):
     truth = simulated(path, {"calm": 0.9})
     with pytest.raises(UserError, match="holds findings of one member; agreement needs two"):
         scores_by_agreement(path, FusionSettings())
-    with pytest.raises(UserError, match=r"calm has found \d+ polygons; 20 are needed"):
-        scores_by_truth(path, truth[:1], EvaluateSettings())
+    few = scores_by_truth(path, truth[:1], EvaluateSettings())
+    assert few.unlearned == ["calm"] and few("calm", [0.2, 0.7], "").tolist() == [0.2, 0.7]
     write_member_scores(str(file), scores_by_truth(path, truth, EvaluateSettings()))
     simulated(path, {"calm": 0.9, "new": 0.5})
     with pytest.raises(UserError, match=r"members.json: learned without new \(there are calm\)"):
