@@ -55,6 +55,12 @@ def part_name(group: int, shard: int) -> str:
     return f"part-{group:02d}-{shard:06d}.parquet"
 
 
+def shard_of(part: str) -> str:
+    """What the parts of one shard have in common: the number of the shard; of any other file, its whole name."""
+    pieces = part.removesuffix(".parquet").split("-")
+    return pieces[2] if len(pieces) == 3 and pieces[0] == "part" else part
+
+
 class Ledger:
     """The files of one labelling job; any process may open it."""
 

@@ -32,6 +32,7 @@ from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
+from i3cl.labelling.ledger import shard_of
 from i3cl.labelling.member_scores import read_member_scores
 from i3cl.labelling.select import SelectionSummary, select
 from i3cl.runtime.parts import fan_out
@@ -61,9 +62,8 @@ class FusedImage:
 
 def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> Iterator[FusedImage]:
     """Every readable image of a predictions folder, or of parts that hold all rows of their images, with its members fused."""
-    paths = [predictions] if isinstance(predictions, str) else predictions
     # A member that cannot take an image, or has no results for it, is not asked there: it neither supports nor contradicts.
-    every = ([row for row in rows if row["error"] is None] for path in paths for rows in read_predictions(path))
+    every = ([row for row in rows if row["error"] is None] for rows in read_predictions(predictions))
     readable = (rows for rows in every if rows)
     path = settings.fusion.member_scores
     meaning = read_member_scores(path) if path is not None else None
@@ -149,8 +149,9 @@ class Bundles:
 def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     """Groups of parts with at least `least` images each (the last one may have fewer).
 
-    Normally all rows of an image are in one part. Where they are not, for example in parts of several runs, everything becomes
-    one group. UserError when there is no part, one that does not hold predictions, or when the folder is not finished.
+    All rows of an image are in one part, or in the parts of one shard: each group of members has written its own. Where they are
+    not, for example in parts of several runs, everything becomes one group. UserError when there is no part, one that does not
+    hold predictions, or when the folder is not finished.
     """
     paths = parts_of(predictions)
     if len(paths) < 2:
@@ -159,16 +160,21 @@ def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     with ThreadPoolExecutor(16) as pool:
         heads = list(pool.map(_heads, paths))
     members = sorted(set().union(*(names for _, names in heads)))
-    images = len(np.unique(np.concatenate([ids for ids, _ in heads])))
-    if images < sum(len(ids) for ids, _ in heads):
+    shards: dict[Any, list[int]] = {}
+    for number, path in enumerate(paths):
+        name = path.rpartition("/")[2]
+        shards.setdefault(shard_of(name), []).append(number)
+    ids_of = [np.unique(np.concatenate([heads[k][0] for k in numbers])) for numbers in shards.values()]
+    images = len(np.unique(np.concatenate(ids_of)))
+    if images < sum(map(len, ids_of)):
         return Bundles([[predictions]], images, members)
     groups: list[list[str]] = [[]]
     held = 0
-    for path, (ids, _) in zip(paths, heads):
+    for numbers, ids in zip(shards.values(), ids_of, strict=True):
         if held >= least:
             groups.append([])
             held = 0
-        groups[-1].append(path)
+        groups[-1] += [paths[k] for k in numbers]
         held += len(ids)
     return Bundles(groups, images, members)
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -254,6 +255,24 @@ def test_bundles_keep_every_part_once_and_images_whole(tmp_path):
     assert (made.images, made.members) == (15, ["a", "b"])
     again = bundles(predictions(tmp_path / "again", 5, repeat=True), least=6)
     assert (len(again.groups), again.images) == (1, 15)
+
+
+def test_parts_of_one_shard_by_several_groups_of_members_stay_together(tmp_path):
+    """Otherwise an added member would put a whole corpus into one process, or its polygons would be labels of their own."""
+    one, folder = predictions(tmp_path / "one", 4), tmp_path / "apart"
+    folder.mkdir()
+    for number, part in enumerate(sorted((tmp_path / "one").glob("*.parquet"))):
+        table = pq.read_table(part)
+        for group, member in enumerate("ab"):
+            rows = table.filter(pc.equal(table["member"], member))
+            pq.write_table(rows, folder / f"part-{group:02d}-{number:06d}.parquet")
+    made = bundles(str(folder), least=6)
+    assert [len(group) for group in made.groups] == [4, 4] and (made.images, made.members) == (12, ["a", "b"])
+    whole, apart = (make_pseudo_labels(f, LABEL, str(tmp_path / n)) for f, n in ((one, "1.json"), (str(folder), "2.json")))
+    assert whole == apart
+    records = [read_coco(str(tmp_path / name), "", check_files=False).records for name in ("1.json", "2.json")]
+    for first, second in zip(*records, strict=True):
+        assert [i.score for i in first.instances] == [i.score for i in second.instances]
 
 
 def test_an_image_that_a_repeated_task_wrote_twice_counts_once(tmp_path):

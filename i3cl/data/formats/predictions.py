@@ -71,24 +71,27 @@ def _schema(columns: Sequence[str] | None) -> pa.Schema:
     return PREDICTION_SCHEMA if columns is None else pa.schema([PREDICTION_SCHEMA.field(n) for n in columns])
 
 
-def read_predictions(url: str) -> Iterator[list[dict[str, Any]]]:
-    """All rows of one image after another, however they are spread over the parts.
+def read_predictions(url: str | Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one image after another, however they are spread over the parts of a folder, or over several parts.
 
     A row is a dict of the columns, its polygons (N, 2) float32 arrays and its scores an (N,) float32 array.
     An image is yielded as soon as its last row is read, so memory holds only the images that are not complete yet. A row that a
     repeated task has written twice counts once. Raises what ``read_batches`` raises.
     """
+    urls = [url] if isinstance(url, str) else url
     left: Counter[int] = Counter()
-    for batch in read_batches(url, ["image_id"]):
-        left.update(batch["image_id"].to_pylist())
+    for each in urls:
+        for batch in read_batches(each, ["image_id"]):
+            left.update(batch["image_id"].to_pylist())
     pending: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
-    for batch in read_batches(url):
-        for row in _rows(batch, url):
-            image_id = row["image_id"]
-            pending.setdefault(image_id, {}).setdefault((row["member"], row["view"]), row)
-            left[image_id] -= 1
-            if not left[image_id]:
-                yield list(pending.pop(image_id).values())
+    for each in urls:
+        for batch in read_batches(each):
+            for row in _rows(batch, each):
+                image_id = row["image_id"]
+                pending.setdefault(image_id, {}).setdefault((row["member"], row["view"]), row)
+                left[image_id] -= 1
+                if not left[image_id]:
+                    yield list(pending.pop(image_id).values())
 
 
 def member_predictions(url: str, member: str) -> dict[int, tuple[list[NDArray[np.float32]], NDArray[np.float32]]]:
