@@ -1,8 +1,8 @@
 """Self-training on photographs of which not one is labelled: members -> agreement -> pseudo labels -> student, round after round.
 
 There is no truth to choose thresholds or checkpoints by. What the members' scores mean is learned from how often they confirm
-each other, and the student's last checkpoint counts. How good it is, agreement cannot say: a page of images to check by eye
-yields an honest estimate (`i3cl label checked`).
+each other (label.agreement), and the student's last checkpoint counts. How good it is, agreement cannot say: a page of images to
+check by eye yields an honest estimate (`i3cl label checked`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
 from i3cl.evaluation.metrics.model_score import Measured
 from i3cl.inference.recipe import AS_TRAINED
-from i3cl.labelling.label import PseudoLabels, select_labels, unlabelled_images
-from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
+from i3cl.labelling.label import PseudoLabels, label_images, unlabelled_images
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import with_pseudo_labels
 from i3cl.labelling.scoring import gain, score_checkpoints
@@ -65,12 +64,17 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
             members[circle.student.name if number == 2 else f"{circle.student.name}-{number - 1}"] = student.checkpoint
         folder = run if number == 1 else storage.join(run, f"round-{number}")
         text = "" if number == 1 else f"round {number}: "
-        labels, agreement = _labels(settings, stages, folder, text, images, members)
+        with stages(f"{text}labels"):
+            labels = label_images(images, members, settings, folder, f"{text}labels", given=AS_TRAINED)
+            counts = labels.counts
+            observe.say(
+                f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
+                f"mean weight {counts['mean_weight']:.2f}",
+                **counts,
+            )
         with stages(f"{text}student"):
             student = train_all([_student(settings, folder, labels, student)])[0]
-        rounds.append(
-            {"labels": labels.counts, "agreement": agreement, "student": student.checkpoint, "pseudo_labels": labels.path}
-        )
+        rounds.append({"labels": labels.counts, "student": student.checkpoint, "pseudo_labels": labels.path})
     assert student is not None
 
     summary: dict[str, Any] = {"rounds": rounds, "student": student.checkpoint}
@@ -94,39 +98,6 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
     summary["seconds"] = stages.seconds
     storage.write_text_atomic(storage.join(run, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def _labels(
-    settings: Settings,
-    stages: Stages,
-    folder: str,
-    text: str,
-    images: Dataset,
-    members: Mapping[str, str | MemberSettings],
-) -> tuple[PseudoLabels, dict[str, float]]:
-    """The pseudo labels of one round, and for each member the share of its findings that others confirm."""
-    predictions = storage.join(folder, "predictions", "unlabelled")
-    with stages(f"{text}predictions"):
-        predict(images, members, settings, predictions, f"{text}predictions", AS_TRAINED)
-    label, confirmed = settings.label, {}
-    if len(members) > 1:
-        with stages(f"{text}agreement"):
-            found = scores_by_agreement(predictions, label.fusion)
-            path = storage.join(folder, "agreement", "members.json")
-            write_member_scores(path, found)
-            label = with_overrides(settings, {"label.fusion.member_scores": path}, "agreement").label
-            confirmed = dict(found.confirmed)
-            each = ", ".join(f"{name} {share:.2f}" for name, share in confirmed.items())
-            observe.say(f"findings that other members confirm: {each}", confirmed=confirmed)
-    with stages(f"{text}labels"):
-        labels = select_labels(predictions, label, folder, images.images_root).checked()
-        counts = labels.counts
-        observe.say(
-            f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
-            f"mean weight {counts['mean_weight']:.2f}",
-            **counts,
-        )
-    return labels, confirmed
 
 
 def _student(settings: Settings, folder: str, labels: PseudoLabels, before: TrainResult | None) -> Settings:

@@ -33,6 +33,7 @@ def recipe(tiny_settings, tiny_checkpoints, tmp_path):
         "train.checkpoint_every": 2,
         "train.start_from": tiny_checkpoints["a"],
         "label.source": {"annotations": "unlabelled.json", "images": "images"},
+        "label.agreement": True,
         "label.select": {"low": 0.0, "ignore": 0.0, "high": 0.9},
         "label.fusion.min_score": 0.0,
         "selftrain.members": {"ours": tiny_checkpoints["a"], "craft": {"results": [str(tmp_path / "craft.json")]}},
@@ -46,10 +47,11 @@ def test_the_whole_circle(recipe, tmp_path, ray_cluster):
     summary = selftrain_without_labels(recipe)
     run = tmp_path / "circle"
     assert json.loads((run / "summary.json").read_text()) == summary
-    first, second = summary["rounds"]
+    first = summary["rounds"][0]
     # The student of the first round labels beside the others in the second.
-    assert sorted(first["agreement"]) == ["craft", "ours"] and sorted(second["agreement"]) == ["craft", "ours", "student"]
-    assert first["labels"]["instances"] > 0 and (run / "agreement" / "members.json").is_file()
+    for folder, members in ((run, ["craft", "ours"]), (run / "round-2", ["craft", "ours", "student"])):
+        assert sorted(json.loads((folder / "pseudo.members.json").read_text())["members"]) == members
+    assert first["labels"]["instances"] > 0
     settings = load_settings(run / "round-2" / "student" / "settings.yaml")
     assert settings.train.start_from == first["student"] and len(settings.data.train) == 1
     assert "cannot be said without truth" in summary["verdict"] and "<polygon" in (run / "check.html").read_text()

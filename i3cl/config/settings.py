@@ -604,6 +604,9 @@ class LabelSettings(_Settings):
     """Stop when a larger share of the images cannot be labelled."""
     price_per_hour: NonNegative = 0.0
     """Price of one GPU (without GPUs: of one actor) per hour, in any currency; 0: no money is shown."""
+    agreement: bool = False
+    """In a circle or a study: learn from how often members confirm each other what their scores mean, and fuse with that, as
+    `i3cl label agree` and fusion.member_scores do. For members of different kinds."""
     fusion: FusionSettings = FusionSettings()
     select: SelectSettings = SelectSettings()
     audit: AuditSettings = AuditSettings()

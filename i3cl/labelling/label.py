@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from i3cl import storage
+from i3cl import observe, storage
 from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
+from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
 
@@ -73,6 +74,8 @@ def label_images(
 ) -> PseudoLabels:
     """Predict and select: pseudo labels of `images` by an ensemble. The same call continues where it was stopped.
 
+    With label.agreement, what the members' scores mean is learned between the two and written to <folder>/<name>.members.json.
+
     Args:
         images: As `unlabelled_images` reads them.
         members: Name -> detector, or in its place a checkpoint directory.
@@ -87,4 +90,12 @@ def label_images(
         UserError: As `predict` raises it, or no prediction passed the thresholds.
     """
     predictions = predict(images, members, settings, storage.join(folder, "predictions", part), title, given)
-    return select_labels(predictions, settings.label, folder, images.images_root, name).checked()
+    label = settings.label
+    if label.agreement and len(members) > 1:
+        found = scores_by_agreement(predictions, label.fusion)
+        path = storage.join(folder, f"{name}.members.json")
+        write_member_scores(path, found)
+        each = ", ".join(f"{member} {share:.2f}" for member, share in found.confirmed.items())
+        observe.say(f"{title}: share of findings that other members confirm: {each}", stage=title)
+        label = label.model_copy(update={"fusion": label.fusion.model_copy(update={"member_scores": path})})
+    return select_labels(predictions, label, folder, images.images_root, name).checked()
