@@ -59,7 +59,8 @@ def results_hash(settings: MemberSettings) -> str:
 
 
 def _files(path: str) -> list[str]:
-    return [storage.join(path, name) for name in storage.list_files(path)] if storage.is_dir(path) else [path]
+    """The file itself, the parts of a predictions folder, or all files of another folder, always in the same order."""
+    return claims.parts(path) or [storage.join(path, name) for name in sorted(storage.list_files(path))]
 
 
 def read_member(name: str, settings: MemberSettings, images: Dataset, skip_bad: bool = False) -> Results:

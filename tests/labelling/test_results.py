@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import cv2
@@ -19,7 +21,7 @@ from i3cl.errors import UserError
 from i3cl.labelling.label import select_labels
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.predict import add_member, predict
-from i3cl.labelling.results import read_member
+from i3cl.labelling.results import read_member, results_hash
 
 SIDES = (120, 160)
 COUNT = 6
@@ -299,6 +301,19 @@ def test_broken_files_are_one_line(tmp_path, images):
     left = read_member("craft", MemberSettings(results=(str(tmp_path / "bad.json"),)), images, skip_bad=True)
     assert sum(len(polygons) for polygons, _ in left.found.values()) == 2 * COUNT - 1 and "score" in left.notes[0]
     assert not (tmp_path / "p").exists()
+
+
+def test_the_hash_of_a_folder_depends_on_its_files_and_not_on_their_order(tmp_path, images):
+    (tmp_path / "texts").mkdir()
+    for k in range(40):
+        (tmp_path / "texts" / f"{k}.txt").write_text(str(k))
+    member = MemberSettings(results=(str(tmp_path / "texts"),))
+    code = f"from i3cl.config import MemberSettings; from i3cl.labelling.results import results_hash; print(results_hash({member!r}))"
+    # The order of a set of names is another one in every process.
+    told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert told == {results_hash(member) + "\n"}
+    (tmp_path / "texts" / "7.txt").write_text("8")
+    assert told != {results_hash(member) + "\n"}
 
 
 def test_settings_of_a_member():
