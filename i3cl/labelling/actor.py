@@ -283,7 +283,7 @@ class Labeller:
 
     def _row(self, entry: Entry, member: str, view: str, found: Detections | None, error: str | None = None) -> dict[str, Any]:
         row: dict[str, Any] = {"image_id": entry.image_id, "file_name": entry.file_name, "member": member, "view": view}
-        row |= {"error": error, "granularity": self.granularity[member]}
+        row |= {"error": error, "granularity": self.granularity[member], "kind": self.plan.groups[self.group][member].use}
         # Not `if found`: an image without text has been seen too, and keeps its size.
         if found is None:
             return {**row, "height": 0, "width": 0, "polygons": [], "scores": []}

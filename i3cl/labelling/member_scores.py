@@ -85,24 +85,30 @@ def scores_by_truth(predictions: str, truth: Sequence[ImageRecord], evaluate: Ev
 def scores_by_agreement(predictions: str, fusion: FusionSettings) -> MemberScores:
     """From stored predictions of any images, without a truth.
 
-    A finding is confirmed when another member has found the same: words by an IoU of `fusion.iou`, a word by a line that covers
-    `fusion.line_cover` of it, a line by words that fill a quarter of it. A member that misses what is there cannot confirm it, so
-    the share of confirmed findings is too low; it is divided by that of the member's surest tenth, which is taken to be right.
-    Members that err together make it too high. The scores of a member with fewer than 20 findings stay as they are.
+    A finding is confirmed when a member of another kind has found the same: words by an IoU of `fusion.iou`, a word by a line
+    that covers `fusion.line_cover` of it, a line by words that fill a quarter of it. A member that misses what is there cannot
+    confirm it, so the share of confirmed findings is too low; it is divided by that of the member's surest tenth, which is taken to be
+    right. Members that err together make it too high, which is why those of one kind (checkpoints of ours, say) do not confirm
+    each other. The scores of a member with fewer than 20 findings stay as they are.
 
-    UserError when there is one member only.
+    UserError when all members are of one kind.
     """
 
     def verdicts() -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
         for rows in read_predictions(predictions):
             good = [row for row in _good(rows) if fusion.member_weights.get(row["member"], 1.0) > 0]
             for row in good:
-                others = [other for other in good if other["member"] != row["member"]]
+                others = [other for other in good if _kind(other) != _kind(row)]
                 if others:
                     confirmed = np.any([_confirms(row, other, fusion) for other in others], axis=0)
                     yield row["member"], np.asarray(row["scores"], np.float64), confirmed.astype(np.float64)
 
     return _fitted("agreement", verdicts(), predictions)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """A member whose kind is not known is one of its own."""
+    return row["kind"] or f"member {row['member']}"
 
 
 def _good(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -143,8 +149,11 @@ def _fitted(
     collected: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {}
     for member, scores, right in verdicts:
         collected.setdefault(member, []).append((scores, right))
-    if source == "agreement" and len(collected) < 2:
-        raise UserError(f"{predictions}: holds findings of one member; agreement needs two or more: i3cl label add-member")
+    if source == "agreement" and not collected:
+        raise UserError(
+            f"{predictions}: all members are of one kind and make the same mistakes; agreement needs another detector: "
+            "i3cl label add-member"
+        )
     members, shares = {}, {}
     for member, parts in sorted(collected.items()):
         scores, right = (np.concatenate(column) for column in zip(*parts, strict=True))

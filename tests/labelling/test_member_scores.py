@@ -27,8 +27,11 @@ def ring(x, y, width=30, height=12):
     return np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], np.float32)
 
 
-def simulated(path, recall, seed=0, lines=()):
-    """Members that find each word with their `recall`, and wrong boxes; p(right) = score for `calm`, score squared for `loud`."""
+def simulated(path, recall, seed=0, lines=(), twins=False):
+    """Members that find each word with their `recall`, and wrong boxes; p(right) = score for `calm`, score squared for `loud`.
+
+    twins: `twin` finds what `calm` finds; both are of one kind.
+    """
     rng = np.random.default_rng(seed)
     rows, truth = [], []
     for image in range(IMAGES):
@@ -55,7 +58,10 @@ def simulated(path, recall, seed=0, lines=()):
                 "member": member,
                 "view": "default",
             }
-            rows.append(row | {"polygons": polygons, "scores": scores, "granularity": "line" if member in lines else "word"})
+            if twins and member == "twin":
+                polygons, scores = rows[-1]["polygons"], rows[-1]["scores"]
+            row |= {"granularity": "line" if member in lines else "word", "kind": "ours" if member in ("calm", "twin") else None}
+            rows.append(row | {"polygons": polygons, "scores": scores})
     pq.write_table(prediction_table(rows), path)
     return truth
 
@@ -77,6 +83,17 @@ def test_agreement_comes_close_to_truth_when_members_err_apart(tmp_path):
     assert max(off_by(guess, measured).values()) < 0.08
     # Others miss much: without the correction for it the share of confirmed findings would be taken for precision.
     assert guess.confirmed["calm"] < measured.confirmed["calm"] - 0.05
+
+
+def test_members_of_one_kind_do_not_confirm_each_other(tmp_path):
+    """Two trainings of one network make the same mistakes, and would call them right."""
+    path = str(tmp_path / "p.parquet")
+    truth = simulated(path, {"calm": 0.6, "twin": 0.6, "other": 0.5}, twins=True)
+    measured = scores_by_truth(path, truth, EvaluateSettings())
+    assert max(off_by(scores_by_agreement(path, FusionSettings()), measured).values()) < 0.1
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["kind"]), path)
+    assert off_by(scores_by_agreement(path, FusionSettings()), measured)["twin"] > 0.2
 
 
 def test_lines_confirm_words_and_are_confirmed_by_them(tmp_path):
@@ -101,7 +118,7 @@ def test_fusion_works_with_what_the_scores_mean(tmp_path):
 def test_mistakes(tmp_path):
     path, file = str(tmp_path / "p.parquet"), tmp_path / "members.json"
     truth = simulated(path, {"calm": 0.9})
-    with pytest.raises(UserError, match="holds findings of one member; agreement needs two"):
+    with pytest.raises(UserError, match="all members are of one kind and make the same mistakes"):
         scores_by_agreement(path, FusionSettings())
     few = scores_by_truth(path, truth[:1], EvaluateSettings())
     assert few.unlearned == ["calm"] and few("calm", [0.2, 0.7], "").tolist() == [0.2, 0.7]

@@ -308,7 +308,8 @@ def test_the_hash_of_a_folder_depends_on_its_files_and_not_on_their_order(tmp_pa
     for k in range(40):
         (tmp_path / "texts" / f"{k}.txt").write_text(str(k))
     member = MemberSettings(results=(str(tmp_path / "texts"),))
-    code = f"from i3cl.config import MemberSettings; from i3cl.labelling.results import results_hash; print(results_hash({member!r}))"
+    code = "from i3cl.config import MemberSettings; from i3cl.labelling.results import results_hash; "
+    code += f"print(results_hash({member!r}))"
     # The order of a set of names is another one in every process.
     told = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert told == {results_hash(member) + "\n"}

@@ -27,18 +27,20 @@ PREDICTION_SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("error", pa.string()),
         ("granularity", pa.string()),
+        ("kind", pa.string()),
     ]
 )
-"""Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each; `error` is null unless the image could not
-be read, or this member cannot take it; `granularity` is 'line' where a polygon encloses a line, else 'word' or null."""
-_LATER = ("granularity",)
+"""Polygons are flat x0, y0, x1, y1, ... in original pixels, with one score (0-1) each. `error` is null unless the image could not
+be read, or this member cannot take it. `granularity` is 'line' where a polygon encloses a line, else 'word' or null. `kind` is
+that of the detector (label.members.NAME.use), null where it is not known: members of one kind make the same mistakes."""
+_LATER = ("granularity", "kind")
 """Columns that earlier versions did not write."""
 _ROWS = 1024
 """Rows in memory at a time: a row may hold hundreds of polygons."""
 
 
 def prediction_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view`, `error` and `granularity` may be absent.
+    """A table of ``PREDICTION_SCHEMA`` from dicts with its column names; `view`, `error`, `granularity` and `kind` may be absent.
 
     Polygons may be (N, 2) or flat. ValueError for a row whose numbers of scores and polygons differ.
     """
