@@ -87,9 +87,9 @@ def scores_by_agreement(predictions: str, fusion: FusionSettings) -> MemberScore
 
     A finding is confirmed when a member of another kind has found the same: words by an IoU of `fusion.iou`, a word by a line
     that covers `fusion.line_cover` of it, a line by words that fill a quarter of it. A member that misses what is there cannot
-    confirm it, so the share of confirmed findings is too low; it is divided by that of the member's surest tenth, which is taken
-    to be right. Members that err together make it too high, which is why those of one kind (checkpoints of ours, say) do not confirm
-    each other. The scores of a member with fewer than 20 findings stay as they are.
+    confirm it, so the share of confirmed findings is too low; it is divided by that of the member's surest tenth, which is
+    taken to be right. Members that err together make it too high, which is why those of one kind (checkpoints of ours, say) do
+    not confirm each other. The scores of a member with fewer than 20 findings stay as they are.
 
     UserError when all members are of one kind.
     """

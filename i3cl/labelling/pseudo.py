@@ -71,7 +71,15 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
         members = [members_of(rows) for rows in group]
         if meaning is not None:
             assert path is not None
-            members = [tuple(replace(m, scores=meaning(m.member, m.scores, path)) for m in parts) for parts in members]
+            weights = settings.fusion.member_weights
+            members = [
+                tuple(
+                    # Of a member that is left out nothing was learned, perhaps.
+                    replace(m, scores=meaning(m.member, m.scores, path)) if weights.get(m.member, 1.0) > 0 else m
+                    for m in parts
+                )
+                for parts in members
+            ]
         for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
             first = rows[0]
             yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused, parts)

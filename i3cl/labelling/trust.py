@@ -137,7 +137,9 @@ def measure_trust(predictions: str, truth: Sequence[ImageRecord], settings: Labe
         there, hit = (sum(low <= s < high for s in sides) for sides in (truth_sides, found_sides))
         label = f"{low:g}-{high:g} px" if np.isfinite(high) else f"from {low:g} px"
         by_size.append(Rate(label, part.count, part.precision, hit / there if there else float("nan")))
-    alone = {name: _alone(name, images, known, settings) for name in names}
+    # A member that finds lines has no words of its own to be scored.
+    of_words = {part.member for item in images.values() for part in item.members if not part.lines}
+    alone = {name: _alone(name, images, known, settings) for name in names if name in of_words}
     counts = {name: _contest(name, truth, found, evaluate) for name, found in alone.items()}
     members = sorted((contest for contest, _ in counts.values()), key=lambda contest: -contest.hmean)
     ensemble, own_counts = _contest("ensemble", truth, fused, evaluate)

@@ -126,6 +126,7 @@ def test_mistakes(tmp_path):
     simulated(path, {"calm": 0.9, "new": 0.5})
     with pytest.raises(UserError, match=r"members.json: learned without new \(there are calm\)"):
         list(fused_images(path, LabelSettings(fusion={"member_scores": str(file)})))
+    assert list(fused_images(path, LabelSettings(fusion={"member_scores": str(file), "member_weights": {"new": 0}})))
     for wrong in ("[]", "{", '{"members": {"a": {}}}', json.dumps({"members": {}, "learned_from": "hearsay"})):
         file.write_text(wrong)
         with pytest.raises(UserError, match=r"members.json: not the scores of members"):
