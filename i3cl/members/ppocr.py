@@ -131,7 +131,7 @@ class PPOCRMember(Member):
         limit, short = self._chosen["limit_side_len"], self._chosen["limit_type"] == "min"
         factor = max(1.0, limit / min(height, width)) if short else min(1.0, limit / max(height, width))
         factor = min(factor, self._chosen["max_side_len"] / max(height, width))
-        return tuple(max(_STEP, round(side * factor / _STEP) * _STEP) for side in (height, width))  # type: ignore[return-value]
+        return tuple(max(_STEP, round(side * factor / _STEP) * _STEP) for side in (height, width))
 
 
 def regions(
