@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from i3cl.config import MemberSettings, ViewSettings
 from i3cl.detections import Detections
+from i3cl.errors import UserError
 from i3cl.members.adapting import (
     Option,
     as_detections,
@@ -50,21 +51,29 @@ class DocTRMember(Member):
                 *("fast_tiny", "fast_small", "fast_base"),
             ),
         ),
+        "side": Option(1024, "pixels; the image is fitted into a square of this side, a multiple of 32", 32, 4096),
         "bin_thresh": Option(0.3, "probability from which a pixel is text", 0, 1),
         "box_thresh": Option(0.1, "mean probability of its pixels from which a word is kept; this mean is its score", 0, 1),
     }
 
     @classmethod
+    def _options(cls, settings: MemberSettings) -> dict[str, Any]:
+        options = read_options(settings, cls.options)
+        if options["side"] % 32:
+            raise UserError(f"options.side: {options['side']} is not a multiple of 32; give {-(-options['side'] // 32) * 32}")
+        return options
+
+    @classmethod
     def fingerprint(cls, settings: MemberSettings) -> str:
         """As `Member.fingerprint`."""
-        options, versions = read_options(settings, cls.options), require(settings.use, cls.packages, cls.install)
+        options, versions = cls._options(settings), require(settings.use, cls.packages, cls.install)
         file = weights_file(settings, settings.use, _WHAT)
         return fingerprint_of("doctr", _REVISION, content_hash(file), options, versions)
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> DocTRMember:
         """As `Member.load`."""
-        options = read_options(settings, cls.options)
+        options = cls._options(settings)
         require(settings.use, cls.packages, cls.install)
         file = weights_file(settings, settings.use, _WHAT)
         from doctr.models import detection, detection_predictor
@@ -75,6 +84,8 @@ class DocTRMember(Member):
         # Neither of the two may be true: docTR would download what it lacks.
         network = getattr(detection, options["arch"])(pretrained=False, pretrained_backbone=False, assume_straight_pages=False)
         fill(network, tensors, file, f"docTR's {options['arch']}")
+        # The predictor takes its size from there. The package's own table, which all networks share, stays as it is.
+        network.cfg = {**network.cfg, "input_shape": (3, options["side"], options["side"])}
         network.postprocessor.bin_thresh, network.postprocessor.box_thresh = options["bin_thresh"], options["box_thresh"]
         return cls(detection_predictor(network, assume_straight_pages=False, batch_size=1).to(place.device).eval())
 

@@ -15,7 +15,7 @@ needed = pytest.mark.skipif(installed("python-doctr") is None, reason="needs the
 
 
 def settings(weights: str | None, **options) -> MemberSettings:
-    return MemberSettings(use="doctr", weights=weights, options={"arch": "fast_tiny", **options})
+    return MemberSettings(use="doctr", weights=weights, options={"arch": "fast_tiny", "side": 256, **options})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def test_other_files_are_named(tmp_path, file):
     check_wrong_files(DocTRMember, settings, tmp_path, ".pt", {"other": other})
     with pytest.raises(UserError, match=r"not the weights of docTR's fast_small"):
         DocTRMember.load(settings(file, arch="fast_small"), Place())
+    with pytest.raises(UserError, match=r"options\.side: 100 is not a multiple of 32; give 128"):
+        DocTRMember.fingerprint(settings(file, side=100))
     with pytest.raises(UserError, match=r"options\.arch: 'east' is unknown; there are db_resnet34"):
         DocTRMember.fingerprint(settings(file, arch="east"))
 

@@ -28,8 +28,9 @@ def files(tmp_path_factory):
     for name, (build, classes) in builds.items():
         torch.manual_seed(0)
         network = build(weights=None, weights_backbone=None, num_classes=classes)
-        # With random weights the masks are all about one half.
-        network.roi_heads.mask_predictor.mask_fcn_logits.bias.data.fill_(1.0)
+        # Random weights give masks in crumbs; these fill their boxes.
+        network.roi_heads.mask_predictor.mask_fcn_logits.weight.data.zero_()
+        network.roi_heads.mask_predictor.mask_fcn_logits.bias.data.fill_(2.0)
         torch.save({"model": network.state_dict(), "epoch": 3}, folder / f"{name}.pth")
     return {name: str(folder / f"{name}.pth") for name in builds}
 
