@@ -89,7 +89,7 @@ def agree(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     from i3cl import storage
     from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
 
-    given = _folders(options)
+    given = options.predictions
     if len(given) > 1:
         raise UserError("--predictions: agree takes one folder; several belong to audit")
     found = scores_by_agreement(given[0] if given else storage.join(folder, "predictions", "unlabelled"), settings.label.fusion)
@@ -132,7 +132,7 @@ def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     from i3cl.report.trust import write_trust_report
 
     dataset = _labelled(settings, options)
-    given = _folders(options)
+    given = options.predictions
     if len(given) > 1:
         raise UserError("--predictions: trust takes one folder; several belong to audit")
     predictions = given[0] if given else storage.join(folder, "predictions", "validation")
@@ -164,7 +164,7 @@ def audit(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     from i3cl.report.audit import write_audit_report
 
     dataset = _labelled(settings, options)
-    folders = _folders(options)
+    folders = options.predictions
     if not folders:
         raise UserError("--predictions: names no folder; give one for each fold, of members trained without it")
     made = {exif_of_predictions(each, settings) for each in folders}
@@ -201,14 +201,6 @@ def _labelled(settings: Settings, options: argparse.Namespace) -> Dataset:
     return read_source(source, settings.data_root, settings.data.skip_bad)
 
 
-def _folders(options: argparse.Namespace) -> list[str]:
-    """The folders of --predictions, which also takes words that were meant as settings."""
-    for word in options.predictions:
-        if "=" in word and word.partition("=")[0].partition(".")[0] in Settings.model_fields:
-            raise UserError(f"--predictions: {word} is a setting; write settings before --predictions")
-    return list(options.predictions)
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
@@ -241,16 +233,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=place)
 
 
-def named(words: Sequence[str]) -> list[str]:
-    """The command line with --name before the word that follows add-member, which is no setting."""
+def ordered(words: Sequence[str]) -> list[str]:
+    """The command line as the parser wants it.
+
+    --name goes before the word that follows add-member and is not a setting; settings go before a list of --results or
+    --predictions, which would take them for files.
+    """
     words = list(words)
     if "add-member" in words:
         place = words.index("add-member") + 1
-        if place < len(words) and not words[place].startswith("-") and "=" not in words[place]:
+        if place < len(words) and not words[place].startswith("-") and not _is_setting(words[place]):
             words.insert(place, "--name")
-    return words
+    found: list[str] = []
+    before: int | None = None
+    for word in words:
+        if word.startswith("-"):
+            before = len(found) if word in ("--results", "--predictions") else None
+        if before is not None and _is_setting(word):
+            found.insert(before, word)
+            before += 1
+        else:
+            found.append(word)
+    return found
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and word.partition("=")[0].partition(".")[0] in Settings.model_fields
 
 
 def main() -> None:
     """Entry point of jobs/label.py."""
-    run(work, __doc__, arguments, named(sys.argv[1:]), resumes=lambda options: options.step in ("predict", "all", "add-member"))
+    run(work, __doc__, arguments, ordered(sys.argv[1:]), resumes=lambda options: options.step in ("predict", "all", "add-member"))

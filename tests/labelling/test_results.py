@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from i3cl import storage
+from i3cl.cli.label import ordered
 from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.exports.common import ExportOptions
 from i3cl.data.exports.registry import FORMATS
+from i3cl.data.formats.coco import write_coco
 from i3cl.data.formats.predictions import prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord, Instance
 from i3cl.errors import UserError
@@ -326,3 +328,37 @@ def test_settings_of_a_member():
     ):
         with pytest.raises(ValueError, match=message):
             MemberSettings(**wrong)
+
+
+def test_settings_after_a_list_of_files_are_no_files():
+    words = ["add-member", "craft", "--results", "a.json", "b=c.json", "name=x", "label.batch=2", "--format", "coco"]
+    assert ordered(words) == ["add-member", "--name", "craft", "name=x", "label.batch=2", *words[2:5], "--format", "coco"]
+    assert ordered(["add-member", "name=x"]) == ["add-member", "name=x"] and ordered(["predict", "craft"]) == ["predict", "craft"]
+
+
+def test_the_command_line(tmp_path, images):
+    """From files alone to pseudo labels, with the mistakes that users make on the way."""
+    write_coco(str(tmp_path / "set.json"), images.records)
+
+    def i3cl(*words):
+        source = f"label.source={{annotations: {tmp_path}/set.json, images: {tmp_path}/images}}"
+        settings = [source, f"storage={tmp_path}", "name=run"]
+        command = [sys.executable, "-m", "i3cl.cli", "label", *words, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
+    one, other = coco_results(tmp_path, images), written(tmp_path, images, "labelme", "lm")
+    assert i3cl("add-member", "--results", one)[1].strip().endswith("write i3cl label add-member NAME --results FILES")
+    status, said = i3cl("add-member", "craft")
+    assert status == 2 and "--results: names no file" in said
+    status, said = i3cl("add-member", "craft", "--results", one, "--granularity", "word")
+    assert status == 0 and "craft: results of 6 images" in said and "predictions: " in said
+    status, said = i3cl("agree")
+    assert status == 2 and "agreement needs another detector" in said
+    status, said = i3cl("add-member", "people", "--results", other)
+    assert status == 0, said
+    status, said = i3cl("agree")
+    assert status == 0 and "people: 12 findings, 1.00 confirmed by others; score: expected precision" in said
+    assert "too few findings" in said
+    status, said = i3cl("select", "label.select.low=0.5")
+    assert status == 0 and "instances 12" in said
