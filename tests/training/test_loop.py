@@ -128,15 +128,18 @@ def test_images_without_instances_train(tiny_settings, tmp_path, tiny_set):
 
 
 def train_in_a_group(rank, workers, settings, run, rendezvous):
-    """Body of a process of a gloo group: trains to the end; rank 0 leaves its weights in `run`."""
+    """Body of a process of a gloo group: trains to the end; rank 0 leaves in `run` its weights and when it asked the others."""
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
     torch.set_num_threads(1)
     torch.manual_seed(settings.train.seed)
     trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
     trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **exchange_options())
+    calls, reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor: calls.append(trainer.step) or reduce(tensor)
     trainer.run(lambda metrics, step: None)
     if rank == 0:
         torch.save(trainer.model.state_dict(), run / "weights.pt")
+        (run / "calls.json").write_text(json.dumps(calls))
     torch.distributed.destroy_process_group()
 
 
@@ -162,6 +165,46 @@ def test_a_run_does_not_depend_on_how_many_workers_are_there(tiny_settings, tmp_
     assert moved > 1e-3
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert json.loads((run / "calls.json").read_text()) == [0, 1, 2], "beside the gradients one exchange a step"
+
+
+def test_the_network_is_set_to_training_once(tiny_settings, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tiny_settings, tmp_path / "run", **{"train.steps": 3, "train.checkpoint_every": 3, "data.validation": None}
+    )
+    modes, train = [], trainer.model.train
+    monkeypatch.setattr(trainer.model, "train", lambda mode=True: modes.append(mode) or train(mode))
+    trainer.model.eval()
+    modes.clear()
+    trainer.run(lambda metrics, step: None)
+    assert modes == [True]
+
+
+def validate_in_a_group(rank, workers, settings, run, rendezvous):
+    """Body of a process of a gloo group: validates; leaves its metrics and how many images it measured."""
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.train.seed)
+    trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
+    measured, update = [], loop.DetectionMetric.update
+    loop.DetectionMetric.update = lambda metric, images: measured.append(len(images)) or update(metric, images)
+    (run / f"{rank}.json").write_text(json.dumps([trainer.validate(), measured]))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_worker_measures_its_own_validation_images(tiny_settings, tmp_path):
+    # One image more than workers, and fewer; a threshold of 0, at which an untrained network finds some of the text.
+    changes = {"model.score_threshold": 0.0, "evaluate.iou": 0.05, "evaluate.score_threshold": 0.0}
+    for images in (3, 1):
+        settings = with_overrides(tiny_settings, changes | {"train.validate_images": images}, "test")
+        run = tmp_path / str(images)
+        run.mkdir()
+        alone = make_trainer(settings, run / "alone").validate()
+        torch.multiprocessing.spawn(validate_in_a_group, (2, settings, run, run / "rendezvous"), nprocs=2)
+        (first, measured), (second, measured_too) = (json.loads((run / f"{rank}.json").read_text()) for rank in range(2))
+        assert first == second == alone
+        assert alone["recall"] > 0
+        assert (measured, measured_too) == ([images - images // 2] * 2, [images // 2] * 2)
 
 
 def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path, monkeypatch):
