@@ -310,7 +310,7 @@ def model_report(
     for name, step in (("prediction", predict), ("training step", train)):
         step()
         if target_device.type == "cuda":
-            torch.cuda.resetpeak_memory_stats(target_device)
+            torch.cuda.reset_peak_memory_stats(target_device)
         seconds = statistics.median(timed(step).wall for _ in range(runs))
         lines.append(f"{name:<16}{batch / seconds:>10.2f}{peak_memory(target_device):>10.2f}")
         with PartTimer(model, target_device) as parts:

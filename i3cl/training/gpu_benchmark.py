@@ -101,7 +101,7 @@ def parity(scale: Scale, device: torch.device) -> Iterator[Line]:
             levels = model.features(model.batch([image.to(place)]))
             truths = read_truths([target], place)
             losses = model.losses_of(levels, [(scale.height, scale.width)], truths, [proposals.to(place)])
-        values = {name: float(loss) for name, loss in losses.items()}
+        values = {name: loss.item() for name, loss in losses.items()}
         wanted = wanted or values
         off = {name: abs(value - wanted[name]) / max(abs(wanted[name]), 1e-9) for name, value in values.items()}
         yield {"on": place.type, "precision": precision, "losses": values, "off": max(off.values())}
@@ -141,7 +141,10 @@ def _with_bitmaps(scale: Scale, target: dict[str, Any], device: torch.device) ->
 
 
 def training(scale: Scale, device: torch.device) -> Iterator[Line]:
-    """Images a second and GiB of a training step, beside torchvision's Mask R-CNN in turn."""
+    """Images a second and GiB of a training step, beside torchvision's Mask R-CNN in turn.
+
+    Without a GPU the memory is the most that the part's process has taken so far.
+    """
     for batch in scale.batches:
         for network in ("i3cl", "torchvision") * 2:
             line: Line = {"network": network, "batch": batch}
@@ -222,7 +225,7 @@ def resumption(scale: Scale, device: torch.device) -> Iterator[Line]:
         continued.restore(folder / "checkpoint")
         continued.run(lambda metrics, step: None)
         pairs = zip(whole.model.parameters(), continued.model.parameters(), strict=True)
-        yield {"steps": continued.step, "largest_difference": max(float((a - b).abs().max()) for a, b in pairs)}
+        yield {"steps": continued.step, "largest_difference": max((a - b).abs().max().item() for a, b in pairs)}
 
 
 PARTS: dict[str, tuple[Callable[[Scale, torch.device], Iterator[Line]], float]] = {
