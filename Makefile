@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled bytecode halves the start-up time of every Ray worker. Some shells switch it off.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup quickstart test test-fast test-slow test-gpu lint format benchmark faults ablation clean
+.PHONY: setup quickstart test test-fast test-slow test-gpu gpu lint format benchmark faults ablation clean
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Less than ten minutes of one GPU; docs/gpu.json. Without network and make: python jobs/benchmark.py gpu
+gpu: setup
+	$(BIN)/python jobs/benchmark.py gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -102,8 +102,10 @@ def test_one_rule_for_the_device_and_one_for_the_precision(monkeypatch):
         device.choose_device(True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [device.choose_device(gpu) for gpu in (False, "auto", True)] == ["cpu", "cuda", "cuda"]
+    for computes in (False, True):
+        monkeypatch.setattr(device, "gpu_has_bfloat16", lambda place, answer=computes: answer)
+        assert [device.half_precision("auto", "cuda:1", training) for training in (False, True)] == [computes] * 2
     wanted = {
-        ("auto", "cuda:1"): (True, True),
         ("bfloat16", "cuda"): (True, True),
         ("float32", "cuda"): (False, False),
         ("bfloat16", "cpu"): (True, True),
@@ -114,6 +116,13 @@ def test_one_rule_for_the_device_and_one_for_the_precision(monkeypatch):
     for supported in (False, True):
         monkeypatch.setattr(device, "cpu_has_bfloat16", lambda answer=supported: answer)
         assert [device.half_precision("auto", "cpu", training) for training in (False, True)] == [False, supported]
+
+
+@pytest.mark.parametrize(("precision", "short"), [("float32", False), ("auto", True)])
+def test_float32_computes_no_convolution_in_tf32(precision, short, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Predictor(OneBox(), with_overrides(Settings(name="run"), {"train.precision": precision}, "test"))
+    assert torch.backends.cudnn.allow_tf32 is short
 
 
 def test_a_checkpoint_asked_onto_the_cpu_never_asks_for_a_visible_gpu(tiny_checkpoints, monkeypatch):

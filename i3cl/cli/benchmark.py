@@ -48,21 +48,38 @@ def fusion(options: argparse.Namespace) -> str:
     return fusion_report(options.threads)
 
 
+def gpu(options: argparse.Namespace) -> str:
+    """Everything that is worth knowing of one GPU, in less than ten minutes."""
+    import torch
+
+    from i3cl.errors import UserError
+    from i3cl.training.gpu_benchmark import PAPER, gpu_report
+
+    if not torch.cuda.is_available():
+        raise UserError("benchmark gpu: torch sees no GPU here; use benchmark model --device cpu")
+    lines = gpu_report(PAPER, "cuda", options.out, lambda line: print(line, flush=True))
+    return f"{len(lines)} lines in {options.out}, {sum('error' in line for line in lines)} of them errors"
+
+
 COMMANDS = {
     "step": (step, "a training step beside torchvision's Mask R-CNN"),
     "model": (model, "images per second, peak memory and the share of each part"),
     "label": (label, "images per second of the labelling pipeline beside a plain loop over decoded images"),
     "fusion": (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
+    "gpu": (gpu, "parity, training beside torchvision, waits, labelling and resumption on one GPU, as JSON"),
 }
 
 
 def parser() -> Parser:
-    """The command line of all four."""
+    """The command line of all of them."""
     parser = Parser(prog=called(), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, (work, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(work=work)
+        if name == "gpu":
+            command.add_argument("--out", default="docs/gpu.json", metavar="FILE", help="where the lines go")
+            continue
         command.add_argument("--threads", type=int, default=0 if name == "label" else 2, help="CPU threads")
         if name != "fusion":
             command.add_argument("--runs", type=int, default=5 if name == "step" else 3, help="timed runs, of each in turn")

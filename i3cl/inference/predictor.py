@@ -17,7 +17,7 @@ from i3cl.data.loading.images import decode_image, resize
 from i3cl.detections import Detections
 from i3cl.errors import UserError
 from i3cl.geometry import outlines_from_masks
-from i3cl.inference.device import Precision, autocast, choose_device
+from i3cl.inference.device import Precision, autocast, choose_device, full_float32
 from i3cl.inference.recipe import AS_TRAINED, Given, test_size, tiles
 from i3cl.inference.tiles import Found, Tile, join, tiles_of
 from i3cl.model.checkpoint import STATE, load_weights
@@ -62,6 +62,7 @@ class Predictor:
         self.tile = tiles(recipe, given)
         self.upright = recipe.data.upright if upright is None else upright
         self.precision: Precision = precision or recipe.train.precision
+        full_float32(self.precision)
 
     @classmethod
     def load(

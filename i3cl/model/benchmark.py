@@ -112,13 +112,7 @@ def torchvision_step(scene: Scene, frozen: bool, num_classes: int = 64) -> Step:
     True: as for fine-tuning, with three trainable stages and frozen BatchNorm.
     """
     side = scene.image.shape[-1]
-    size = {"min_size": side, "max_size": side, "num_classes": num_classes}
-    if frozen:
-        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3, norm_layer=FrozenBatchNorm2d)
-        model = MaskRCNN(backbone, **size)
-    else:
-        model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **size)
-    model.train()
+    model = mask_rcnn(side, side, frozen, num_classes).train()
     rpn, sample = model.rpn.forward, model.roi_heads.select_training_samples
     positives = len(scene.matches)
     labels = torch.zeros(len(scene.samples), dtype=torch.int64)
@@ -143,6 +137,15 @@ def torchvision_step(scene: Scene, frozen: bool, num_classes: int = 64) -> Step:
         _backward(model, model([image], [target]))
 
     return step
+
+
+def mask_rcnn(short_side: int, long_side: int, frozen: bool, num_classes: int) -> MaskRCNN:
+    """A Mask R-CNN of torchvision with ResNet-50 for images of this size in pixels; `frozen` as in `torchvision_step`."""
+    size = {"min_size": short_side, "max_size": long_side, "num_classes": num_classes}
+    if not frozen:
+        return maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **size)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3, norm_layer=FrozenBatchNorm2d)
+    return MaskRCNN(backbone, **size)
 
 
 @dataclass(frozen=True)
@@ -239,20 +242,21 @@ class PartTimer:
             handle.remove()
 
     def _start(self) -> None:
-        _wait(self._device)
+        wait(self._device)
         self._started = time.perf_counter()
 
     def _stop(self, part: str) -> None:
-        _wait(self._device)
+        wait(self._device)
         self.seconds[part] += time.perf_counter() - self._started
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the GPU has done what it was given; at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: the most memory that tensors have taken on the GPU, or that the process has taken on the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -288,14 +292,14 @@ def model_report(
     def predict() -> None:
         with cast():
             model.eval()(images)
-        _wait(target_device)
+        wait(target_device)
 
     def train() -> None:
         with cast():
             losses = model.train()(images, targets)
         assert isinstance(losses, dict)
         _backward(model, losses)
-        _wait(target_device)
+        wait(target_device)
 
     lines = [
         f"{settings.backbone.name}, {batch} x {side} x {side}, {precision}, {device}, {torch.get_num_threads()} CPU threads, "
@@ -308,7 +312,7 @@ def model_report(
         if target_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target_device)
         seconds = statistics.median(timed(step).wall for _ in range(runs))
-        lines.append(f"{name:<16}{batch / seconds:>10.2f}{_peak_memory(target_device):>10.2f}")
+        lines.append(f"{name:<16}{batch / seconds:>10.2f}{peak_memory(target_device):>10.2f}")
         with PartTimer(model, target_device) as parts:
             whole = timed(step).wall
         shares[name] = {**{part: parts.seconds[part] / whole for part in PARTS}, "rest": 1 - sum(parts.seconds.values()) / whole}

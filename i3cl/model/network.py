@@ -57,7 +57,7 @@ class I3CL(nn.Module):
             self.pyramid.compile(backend=settings.compile)
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any] | Truth] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses or detections of a list of images.
 
@@ -66,7 +66,7 @@ class I3CL(nn.Module):
         `mask_origins` (N, 2) int64, the x, y pixel of each crop's first value; optionally `lossweight` (N,) float32;
         `outlineweight` (N,) float32, a further factor of the box and mask losses; `image_weight`, a float that scales all losses
         of the image; and `ignore` (N,) bool: instances that are not truth, but are not taught as background either. With the
-        network on a GPU, targets on the CPU are best.
+        network on a GPU, targets on the CPU are best, or all of them as `targets.read_truths` makes of them.
 
         Train mode: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask: scalars, multiplied by their weights in the
         settings. Eval mode: for every image `boxes` (n, 4) float32 pixels, `scores` (n,) 0-1, `labels` (n,), `masks` (n, 28, 28)
@@ -103,10 +103,11 @@ class I3CL(nn.Module):
             levels = [block(x) for block, x in zip(self.intra, levels, strict=True)]
         return levels
 
-    def losses(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any] | Truth]) -> dict[str, Tensor]:
         """The training losses; see `forward`."""
         sizes = [(x.shape[1], x.shape[2]) for x in images]
-        truths = read_truths(targets, self.mean.device)
+        truths = [target for target in targets if isinstance(target, Truth)]
+        truths = truths or read_truths([target for target in targets if not isinstance(target, Truth)], self.mean.device)
         return self.losses_of(self.features(self.batch(images)), sizes, truths)
 
     def losses_of(

@@ -36,8 +36,8 @@ _kept = lru_cache(maxsize=256)(_made)
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`; from the CPU to a GPU through pinned memory, so that the CPU need not wait."""
     if x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        x = x.pin_memory()
+    return x.to(device, non_blocking=x.device.type == "cpu")
 
 
 def positions(mask: Tensor, count: int) -> Tensor:

@@ -38,11 +38,13 @@ from i3cl.errors import UserError, inside
 from i3cl.evaluation.metrics.batch import EvalImage, mark_small
 from i3cl.evaluation.metrics.metric import DetectionMetric
 from i3cl.evaluation.metrics.protocols import iou_rules
-from i3cl.inference.device import autocast
+from i3cl.inference.device import autocast, full_float32
 from i3cl.inference.predictor import Predictor
 from i3cl.model.checkpoint import STATE, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
+from i3cl.model.placement import to_device
 from i3cl.model.shipped import folder_of
+from i3cl.model.targets import read_truths
 from i3cl.runtime.resources import machine_cores
 from i3cl.training.schedule import WeightAverage, describe_rate, learning_rate, make_optimizer
 
@@ -175,10 +177,7 @@ def prepare(settings: Settings, device: torch.device, rank: int, workers: int, r
     Raises:
         UserError: the weights are missing or belong to another network.
     """
-    if settings.train.precision == "float32":
-        # A GPU would compute convolutions with 10 bits of mantissa otherwise.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+    full_float32(settings.train.precision)
     model = I3CL(settings.model)
     notes = []
     if model.backbone.report is not None:
@@ -387,6 +386,8 @@ class Trainer:
         """
         train = self.settings.train
         batches = self._ready_batches()
+        # Once: going through all modules at every step takes longer than many of its kernels.
+        self.parallel.train()
         sums: dict[str, float] = {}
         since, images, data_time = time.perf_counter(), 0, 0.0
         while self.step < self.steps and not self.stalled():
@@ -477,7 +478,6 @@ class Trainer:
         that ran out while they were, or afterwards.
         """
         train = self.settings.train
-        self.parallel.train()
         rate = learning_rate(self.step, self.steps, self.images_per_step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -575,23 +575,18 @@ class Trainer:
         # Dropout and the samplers draw from torch's generator. Seeding it by step and share makes a resumed run identical.
         torch.manual_seed((self.settings.train.seed * 1_000_003 + self.step) * 4099 + share)
         images = [image.to(self.device, non_blocking=True) for image, _ in pairs]
-        targets = [{key: self._move(value) for key, value in target.items()} for _, target in pairs]
+        # Read here, where the targets are on the CPU: DistributedDataParallel would move them to the GPU first, and checking
+        # and sorting them there makes the CPU wait several times an image.
+        truths = read_truths([target for _, target in pairs], self.device)
         with autocast(self.settings.train.precision, self.device, training=True):
-            return self.parallel(images, targets)
-
-    def _move(self, value: Any) -> Any:
-        if isinstance(value, float):
-            return value
-        if isinstance(value, list):
-            return [v.to(self.device, non_blocking=True) for v in value]
-        return value.to(self.device, non_blocking=True)
+            return self.parallel(images, truths)
 
     def _agree(self, bad: list[str]) -> None:
         """TrainingStopped, on every rank, when any has something `bad`; else all know whether it is time to ask for notices."""
         stop, ask = bool(bad), self.rank == 0 and time.monotonic() - self._asked >= _ASK_EVERY
         if self.workers > 1:
             # All ranks must stop together, or the others would wait in the gradient exchange; and ask together.
-            flags = torch.tensor([float(stop), float(ask)], device=self.device)
+            flags = to_device(torch.tensor([float(stop), float(ask)]), self.device)
             torch.distributed.all_reduce(flags)
             stop, ask = (flag > 0 for flag in flags.tolist())
         self._ask = ask
@@ -642,19 +637,13 @@ class Trainer:
         if self.validation is None:
             return {}
         self._share_statistics()
-        found, fault = [], None
+        found: list[EvalImage] = []
+        fault = None
         try:
             for record, detections in self._detect(*self.validation):
                 check_size(record.file_name, (detections.height, detections.width), (record.height, record.width))
-                found.append(
-                    (
-                        str(record.id),
-                        [i.polygon for i in record.instances],
-                        np.array([i.ignore for i in record.instances], bool),
-                        detections.polygons,
-                        detections.scores,
-                    )
-                )
+                truths, ignore = [i.polygon for i in record.instances], np.array([i.ignore for i in record.instances], bool)
+                found.append(EvalImage(str(record.id), truths, ignore, detections.polygons, detections.scores))
         except UserError as error:
             fault = str(error)
         except RuntimeError as error:
@@ -666,18 +655,22 @@ class Trainer:
                 "test_long_side, or set data.tile"
             )
         self.parallel.train()
+        evaluate = self.settings.evaluate
+        rules = iou_rules(evaluate.iou, evaluate.matching)
+        every, large = DetectionMetric(rules), DetectionMetric(rules)
+        every.update(found)
+        large.update([replace(i, ignore=mark_small(i.truths, i.ignore, evaluate.small_side)) for i in found])
         if self.workers > 1:
+            # Measured polygons are exchanged, because measuring takes most of the time.
             gathered: list[Any] = [None] * self.workers
-            torch.distributed.all_gather_object(gathered, (found, fault))
-            found = [item for part, _ in gathered for item in part]
-            fault = next((text for _, text in gathered if text), None)
+            torch.distributed.all_gather_object(gathered, (every, large, fault))
+            every, large = DetectionMetric(rules), DetectionMetric(rules)
+            for part, part_large, _ in gathered:
+                every.merge(part)
+                large.merge(part_large)
+            fault = next((text for *_, text in gathered if text), None)
         if fault:
             raise TrainingStopped(fault)
-        evaluate = self.settings.evaluate
-        rules, images = iou_rules(evaluate.iou, evaluate.matching), [EvalImage(*item) for item in found]
-        every, large = DetectionMetric(rules), DetectionMetric(rules)
-        every.update(images)
-        large.update([replace(i, ignore=mark_small(i.truths, i.ignore, evaluate.small_side)) for i in images])
         best, best_large = every.summary(evaluate.score_threshold), large.summary(evaluate.score_threshold)
         return {
             "hmean": best.hmean,

@@ -17,6 +17,7 @@ from i3cl.model.checkpoint import load_tensors, load_weights, save_checkpoint
 from i3cl.model.network import I3CL
 from i3cl.model.original import cut_classes, to_original
 from i3cl.model.targets import read_truths
+from tests.model import small
 
 
 def settings(**changes: object) -> ModelSettings:
@@ -320,6 +321,29 @@ def test_bfloat16_autocast_trains_and_predicts() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = model.eval()([image(0, 100, 130)])
     assert found["boxes"].dtype == found["masks"].dtype == found["scores"].dtype == torch.float32
+
+
+def test_losses_under_autocast_are_those_in_float32_and_reach_every_weight() -> None:
+    found = []
+    sizes, images = list(small.SIZES), [small.image(0), small.image(1)]
+    for half in (False, True):
+        model = small.build().train()
+        truths = read_truths([small.target(0), small.target(1)], torch.device("cpu"))
+        proposals = [
+            (t.boxes[:, None] + torch.tensor([[0.0, 0, 0, 0], [3, 2, 3, 2], [25, 0, 25, 0]])).reshape(-1, 4) for t in truths
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            levels = model.features(model.batch(images))
+            # Without gradients first, as in a step: a cast weight that autocast kept from here would receive none.
+            model.proposals.propose(levels, sizes)
+            losses = model.losses_of(levels, sizes, truths, proposals)
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        sum(losses.values()).backward()
+        reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        found.append(({name: loss.item() for name, loss in losses.items()}, reached))
+    (wanted, trained), (losses, trained_half) = found
+    assert losses == pytest.approx(wanted, rel=0.03)
+    assert trained <= trained_half and len(trained) > 50
 
 
 def test_large_depthwise_convolutions_leave_bfloat16_on_a_cpu() -> None:

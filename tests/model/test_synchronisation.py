@@ -1,97 +1,88 @@
-"""A training step reads few values back from the GPU: each time the GPU's queue runs empty.
-
-Counted on the CPU, with the ways of computing that a GPU takes.
-"""
+"""A training step reads few values back from the GPU: each time the GPU's queue runs empty. Counted with a stand-in for a GPU."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from i3cl.config import ModelSettings, with_overrides
 from i3cl.model import placement
-from i3cl.model.targets import read_truths
+from i3cl.model.anchors import Anchors
+from i3cl.model.network import I3CL
+from i3cl.training.loop import Trainer
 from tests.model import small
-
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "nms"}
-"""Operations after which the CPU has read something from the GPU."""
-INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-"""Operations that read from the GPU when an index is boolean."""
-COPIES = {"lift_fresh"}
-"""What makes a tensor of Python numbers, which a GPU waits for too."""
+from tests.model.stand_in import DEVICE, StandIn
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.split("::")[1]
-        indices = args[1] if name in INDEXED else []
-        boolean = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-        if name in WAITING or name in COPIES or boolean:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class Lists(TorchFunctionMode):
-    """Counts `tolist`, which no operation shows on the CPU."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.tolist:
-            self.counts["tolist"] += 1
-        return function(*args, **(kwargs or {}))
+def test_the_stand_in_counts_what_a_gpu_waits_for() -> None:
+    with StandIn() as gpu:
+        x = torch.arange(4.0, device=DEVICE)
+        assert not gpu.waits and not gpu.sent
+        assert x.sum().item() == 6
+        assert x[x > 1].numel() == 2
+        assert x.nonzero().numel() == 3
+        assert x.tolist() == [0, 1, 2, 3]
+        assert x.new_tensor([1.0, 2.0]).device == DEVICE
+        assert torch.ones(2).to(DEVICE, non_blocking=True).device == DEVICE
+        with pytest.raises(RuntimeError, match="of the CPU and of the device"):
+            x + torch.ones(4)
+    # Both copies that wait: the list and the numbers. The third was asked not to.
+    assert gpu.waits == {"_local_scalar_dense": 1, "index": 1, "nonzero": 1, "_to_copy": 2}
+    assert gpu.sent == 16
 
 
-def waits(step: Callable[[], object]) -> Counter[str]:
-    step()  # constants are made once
-    with Waits() as mode, Lists(mode.counts):
-        step()
-    return mode.counts
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_training_step_waits_rarely(batch, tiny_settings, tmp_path):
+    changes = {"train.batch": batch, "train.steps": 3, "data.validation": None}
+    settings = with_overrides(tiny_settings, changes, "test")
+    with StandIn() as gpu:
+        trainer = Trainer(settings, I3CL(settings.model).to(DEVICE), DEVICE, 0, 1, str(tmp_path))
+        trainer.parallel.train()
+        batches = trainer._ready_batches()
+        trainer._train_step(batches)  # constants are made once
+        gpu.waits.clear()
+        gpu.sent = 0
+        trainer._train_step(batches)
+    assert gpu.waits["nms"] == batch
+    assert gpu.waits.total() <= 8 + batch, gpu.waits
+    images = batch * 3 * 96 * 96 * 4
+    assert images < gpu.sent < images + batch * 16_384, "the images, and little for their truth"
 
 
-def training_step(images: int) -> Callable[[], object]:
-    model = small.build().train()
-    chosen = [i % 2 for i in range(images)]
-    truths = read_truths([small.target(i) for i in chosen], torch.device("cpu"))
-    pictures, sizes = [small.image(i) for i in chosen], [small.SIZES[i] for i in chosen]
-
-    def step() -> None:
-        losses = model.losses_of(model.features(model.batch(pictures)), sizes, truths)
-        sum(losses.values()).backward()
-
-    return step
-
-
-def test_the_counter_counts() -> None:
-    x = torch.arange(4.0)
-
-    def step() -> None:
-        assert x.sum().item() == 6 and x[x > 1].numel() == 2 and x.tolist() and x.nonzero().numel() == 3
-        x.new_tensor([1.0])
-
-    counts = waits(step)
-    assert counts["_local_scalar_dense"] == counts["nonzero"] == counts["tolist"] == counts["lift_fresh"] == counts["index"] == 1
+def test_a_step_of_the_papers_network_waits_as_rarely():
+    box = torch.tensor([[8.0, 10, 70, 44]])
+    target = {"boxes": box, "labels": torch.zeros(1, dtype=torch.int64), "masks": torch.ones(1, 64, 96, dtype=torch.uint8)}
+    with StandIn() as gpu:
+        model = I3CL(ModelSettings()).to(DEVICE).train()
+        for _ in range(2):
+            gpu.waits.clear()
+            losses = model([torch.zeros(3, 64, 96, device=DEVICE)], [target])
+            sum(losses.values()).backward()
+    assert gpu.waits["nms"] == 1
+    assert gpu.waits.total() <= 8, gpu.waits
 
 
-@pytest.mark.parametrize(("images", "limit"), [(1, 7), (2, 8), (4, 10)])
-def test_a_training_step_waits_rarely(images: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "on_cpu", lambda x: False)
-    counts = waits(training_step(images))
-    assert sum(counts.values()) <= limit, counts
-    assert counts["nms"] == images
+def test_losses_on_the_stand_in_are_those_on_the_cpu():
+    found = []
+    with StandIn():
+        for device in (torch.device("cpu"), DEVICE):
+            model = small.build().to(device).train()
+            losses = model([small.image(i).to(device) for i in (0, 1)], [small.target(i) for i in (0, 1)])
+            sum(losses.values()).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            found.append({name: loss.item() for name, loss in losses.items()} | {"gradients": norm.item()})
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_anchors_of_a_new_size_are_not_sent():
+    anchors = Anchors((4, 8), 8, (0.5, 1, 2))
+    with StandIn() as gpu:
+        anchors([(8, 8), (4, 4)], DEVICE)
+        assert gpu.sent == 2 * 3 * 4 * 4, "the anchors of one cell of each level, once"
+        gpu.waits.clear()
+        other = anchors([(10, 6), (5, 3)], DEVICE)
+        assert gpu.sent == 2 * 3 * 4 * 4 and not gpu.waits
+        assert torch.equal(other.cpu(), anchors([(10, 6), (5, 3)], torch.device("cpu")))
 
 
 def test_both_ways_of_computing_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from i3cl.config import with_overrides
 from i3cl.data.formats.records import record_from_row
 from i3cl.data.loading.images import decode_image
 from i3cl.data.loading.transforms import EvalTransform, to_target
+from i3cl.detections import Detections
 from i3cl.errors import UserError
 from i3cl.model.network import I3CL
 from i3cl.model.targets import read_truths
@@ -128,15 +130,18 @@ def test_images_without_instances_train(tiny_settings, tmp_path, tiny_set):
 
 
 def train_in_a_group(rank, workers, settings, run, rendezvous):
-    """Body of a process of a gloo group: trains to the end; rank 0 leaves its weights in `run`."""
+    """Body of a process of a gloo group: trains to the end; rank 0 leaves in `run` its weights and when it asked the others."""
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
     torch.set_num_threads(1)
     torch.manual_seed(settings.train.seed)
     trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
     trainer.parallel = torch.nn.parallel.DistributedDataParallel(trainer.model, **exchange_options())
+    calls, reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor: calls.append(trainer.step) or reduce(tensor)
     trainer.run(lambda metrics, step: None)
     if rank == 0:
         torch.save(trainer.model.state_dict(), run / "weights.pt")
+        (run / "calls.json").write_text(json.dumps(calls))
     torch.distributed.destroy_process_group()
 
 
@@ -162,6 +167,54 @@ def test_a_run_does_not_depend_on_how_many_workers_are_there(tiny_settings, tmp_
     assert moved > 1e-3
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert json.loads((run / "calls.json").read_text()) == [0, 1, 2], "beside the gradients one exchange a step"
+
+
+def test_the_network_is_set_to_training_once(tiny_settings, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tiny_settings, tmp_path / "run", **{"train.steps": 3, "train.checkpoint_every": 3, "data.validation": None}
+    )
+    modes, train = [], trainer.model.train
+    monkeypatch.setattr(trainer.model, "train", lambda mode=True: modes.append(mode) or train(mode))
+    trainer.model.eval()
+    modes.clear()
+    trainer.run(lambda metrics, step: None)
+    assert modes == [True]
+
+
+def all_but_one(trainer, records, root):
+    """In place of a network that has learnt to read: every text of an image but the last."""
+    for record in records:
+        polygons = [instance.polygon for instance in record.instances][:-1]
+        scores = np.linspace(0.9, 0.6, len(polygons), dtype=np.float32)
+        yield record, Detections(polygons, scores, height=record.height, width=record.width)
+
+
+def validate_in_a_group(rank, workers, settings, run, rendezvous):
+    """Body of a process of a gloo group: validates; leaves its metrics and how many images it measured."""
+    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=workers)
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.train.seed)
+    trainer = Trainer(settings, I3CL(settings.model), torch.device("cpu"), rank, workers, str(run))
+    Trainer._detect = all_but_one
+    measured, update = [], loop.DetectionMetric.update
+    loop.DetectionMetric.update = lambda metric, images: measured.append(len(images)) or update(metric, images)
+    (run / f"{rank}.json").write_text(json.dumps([trainer.validate(), measured]))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_worker_measures_its_own_validation_images(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_detect", all_but_one)
+    for images in (3, 1):  # one more than workers, and fewer
+        settings = with_overrides(tiny_settings, {"train.validate_images": images}, "test")
+        run = tmp_path / str(images)
+        run.mkdir()
+        alone = make_trainer(settings, run / "alone").validate()
+        torch.multiprocessing.spawn(validate_in_a_group, (2, settings, run, run / "rendezvous"), nprocs=2)
+        (first, measured), (second, measured_too) = (json.loads((run / f"{rank}.json").read_text()) for rank in range(2))
+        assert first == second == alone
+        assert 0 < alone["recall"] < 1 == alone["precision"]
+        assert (measured, measured_too) == ([images - images // 2] * 2, [images // 2] * 2)
 
 
 def test_a_machine_that_leaves_costs_no_step(tiny_settings, tmp_path, monkeypatch):
