@@ -256,7 +256,7 @@ def gpu_report(
     Args:
         scale: how large everything is.
         device: 'cuda' or 'cpu'.
-        out: JSON file, written anew after every line: a list of them.
+        out: JSON file, written again after every line: a list of them.
         tell: called with every line as text.
         parts: in place of PARTS.
 
