@@ -13,6 +13,7 @@ import pytest
 
 from i3cl.config import ViewSettings
 from i3cl.errors import UserError
+from i3cl.geometry import overlaps
 from i3cl.members.member import Place
 
 VIEW = ViewSettings()
@@ -71,7 +72,8 @@ def check_any_image(member) -> None:
         assert len(alone) == len(found)
         np.testing.assert_allclose(alone.scores, found.scores, atol=1e-5)
         for one, other in zip(alone.polygons, found.polygons, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-2)
+            # Not point by point: a pixel on the edge of a mask may fall to either side, and the outline has another point then.
+            assert overlaps([one], [other]).dense_iou()[0, 0] > 0.95
     assert member([], VIEW) == []
 
 
