@@ -50,7 +50,7 @@ class Stages:
 def selftrain(settings: Settings) -> dict[str, Any]:
     """Teachers -> pseudo labels -> student in <storage>/<name>/; returns what summary.json holds.
 
-    Without a labelled set, `i3cl.circle_without_labels` is the circle. UserError for missing data sets or checkpoints. The same
+    Without a labelled set, `i3cl.circle_unlabelled` is the circle. UserError for missing data sets or checkpoints. The same
     call continues a run that was stopped.
     """
     if not settings.selftrain.teachers:

@@ -14,7 +14,7 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
     from i3cl import storage
 
     if not settings.data.train and settings.synthetic is None:
-        from i3cl.circle_without_labels import print_summary, selftrain_without_labels
+        from i3cl.circle_unlabelled import print_summary, selftrain_without_labels
 
         print_summary(selftrain_without_labels(settings))
         return

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from i3cl.circle_without_labels import selftrain_without_labels
+from i3cl.circle_unlabelled import selftrain_without_labels
 from i3cl.config import MemberSettings, load_settings, with_overrides
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import Dataset
