@@ -22,11 +22,13 @@ from typing import Any, Literal
 import yaml
 
 from i3cl import claims, storage
+from i3cl.config import MemberSettings
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.parts import unfinished
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import read_calibration
 from i3cl.labelling.manifest import make_manifest
+from i3cl.labelling.predict import fingerprint
 from i3cl.labelling.pseudo import record_of
 from i3cl.model.shipped import folder_of
 from i3cl.training.launch import MADE_FROM
@@ -223,6 +225,19 @@ class _Reader:
             return Input(role, Artefact("where it lies is not recorded"), None, None)
         return Input(role, self.at(place), recorded, None if recorded is None else self.hash(place))
 
+    def member(self, role: str, record: Mapping[str, Any]) -> Input:
+        """A member of an ensemble; one that is no checkpoint of ours is known by its fingerprint."""
+        if "member" not in record:
+            return self.input(role, record)
+        settings = MemberSettings.model_validate(record["member"])
+        try:
+            now = fingerprint(role, settings)
+        except UserError:
+            # Its package, weights or results are not here any more.
+            now = None
+        artefact = self.at(settings.results[0]) if len(settings.results) == 1 else Artefact(record["file"])
+        return Input(role, artefact, record.get("sha256"), now)
+
     def hash(self, place: str) -> str | None:
         """SHA-256 of what is at a place; None when nothing is."""
         if place not in self.hashes:
@@ -261,7 +276,7 @@ class _Reader:
         artefact.note = "" if lacks is None else f"not finished, {lacks}"
         made_from = done.get("made_from") or {}
         members = made_from.get("members") or {name: {} for name in job.get("members", {})}
-        artefact.inputs = [self.input(f"member {name}", record) for name, record in members.items()]
+        artefact.inputs = [self.member(f"member {name}", record) for name, record in members.items()]
         images = made_from.get("images")
         if images is None:
             artefact.inputs.append(self.input("images", {}))

@@ -7,6 +7,7 @@
     _work/command.json          the command line that finishes the job
     _work/tries/PART.json       how often an unfinished shard was started
     _work/errors/PART.json      the images of a part that could not be labelled
+    _work/done.json             the end of the job before a member was added
 
 A part has one name and appears whole, so a shard that is done twice (a repeated task, two drivers) still leaves one file.
 The shards that remain are those whose file names are missing.
@@ -87,8 +88,16 @@ class Ledger:
     def extend(self, job: Mapping[str, Any]) -> None:
         """Replace job.json by that of a job with one more member. A finished job is unfinished then."""
         # In this order: killed in between, the folder holds the earlier job without its end, which is soon found again.
-        storage.remove_tree(storage.join(self.out, "done.json"))
+        done = storage.join(self.out, "done.json")
+        if storage.exists(done):
+            storage.write_text_atomic(storage.join(self.out, _WORK, "done.json"), storage.read_text(done))
+            storage.remove_tree(done)
         storage.write_text_atomic(storage.join(self.out, "job.json"), json.dumps(job, indent=1) + "\n")
+
+    def made_from_before(self) -> dict[str, Any]:
+        """Name -> record of the members that the end of the job named before `extend`; empty when it had not ended."""
+        there = read(storage.join(self.out, _WORK, "done.json")) or {}
+        return dict((there.get("made_from") or {}).get("members") or {})
 
     def is_done(self) -> bool:
         """Whether the whole job is done."""

@@ -151,7 +151,9 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     label = settings.label.model_copy(update={"rows_per_block": job["label.rows_per_block"]})
     own = settings.model_copy(update={"label": label})
     numbered = {job["groups"].index([name]): {name: member}}
-    made_from = _made_from(dataset, manifest, {n: {"file": n, "sha256": h} for n, h in job["members"].items()} | added)
+    # Where the others lie, the end of the job before this member said.
+    others = {other: {"sha256": each} for other, each in job["members"].items()} | ledger.made_from_before()
+    made_from = _made_from(dataset, manifest, others | added)
     _Job(dataset, manifest, numbered, own, ledger, title, AS_TRAINED, "", upright, made_from, job["groups"]).run()
     return out
 
@@ -164,9 +166,13 @@ def _view_names(label: LabelSettings) -> list[str]:
 
 
 def _sources(members: Mapping[str, MemberSettings], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """File and hash of each member, as records name what an artefact was made from."""
-    files = {name: ", ".join(m.results) or m.weights or m.use for name, m in members.items()}
-    return {name: {"file": file, "sha256": hashes[name]} for name, file in files.items()}
+    """File and hash of each member, as records name what an artefact was made from; of foreign members, their settings too."""
+    found: dict[str, Any] = {}
+    for name, member in members.items():
+        found[name] = {"file": ", ".join(member.results) or member.weights or member.use, "sha256": hashes[name]}
+        if member.results or member.use != OURS:
+            found[name]["member"] = member.model_dump(mode="json")
+    return found
 
 
 def _made_from(dataset: Dataset, manifest: Manifest, members: Mapping[str, Any]) -> dict[str, Any]:

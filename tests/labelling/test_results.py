@@ -24,6 +24,7 @@ from i3cl.labelling.label import select_labels
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.predict import add_member, predict
 from i3cl.labelling.results import read_member, results_hash
+from i3cl.lineage import lineage
 
 SIDES = (120, 160)
 COUNT = 6
@@ -158,6 +159,7 @@ def test_results_join_a_finished_job(tmp_path, images, begun, tiny_checkpoints):
     )
     done = json.loads(storage.read_text(f"{out}/done.json"))
     assert sorted(done["made_from"]["members"]) == ["a", "craft"]
+    assert lineage(out).fresh and done["made_from"]["members"]["a"]["file"] == tiny_checkpoints["a"]
     # The same call, and the job's own, find everything done.
     for again in (
         lambda: add_member(images, "craft", member, settings, out, "t"),
@@ -167,6 +169,7 @@ def test_results_join_a_finished_job(tmp_path, images, begun, tiny_checkpoints):
         again()
         assert times == {name: (tmp_path / "predictions" / name).stat().st_mtime_ns for name in storage.list_dir(out)}
     (tmp_path / "results.json").write_text("[]")
+    assert [each.role for each in lineage(out).artefacts[0][1].inputs if each.state == "stale"] == ["member craft"]
     with pytest.raises(UserError, match="has a member craft already, which is another one; choose another name"):
         add_member(images, "craft", member, settings, out, "t")
     with pytest.raises(UserError, match="has a member a already"):
