@@ -53,7 +53,7 @@ def test_dry_run_prints_the_resolved_settings():
     [
         ("train", ["--config", "configs/nothing.yaml"], ["configs/nothing.yaml", "no such settings file"]),
         ("train", ["train.lerning_rate=1"], ["train.lerning_rate", "train.learning_rate?"]),
-        ("selftrain", [], ["selftrain.teachers"]),
+        ("selftrain", [], ["selftrain.members", "data.train"]),
         ("label", ["predict"], ["label.source"]),
         ("label", ["select", "name=nothing"], ["predictions"]),
         ("evaluate", [], ["data.validation"]),
