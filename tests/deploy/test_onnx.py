@@ -105,6 +105,7 @@ def test_polygons_in_pixels_of_the_photograph(exported, network, tmp_path):
     assert report.box < 1e-3 and report.score < 1e-4 and report.iou > 0.99 and "6 images" in str(report)
 
 
+@pytest.mark.slow
 def test_command_writes_a_fixed_size_that_pads_inside_the_graph(checkpoint, network, tmp_path):
     out = tmp_path / "fixed.onnx"
     done = export_by_command(checkpoint, "--out", str(out), "--size", "96x128")

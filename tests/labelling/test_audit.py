@@ -190,13 +190,14 @@ def test_the_command_writes_ranking_table_and_page(audited, capsys):
     assert 'href="http' not in page
 
 
-def test_the_command_says_what_was_not_compared_and_refuses_settings_in_the_wrong_place(audited, capsys):
+def test_the_command_says_what_was_not_compared_and_takes_settings_in_any_place(audited, capsys):
     call(audited, "--predictions", f"{audited}/b")
     assert "not compared: 1 images without predictions: 0.jpg" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        call(audited, "--predictions", f"{audited}/b", "label.audit.support=0.2")
+        call(audited, "--predictions", f"{audited}/b", "label.audit.suport=0.2")
     assert stopped.value.code == 2
-    assert "write settings before --predictions" in capsys.readouterr().err
+    assert "did you mean label.audit.support?" in capsys.readouterr().err
+    call(audited, "--predictions", f"{audited}/b", "label.audit.support=0.2")
     with pytest.raises(SystemExit):
         call(audited)
     assert "--predictions: names no folder" in capsys.readouterr().err

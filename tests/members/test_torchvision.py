@@ -59,6 +59,7 @@ def test_outlines_are_those_of_the_networks_own_masks(files):
         assert abs(box - [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).max() < 3
 
 
+@pytest.mark.slow
 def test_any_image_can_be_taken(files):
     check_any_image(TorchvisionMember.load(settings(files["v2"]), Place()))
 

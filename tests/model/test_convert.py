@@ -75,6 +75,7 @@ def plain() -> I3CL:
     return I3CL(ModelSettings(num_classes=3, intra=False, inter=False))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_pretrain_stage(plain: I3CL, tmp_path: Path) -> None:
     source = original_file(tmp_path / "pretrain.pth", to_original(plain.state_dict()))
     command = [sys.executable, "jobs/prepare.py", "convert", "--source", source, "--out"]

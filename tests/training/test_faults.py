@@ -44,7 +44,12 @@ def recipe(tiny_set, tiny_settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "workers"), [(cut_off, 1), pytest.param(page_instead_of_image, 2, marks=pytest.mark.slow), (turned, 2)]
+    ("fault", "workers"),
+    [
+        (cut_off, 1),
+        pytest.param(page_instead_of_image, 2, marks=pytest.mark.slow),
+        pytest.param(turned, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_an_unusable_image_ends_the_run_with_one_line(recipe, ray_cluster, fault, workers):
     settings, folder = recipe
