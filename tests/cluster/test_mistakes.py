@@ -32,15 +32,19 @@ class Bad:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "local")
-        cluster.connect()
         import ray
         import ray.data
+
+        patch.setenv("RAY_ADDRESS", "local")
+        # One that other tests of this process have started is theirs, and stays.
+        before = ray.is_initialized()
+        cluster.connect()
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
         yield ray
-        ray.shutdown()
+        if not before:
+            ray.shutdown()
 
 
 def _task(ray: Any) -> None:
