@@ -63,6 +63,12 @@ def selftrain(settings: Settings) -> dict[str, Any]:
     unlabelled = unlabelled_images(settings)
     if settings.data.validation is None:
         raise UserError("data.validation: names no data set; teachers and student are compared on it")
+    from_files = [name for name, member in settings.selftrain.members.items() if member.results]
+    if settings.selftrain.calibrate and from_files:
+        raise UserError(
+            f"selftrain.calibrate: {from_files[0]} has results of the unlabelled images and none of data.validation, on which "
+            "the ensemble would be calibrated; set selftrain.calibrate=false label.agreement=true"
+        )
     validation = read_source(settings.data.validation, settings.data_root, settings.data.skip_bad)
 
     # More rounds and a control may be added to a finished run.
@@ -79,12 +85,8 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             settings = _calibrated(settings, validation, checkpoints, run)
     with stages("labels"):
         labels = label_images(unlabelled, checkpoints, settings, run, "labels", given=AS_TRAINED)
+        labels.say()
         counts = labels.counts
-        observe.say(
-            f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
-            f"mean weight {counts['mean_weight']:.2f}",
-            **counts,
-        )
     with stages("student"):
         student = train_all([_student(settings, teachers, labels)])[0]
     control = None
@@ -119,8 +121,8 @@ def selftrain(settings: Settings) -> dict[str, Any]:
             _show(name, control_measured.score)
             gained = gain(validation, (scores, settings.selftrain.student.name), (control_scores, name), settings.evaluate)
     summary: dict[str, Any] = {
-        "teachers": [_brief(measured[name].score) for name in teachers],
-        "student": _brief(measured[settings.selftrain.student.name].score),
+        "teachers": [brief(measured[name].score) for name in teachers],
+        "student": brief(measured[settings.selftrain.student.name].score),
         "pseudo_labels": {
             "images": counts["images_with_labels"],
             "instances": counts["instances"],
@@ -130,13 +132,13 @@ def selftrain(settings: Settings) -> dict[str, Any]:
         "seconds": stages.seconds,
     }
     if control_measured is not None and gained is not None:
-        summary["control"] = _brief(control_measured.score)
+        summary["control"] = brief(control_measured.score)
         summary["student_minus_control"] = {key: round(value, 4) for key, value in asdict(gained).items()}
     summary["verdict"] = verdict(gained, settings)
     if settings.selftrain.rounds > 1:
         summary["rounds"] = _more_rounds(settings, stages, run, teachers, student, measured, unlabelled, validation, shown)
     if pseudo_measured is not None:
-        summary["pseudo_labels"] |= {k: v for k, v in _brief(pseudo_measured.score).items() if k != "name"}
+        summary["pseudo_labels"] |= {k: v for k, v in brief(pseudo_measured.score).items() if k != "name"}
     summary["made_from"] = {role: recorded(path) for role, path in shown.items()}
     with stages("report"):
         from i3cl.report.circle import write_circle_report
@@ -179,7 +181,7 @@ def _more_rounds(
     """
     circle = settings.selftrain
     members = dict(teachers)
-    rows = [_brief(measured[circle.student.name].score) | {"name": f"{circle.student.name}, round 1", "round": 1}]
+    rows = [brief(measured[circle.student.name].score) | {"name": f"{circle.student.name}, round 1", "round": 1}]
     best = max(measured[name].score.hmean for name in teachers)
     while len(rows) < circle.rounds:
         if not rises(rows[-1]["hmean"], best, circle.min_gain):
@@ -188,7 +190,7 @@ def _more_rounds(
             break
         best = rows[-1]["hmean"]
         number = len(rows) + 1
-        members[circle.student.name if number == 2 else f"{circle.student.name}-{number - 1}"] = student
+        members[student_in_round(circle.student.name, number)] = student
         # Each round has its own folder, with the same file names as the first round.
         own = settings.model_copy(update={"storage": run, "name": f"round-{number}"})
         folder = storage.join(run, f"round-{number}")
@@ -207,11 +209,16 @@ def _more_rounds(
             _show(f"{name}-{number}", score)
         shown |= {f"checkpoint {name}, round {number}": student.checkpoint, f"pseudo labels, round {number}": labels.path}
         rows.append(
-            _brief(score)
+            brief(score)
             | {"name": f"{name}, round {number}", "round": number}
             | {f"pseudo_{key}": labels.counts[key] for key in ("instances", "mean_weight")}
         )
     return rows
+
+
+def student_in_round(name: str, number: int) -> str:
+    """The name under which the student of the round before labels in round `number`, from 2 on."""
+    return name if number == 2 else f"{name}-{number - 1}"
 
 
 def _show(name: str, score: Score) -> None:
@@ -297,7 +304,8 @@ def _levers(settings: Settings) -> str:
     return f"Likely levers: {'; '.join(likely[:3])}."
 
 
-def _brief(score: Score) -> dict[str, Any]:
+def brief(score: Score) -> dict[str, Any]:
+    """The numbers of a score, rounded, for summary.json."""
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items() if key != "rules"}
 
 

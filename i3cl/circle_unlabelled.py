@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from i3cl import observe, storage
-from i3cl.circle import Stages
+from i3cl.circle import Stages, brief, student_in_round
 from i3cl.claims import claim_run, recorded
 from i3cl.config import MemberSettings, Settings, with_overrides
 from i3cl.data.formats.predictions import member_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
-from i3cl.evaluation.metrics.model_score import Measured
 from i3cl.inference.recipe import AS_TRAINED
 from i3cl.labelling.label import PseudoLabels, label_images, unlabelled_images
 from i3cl.labelling.predict import predict
@@ -32,7 +31,8 @@ from i3cl.report.check import write_check_page
 from i3cl.training.launch import TrainResult, train_all
 
 _CHECKED = 50
-"""Images of the page that a person checks."""
+"""Images of the page that a person checks, at most a quarter of all. Nothing learns from them: F on images whose pseudo labels a
+student has learned would be too high."""
 _START = "start"
 """Name of the detector that the student began from, in the comparison."""
 
@@ -52,7 +52,7 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
         )
     run = storage.join(storage.absolute(settings.storage), settings.name)
     stages = Stages(run)
-    images = unlabelled_images(settings)
+    images, checked = _apart(unlabelled_images(settings))
     once = settings.model_copy(update={"selftrain": circle.model_copy(update={"rounds": 1})})
     claim_run(run, once, ("model", "data", "train", "label", "evaluate", "selftrain"))
 
@@ -61,17 +61,12 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
     student: TrainResult | None = None
     for number in range(1, circle.rounds + 1):
         if student is not None:
-            members[circle.student.name if number == 2 else f"{circle.student.name}-{number - 1}"] = student.checkpoint
+            members[student_in_round(circle.student.name, number)] = student.checkpoint
         folder = run if number == 1 else storage.join(run, f"round-{number}")
         text = "" if number == 1 else f"round {number}: "
         with stages(f"{text}labels"):
             labels = label_images(images, members, settings, folder, f"{text}labels", given=AS_TRAINED)
-            counts = labels.counts
-            observe.say(
-                f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
-                f"mean weight {counts['mean_weight']:.2f}",
-                **counts,
-            )
+            labels.say()
         with stages(f"{text}student"):
             student = train_all([_student(settings, folder, labels, student)])[0]
         rounds.append({"labels": labels.counts, "student": student.checkpoint, "pseudo_labels": labels.path})
@@ -79,14 +74,13 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
 
     summary: dict[str, Any] = {"rounds": rounds, "student": student.checkpoint}
     with stages("what the student finds"):
-        chosen = _sample(images)
         own = settings.model_copy(update={"label": settings.label.model_copy(update={"views": settings.label.views[:1]})})
         out = storage.join(run, "predictions", "checked")
         name = circle.student.name
         title = "images to check"
-        predict(chosen, {name: student.checkpoint}, own, out, title, AS_TRAINED)
+        predict(checked, {name: student.checkpoint}, own, out, title, AS_TRAINED)
         page = storage.join(run, "check.html")
-        write_check_page(page, chosen, member_predictions(out, name), f"Is this right? {settings.name}", settings.data.upright)
+        write_check_page(page, checked, member_predictions(out, name), f"Is this right? {settings.name}", settings.data.upright)
         summary["check_page"] = page
     if settings.data.validation is not None:
         with stages("evaluation"):
@@ -116,11 +110,12 @@ def _student(settings: Settings, folder: str, labels: PseudoLabels, before: Trai
     return with_overrides(settings, changes, f"selftrain, overrides of {student.name}")
 
 
-def _sample(images: Dataset) -> Dataset:
-    """The images to check, drawn by chance but always the same ones."""
-    order = np.random.default_rng(len(images)).permutation(len(images))[:_CHECKED]
-    records = [images.records[int(k)] for k in sorted(order)]
-    return Dataset(f"{len(records)} images of {images.name}", images.images_root, records)
+def _apart(images: Dataset) -> tuple[Dataset, Dataset]:
+    """The images to learn from, and those to check: drawn by chance but always the same, and not learned from."""
+    count = min(_CHECKED, len(images) // 4)
+    chosen = set(np.random.default_rng(len(images)).permutation(len(images))[:count].tolist())
+    kept, drawn = ([r for k, r in enumerate(images.records) if (k in chosen) == wanted] for wanted in (False, True))
+    return replace(images, records=kept), Dataset(f"{count} images of {images.name}", images.images_root, drawn)
 
 
 def _measured(settings: Settings, run: str, student: TrainResult) -> dict[str, Any]:
@@ -131,16 +126,11 @@ def _measured(settings: Settings, run: str, student: TrainResult) -> dict[str, A
     if settings.train.start_from:
         models[_START] = settings.train.start_from
     scores = score_checkpoints(truth, models, settings, storage.join(run, "predictions", "validation"), "evaluation", AS_TRAINED)
-    result: dict[str, Any] = {"measured": {name: _brief(each) for name, each in scores.members.items()}}
+    result: dict[str, Any] = {"measured": {name: brief(each.score) for name, each in scores.members.items()}}
     if _START in models:
         found = gain(truth, (scores, settings.selftrain.student.name), (scores, _START), settings.evaluate)
         result["student_minus_start"] = {key: round(value, 4) for key, value in asdict(found).items()}
     return result
-
-
-def _brief(measured: Measured) -> dict[str, float]:
-    score = measured.score
-    return {key: round(getattr(score, key), 4) for key in ("recall", "precision", "hmean", "hmean_large", "threshold")}
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:

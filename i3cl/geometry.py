@@ -120,6 +120,12 @@ class Overlaps:
         union = self.area_first[self.first] + self.area_second[self.second] - self.intersection
         return self.intersection / np.maximum(union, 1e-12)
 
+    def dense_intersection(self) -> NDArray[np.float64]:
+        """(N, M) matrix of common areas in square pixels."""
+        matrix = np.zeros((len(self.area_first), len(self.area_second)))
+        matrix[self.first, self.second] = self.intersection
+        return matrix
+
     def dense_iou(self) -> NDArray[np.float64]:
         """(N, M) matrix of IoU, zero where the polygons do not overlap."""
         matrix = np.zeros((len(self.area_first), len(self.area_second)))

@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from i3cl.circle import selftrain
 from i3cl.circle_unlabelled import selftrain_without_labels
 from i3cl.config import MemberSettings, load_settings, with_overrides
 from i3cl.data.formats.coco import read_coco
+from i3cl.data.formats.predictions import read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError
 from i3cl.report.check import estimate, write_check_page
@@ -52,15 +54,34 @@ def test_the_whole_circle(recipe, tmp_path, ray_cluster):
     for folder, members in ((run, ["craft", "ours"]), (run / "round-2", ["craft", "ours", "student"])):
         assert sorted(json.loads((folder / "pseudo.members.json").read_text())["members"]) == members
     assert first["labels"]["instances"] > 0
+    # A quarter of the twelve images is kept for the page, and nothing learns from them.
+    checked, learned = (
+        {row["file_name"] for rows in read_predictions(str(run / "predictions" / name)) for row in rows}
+        for name in ("checked", "unlabelled")
+    )
+    assert (len(checked), len(learned)) == (3, 9) and not checked & learned
     settings = load_settings(run / "round-2" / "student" / "settings.yaml")
     assert settings.train.start_from == first["student"] and len(settings.data.train) == 1
-    assert "cannot be said without truth" in summary["verdict"] and "<polygon" in (run / "check.html").read_text()
+    assert "cannot be said without truth" in summary["verdict"] and (run / "check.html").read_text().count("<article") == 3
     weights = {path: path.stat().st_mtime_ns for path in run.rglob("weights.safetensors")}
     assert selftrain_without_labels(recipe)["student"] == summary["student"]
     assert weights == {path: path.stat().st_mtime_ns for path in run.rglob("weights.safetensors")}
     measured = with_overrides(recipe, {"data.validation": {"annotations": "set.json", "images": "images"}, "name": "two"}, "test")
     summary = selftrain_without_labels(with_overrides(measured, {"selftrain.rounds": 1}, "test"))
     assert sorted(summary["measured"]) == ["start", "student"] and "Student minus start" in summary["verdict"]
+
+
+@pytest.mark.slow
+def test_members_label_beside_teachers(recipe, tiny_set, tmp_path, ray_cluster):
+    source = {"annotations": "set.json", "images": "images"}
+    changes = {"data.train": [source], "data.validation": source, "selftrain.teachers": [{"name": "t"}], "name": "both"}
+    settings = with_overrides(recipe, changes | {"selftrain.rounds": 1, "selftrain.control": False}, "test")
+    with pytest.raises(UserError, match=r"selftrain.calibrate: craft has results of the unlabelled images"):
+        selftrain(with_overrides(settings, {"selftrain.calibrate": True}, "test"))
+    summary = selftrain(settings)
+    job = json.loads((tmp_path / "both" / "predictions" / "unlabelled" / "job.json").read_text())
+    assert sorted(job["members"]) == ["craft", "ours", "t"] and summary["pseudo_labels"]["instances"] > 0
+    assert sorted(json.loads((tmp_path / "both" / "pseudo.members.json").read_text())["members"]) == ["craft", "ours", "t"]
 
 
 def test_mistakes(recipe):

@@ -87,12 +87,13 @@ def add_member(settings: Settings, options: argparse.Namespace, predictions: str
 def agree(settings: Settings, options: argparse.Namespace, folder: str) -> None:
     """Learn from agreement what the members' scores mean; write members.json."""
     from i3cl import storage
-    from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
+    from i3cl.labelling.label import learn_agreement
+    from i3cl.labelling.member_scores import write_member_scores
 
     given = options.predictions
     if len(given) > 1:
         raise UserError("--predictions: agree takes one folder; several belong to audit")
-    found = scores_by_agreement(given[0] if given else storage.join(folder, "predictions", "unlabelled"), settings.label.fusion)
+    found = learn_agreement(given[0] if given else storage.join(folder, "predictions", "unlabelled"), settings.label)
     path = storage.join(options.out or storage.join(folder, "agreement"), "members.json")
     write_member_scores(path, found)
     _show(found)
@@ -117,10 +118,10 @@ def _show(found: MemberScores) -> None:
     """One line for each member: what its scores mean."""
     what = "right" if found.learned_from == "truth" else "confirmed by others"
     for name, own in found.members.items():
-        row = "  ".join(f"{score:.1f}: {own([score])[0]:.2f}" for score in (0.1, 0.3, 0.5, 0.7, 0.9))
+        row = "score: expected precision  " + "  ".join(f"{s:.1f}: {own([s])[0]:.2f}" for s in (0.1, 0.3, 0.5, 0.7, 0.9))
         if name in found.unlearned:
-            row = "too few findings to learn from; the scores stay as they are"
-        print(f"{name}: {own.instances} findings, {found.confirmed[name]:.2f} {what}; score: expected precision  {row}")
+            row = "too few to learn from, the scores stay as they are"
+        print(f"{name}: {own.instances} findings, {found.confirmed[name]:.2f} {what}; {row}")
 
 
 def trust(settings: Settings, options: argparse.Namespace, folder: str) -> None:

@@ -11,7 +11,16 @@ import difflib
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -574,10 +583,13 @@ def _checkpoints(members: Any) -> Any:
     return {name: {"weights": each} if isinstance(each, str) else each for name, each in members.items()}
 
 
+Members = Annotated[dict[str, MemberSettings], BeforeValidator(_checkpoints)]
+
+
 class LabelSettings(_Settings):
     """Labelling with an ensemble."""
 
-    members: dict[str, MemberSettings] = {}
+    members: Members = {}
     """Name -> detector; a text is a checkpoint directory, local or s3://."""
     views: Annotated[tuple[ViewSettings, ...], Field(min_length=1)] = (ViewSettings(),)
     """Ways in which every member sees every image."""
@@ -613,11 +625,6 @@ class LabelSettings(_Settings):
     """When a given label counts as contradicted; label audit."""
     trust: TrustSettings = TrustSettings()
     """The order of the images for review; label trust."""
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _text_is_a_checkpoint(cls, value: Any) -> Any:
-        return _checkpoints(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
@@ -719,7 +726,7 @@ class SelfTrainSettings(_Settings):
     """The circle: teachers, pseudo labels, student, control."""
 
     teachers: tuple[TeacherSettings, ...] = ()
-    members: dict[str, MemberSettings] = {}
+    members: Members = {}
     """Name -> detector that labels beside the teachers, or in their place where data.train names no labelled set; a text is a
     checkpoint."""
     student: TeacherSettings = TeacherSettings(name="student")
@@ -748,11 +755,6 @@ class SelfTrainSettings(_Settings):
     Only the difference between student and control shows what pseudo labels bring. false: for those who know already."""
     unlabelled_truth: SourceSettings | None = None
     """Truth of the unlabelled images, where it is known. Only used to score the pseudo labels, never for training."""
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _text_is_a_checkpoint(cls, value: Any) -> Any:
-        return _checkpoints(value)
 
     @model_validator(mode="after")
     def _names_differ(self) -> SelfTrainSettings:
@@ -794,7 +796,7 @@ class ArmSettings(_Settings):
     """Arm whose checkpoint of the same seed this one starts from; null: as train.start_from says."""
     labels_from: tuple[str, ...] = ()
     """Arms whose checkpoints of the same seed label the unlabelled images together."""
-    members: dict[str, MemberSettings] = {}
+    members: Members = {}
     """Name -> further detector that labels with them, the same for every seed."""
     train: tuple[ArmSourceSettings, ...] = (ArmSourceSettings(use="labelled"),)
     """Training sets."""
@@ -809,11 +811,6 @@ class ArmSettings(_Settings):
             if name in self.members:
                 raise ValueError(f"members: {name} is an arm; choose another name")
         return self
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _text_is_a_checkpoint(cls, value: Any) -> Any:
-        return _checkpoints(value)
 
 
 class StudySettings(_Settings):

@@ -19,7 +19,7 @@ import shapely
 from numpy.typing import ArrayLike, NDArray
 
 from i3cl.config import FusionSettings
-from i3cl.geometry import as_polygon, intersection_areas, largest_ring, to_shapely
+from i3cl.geometry import as_polygon, intersection_areas, largest_ring, overlaps, to_shapely
 
 Ring = NDArray[np.float32]
 
@@ -130,6 +130,8 @@ def _with_lines(
 ) -> tuple[list[_Row], list[_Line]]:
     """The instances with the support of views of lines, and the lines that hardly cover any."""
     found: list[tuple[str, int, float, Ring]] = []
+    if not any(prediction.lines for prediction in predictions):
+        return rows, []
     for view, (prediction, share) in enumerate(zip(predictions, _shares(predictions, settings))):
         if prediction.lines and share > 0:
             scores = np.asarray(prediction.scores, np.float64).reshape(-1)
@@ -140,12 +142,9 @@ def _with_lines(
         return rows, []
     # By score and coordinates, so that the result does not depend on the order of members or lines.
     found.sort(key=lambda line: (-line[2], line[3].tobytes()))
-    count = len(rows)
-    rings = [row[3] for row in rows] + [line[3] for line in found]
-    word, line = (each.ravel() for each in np.meshgrid(np.arange(count), np.arange(len(found)), indexing="ij"))
-    _, areas = _boxes_and_areas(rings)
-    common = intersection_areas(rings, word, line + count).reshape(count, len(found))
-    covers = common >= settings.line_cover * areas[:count, None]
+    pairs = overlaps([row[3] for row in rows], [line[3] for line in found])
+    common = pairs.dense_intersection()
+    covers = common >= settings.line_cover * pairs.area_first[:, None]
     supported: list[_Row] = []
     for (score, votes, agreement, ring), covering in zip(rows, covers):
         best: dict[int, float] = {}
@@ -156,7 +155,7 @@ def _with_lines(
             members.add(member)
         support = math.fsum(best.values())
         supported.append((min(score + support, 1.0), votes + len(members), agreement, ring))
-    filled = common.sum(axis=0) / areas[count:]
+    filled = common.sum(axis=0) / pairs.area_second
     return supported, [(part, ring) for (_, _, part, ring), share in zip(found, filled) if share < _EMPTY]
 
 

@@ -16,9 +16,12 @@ from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
-from i3cl.labelling.member_scores import scores_by_agreement, write_member_scores
+from i3cl.labelling.member_scores import MemberScores, scores_by_agreement, write_member_scores
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path
+from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, spread_parts
+
+_LEARNED = 5000
+"""Images from which agreement is learned: enough for a curve, and few enough for one process."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class PseudoLabels:
         if not self.counts["instances"]:
             raise UserError("label.select: no prediction passed the thresholds; lower label.select.low or train longer")
         return self
+
+    def say(self) -> None:
+        """One line: how many labels there are, and on how many images."""
+        counts = self.counts
+        observe.say(
+            f"labels: {counts['instances']} instances on {counts['images_with_labels']} of {counts['images']} images, "
+            f"mean weight {counts['mean_weight']:.2f}",
+            **counts,
+        )
 
 
 def unlabelled_images(settings: Settings) -> Dataset:
@@ -59,6 +71,11 @@ def select_labels(predictions: str, settings: LabelSettings, folder: str, images
     """Pseudo labels of stored predictions as <folder>/<name>.json or, as label.select.format says, Parquet in <folder>/<name>."""
     path = pseudo_path(folder, predictions, settings, name)
     return PseudoLabels(path, images_root, make_pseudo_labels(predictions, settings, path, images_root))
+
+
+def learn_agreement(predictions: str, settings: LabelSettings) -> MemberScores:
+    """What the members' scores mean, learned without truth from some thousands of the images; errors as `scores_by_agreement`."""
+    return scores_by_agreement(spread_parts(predictions, _LEARNED), settings.fusion)
 
 
 def label_images(
@@ -92,7 +109,7 @@ def label_images(
     predictions = predict(images, members, settings, storage.join(folder, "predictions", part), title, given)
     label = settings.label
     if label.agreement and len(members) > 1:
-        found = scores_by_agreement(predictions, label.fusion)
+        found = learn_agreement(predictions, label)
         path = storage.join(folder, f"{name}.members.json")
         write_member_scores(path, found)
         each = ", ".join(f"{member} {share:.2f}" for member, share in found.confirmed.items())

@@ -40,18 +40,20 @@ class MemberScores:
     members: Mapping[str, Calibration]
     confirmed: Mapping[str, float]
     """Member -> share of its findings that is right, or with agreement: that other members confirm. 0 without findings."""
+    source: str
+    """The predictions from which it was learned, or the file that it was read from; for messages."""
 
     @property
     def unlearned(self) -> list[str]:
         """Members with so few findings that nothing was learned of them; their scores stay as they are."""
         return [name for name, own in self.members.items() if own.instances < _FEWEST]
 
-    def __call__(self, member: str, scores: Any, path: str) -> NDArray[np.float64]:
-        """(N,) expected precision of (N,) scores; path: for messages. UserError for a member of whom nothing was learned."""
+    def __call__(self, member: str, scores: Any) -> NDArray[np.float64]:
+        """(N,) expected precision of (N,) scores. UserError for a member of whom nothing was learned."""
         if member not in self.members:
             known = ", ".join(self.members)
             raise UserError(
-                f"{path}: learned without {member} (there are {known}); learn it again with i3cl label trust or agree"
+                f"{self.source}: learned without {member} (there are {known}); learn it again with i3cl label trust or agree"
             )
         return self.members[member](scores)
 
@@ -67,10 +69,11 @@ def scores_by_truth(predictions: str, truth: Sequence[ImageRecord], evaluate: Ev
     def verdicts() -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
         for rows in read_predictions(predictions):
             record = known.get(rows[0]["image_id"])
-            for row in _good(rows) if record is not None else ():
-                assert record is not None
-                polygons = [i.polygon for i in record.instances]
-                ignore = np.array([i.ignore for i in record.instances], bool)
+            if record is None:
+                continue
+            polygons = [i.polygon for i in record.instances]
+            ignore = np.array([i.ignore for i in record.instances], bool)
+            for row in _good(rows):
                 if row["granularity"] == "line":
                     right = _filled(row["polygons"], polygons) >= _FILLED
                     counted = ~(_filled(row["polygons"], [p for p, i in zip(polygons, ignore, strict=True) if i]) > 0.5)
@@ -82,8 +85,8 @@ def scores_by_truth(predictions: str, truth: Sequence[ImageRecord], evaluate: Ev
     return _fitted("truth", verdicts(), predictions)
 
 
-def scores_by_agreement(predictions: str, fusion: FusionSettings) -> MemberScores:
-    """From stored predictions of any images, without a truth.
+def scores_by_agreement(predictions: str | Sequence[str], fusion: FusionSettings) -> MemberScores:
+    """From stored predictions of any images, a folder or several parts, without a truth.
 
     A finding is confirmed when a member of another kind has found the same: words by an IoU of `fusion.iou`, a word by a line
     that covers `fusion.line_cover` of it, a line by words that fill a quarter of it. A member that misses what is there cannot
@@ -138,20 +141,19 @@ def _common(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """(N, M) common areas, and the (N,) and (M,) areas."""
     found = overlaps(mine, theirs)
-    common = np.zeros((len(mine), len(theirs)))
-    common[found.first, found.second] = found.intersection
-    return common, found.area_first, found.area_second
+    return found.dense_intersection(), found.area_first, found.area_second
 
 
 def _fitted(
-    source: Source, verdicts: Iterator[tuple[str, NDArray[np.float64], NDArray[np.float64]]], predictions: str
+    source: Source, verdicts: Iterator[tuple[str, NDArray[np.float64], NDArray[np.float64]]], predictions: str | Sequence[str]
 ) -> MemberScores:
+    place = predictions if isinstance(predictions, str) else predictions[0]
     collected: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {}
     for member, scores, right in verdicts:
         collected.setdefault(member, []).append((scores, right))
     if source == "agreement" and not collected:
         raise UserError(
-            f"{predictions}: all members are of one kind and make the same mistakes; agreement needs another detector: "
+            f"{place}: all members are of one kind and make the same mistakes; agreement needs another detector: "
             "i3cl label add-member"
         )
     members, shares = {}, {}
@@ -167,7 +169,7 @@ def _fitted(
             surest = right[np.argsort(-scores, kind="stable")[: max(_FEWEST, int(_SUREST * len(scores)))]].mean()
             precision = np.minimum(precision / max(surest, 1e-9), 1.0)
         members[member] = Calibration(found.scores, tuple(precision.tolist()), (member,), instances=len(scores))
-    return MemberScores(source, members, shares)
+    return MemberScores(source, members, shares, place)
 
 
 def off_by(guess: MemberScores, measured: MemberScores) -> dict[str, float]:
@@ -200,7 +202,7 @@ def read_member_scores(path: str) -> MemberScores:
             shares[name] = float(each["confirmed"])
         if content["learned_from"] not in ("truth", "agreement"):
             raise ValueError("learned_from must be truth or agreement")
-        return MemberScores(content["learned_from"], members, shares)
+        return MemberScores(content["learned_from"], members, shares, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not the scores of members ({reason}); write them with i3cl label trust or agree") from None

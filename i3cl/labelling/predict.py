@@ -279,6 +279,8 @@ class _Job:
         self.all_groups = [list(group) for group in groups.values()] if all_groups is None else all_groups
         self.shards = range(manifest.shards(self.label.rows_per_block))
         self.parts = {part_name(group, shard): (group, shard) for group in groups for shard in self.shards}
+        self.detectors = {k: group for k, group in groups.items() if not any(m.results for m in group.values())}
+        """The groups that actors predict with; the findings of the others lie in files."""
         self.cost = CostFile(storage.join(ledger.out, "cost.json"))
 
     def run(self) -> None:
@@ -287,15 +289,13 @@ class _Job:
         missing = [part for part in self.parts if part not in finished]
         if missing:
             self._from_files(missing)
-            missing = [part for part in missing if not self._results(part)]
+            missing = [part for part in missing if self.parts[part][0] in self.detectors]
         if missing:
             self._label(missing)
-            left = self.parts.keys() - self.ledger.finished()
-            if left:
-                raise RuntimeError(
-                    f"{self.ledger.out}: {len(left)} parts are missing, e.g. {min(left)}; give the same command again"
-                )
         finished = self.ledger.finished()
+        left = self.parts.keys() - finished
+        if left:
+            raise RuntimeError(f"{self.ledger.out}: {len(left)} parts are missing, e.g. {min(left)}; give the same command again")
         for number, names in enumerate(self.all_groups):
             if not finished.issuperset(part_name(number, shard) for shard in self.shards):
                 raise UserError(
@@ -315,19 +315,11 @@ class _Job:
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
 
-    def _detectors(self) -> dict[int, dict[str, MemberSettings]]:
-        """The groups that actors predict with."""
-        return {number: group for number, group in self.groups.items() if not any(m.results for m in group.values())}
-
-    def _results(self, part: str) -> bool:
-        """Whether a part's member is results from files."""
-        return self.parts[part][0] not in self._detectors()
-
     def _from_files(self, missing: Sequence[str]) -> None:
         """Write the missing parts of members whose results come from files."""
         for group, members in self.groups.items():
             parts = [part for part in missing if self.parts[part][0] == group]
-            if not parts or group in self._detectors():
+            if not parts or group in self.detectors:
                 continue
             [(name, member)] = members.items()
             results = read_member(name, member, self.dataset, self.settings.data.skip_bad)
@@ -377,7 +369,7 @@ class _Job:
         if on_gpu and not gpus:
             raise UserError("cluster.gpu: true, but the cluster has no GPU; set cluster.gpu=auto or add one")
         spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
-        groups = self._detectors().values()
+        groups = self.detectors.values()
         total = len(self.manifest) * len(groups)
         to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
         if self.sizes:
@@ -424,7 +416,7 @@ class _Job:
         return Plan(
             self.ledger.out,
             self.dataset.images_root,
-            self._detectors(),
+            self.detectors,
             label.views,
             label.batch,
             label.prefetch,

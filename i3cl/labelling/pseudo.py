@@ -65,17 +65,15 @@ def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> I
     # A member that cannot take an image, or has no results for it, is not asked there: it neither supports nor contradicts.
     every = ([row for row in rows if row["error"] is None] for rows in read_predictions(predictions))
     readable = (rows for rows in every if rows)
-    path = settings.fusion.member_scores
-    meaning = read_member_scores(path) if path is not None else None
+    meaning = None if settings.fusion.member_scores is None else read_member_scores(settings.fusion.member_scores)
     for group in _batched(readable, _TOGETHER):
         members = [members_of(rows) for rows in group]
         if meaning is not None:
-            assert path is not None
             weights = settings.fusion.member_weights
             members = [
                 tuple(
                     # Of a member that is left out nothing was learned, perhaps.
-                    replace(m, scores=meaning(m.member, m.scores, path)) if weights.get(m.member, 1.0) > 0 else m
+                    replace(m, scores=meaning(m.member, m.scores)) if weights.get(m.member, 1.0) > 0 else m
                     for m in parts
                 )
                 for parts in members
@@ -185,6 +183,15 @@ def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
         groups[-1] += [paths[k] for k in numbers]
         held += len(ids)
     return Bundles(groups, images, members)
+
+
+def spread_parts(predictions: str, images: int) -> list[str]:
+    """Whole shards with about so many images, evenly over the folder; all of its parts when it has no more.
+
+    UserError as `bundles`.
+    """
+    shards = bundles(predictions, least=1)
+    return [part for group in shards.groups[:: max(1, shards.images // images)] for part in group]
 
 
 def _heads(path: str) -> tuple[NDArray[np.int64], set[str]]:

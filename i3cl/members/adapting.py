@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3cl import storage
+from i3cl.claims import content_hash
 from i3cl.config import MemberSettings
 from i3cl.detections import Detections
 from i3cl.errors import UserError
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Value = bool | int | float | str
 _THIN = 16
 """Images are made at least one part in this many as wide as they are high, and the other way round."""
-_READ = 1 << 22
-"""Bytes hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,6 @@ def file_of(package: str, pattern: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def importable(module: str) -> bool:
-    """Whether Python finds a top-level module, without running any of it."""
-    return find_spec(module) is not None
-
-
 def weights_file(settings: MemberSettings, use: str, what: str) -> Path:
     """The local file that the settings name. what: what it should hold, for messages. UserError when it is not a file here."""
     if settings.weights is None:
@@ -136,21 +129,13 @@ def weights_file(settings: MemberSettings, use: str, what: str) -> Path:
     return path
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_READ):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def fingerprint_of(use: str, revision: int, weights: str, options: Mapping[str, Value], versions: Mapping[str, str]) -> str:
+def fingerprint_of(use: str, revision: int, weights: Path, options: Mapping[str, Value], versions: Mapping[str, str]) -> str:
     """SHA-256, in hex, of all on which the findings depend.
 
-    revision: of the adapter, raised when it finds something else with the same weights and options. weights: their hash.
+    revision: of the adapter, raised when it finds something else with the same weights and options. weights: their file.
     """
-    content = {"use": use, "revision": revision, "weights": weights, "options": dict(options), "versions": dict(versions)}
+    hashed = content_hash(str(weights))
+    content = {"use": use, "revision": revision, "weights": hashed, "options": dict(options), "versions": dict(versions)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,6 @@ from i3cl.errors import UserError
 from i3cl.members.adapting import (
     Option,
     as_detections,
-    content_hash,
     file_of,
     fill,
     fingerprint_of,
@@ -84,7 +83,7 @@ class CRAFTMember(Member):
     def fingerprint(cls, settings: MemberSettings) -> str:
         """As `Member.fingerprint`."""
         options, versions = read_options(settings, cls.options), require(settings.use, cls.packages, cls.install)
-        return fingerprint_of("craft", _REVISION, content_hash(cls._weights(settings)), options, versions)
+        return fingerprint_of("craft", _REVISION, cls._weights(settings), options, versions)
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> CRAFTMember:

@@ -14,7 +14,6 @@ from i3cl.errors import UserError
 from i3cl.members.adapting import (
     Option,
     as_detections,
-    content_hash,
     fill,
     fingerprint_of,
     grown,
@@ -68,7 +67,7 @@ class DocTRMember(Member):
         """As `Member.fingerprint`."""
         options, versions = cls._options(settings), require(settings.use, cls.packages, cls.install)
         file = weights_file(settings, settings.use, _WHAT)
-        return fingerprint_of("doctr", _REVISION, content_hash(file), options, versions)
+        return fingerprint_of("doctr", _REVISION, file, options, versions)
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> DocTRMember:

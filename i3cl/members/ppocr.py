@@ -19,7 +19,6 @@ from i3cl.errors import UserError
 from i3cl.members.adapting import (
     Option,
     as_detections,
-    content_hash,
     file_of,
     fingerprint_of,
     grown,
@@ -77,7 +76,7 @@ class PPOCRMember(Member):
     def fingerprint(cls, settings: MemberSettings) -> str:
         """As `Member.fingerprint`. The package counts by the file that is taken from it."""
         options = read_options(settings, cls.options)
-        return fingerprint_of("ppocr", _REVISION, content_hash(cls._weights(settings)), options, {})
+        return fingerprint_of("ppocr", _REVISION, cls._weights(settings), options, {})
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> PPOCRMember:

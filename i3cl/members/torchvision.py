@@ -15,7 +15,6 @@ from i3cl.geometry import outlines_from_masks
 from i3cl.members.adapting import (
     Option,
     as_detections,
-    content_hash,
     fill,
     fingerprint_of,
     grown,
@@ -57,7 +56,7 @@ class TorchvisionMember(Member):
         """As `Member.fingerprint`."""
         options, versions = read_options(settings, cls.options), require(settings.use, cls.packages, cls.install)
         file = weights_file(settings, settings.use, _WHAT)
-        return fingerprint_of("torchvision", _REVISION, content_hash(file), options, versions)
+        return fingerprint_of("torchvision", _REVISION, file, options, versions)
 
     @classmethod
     def load(cls, settings: MemberSettings, place: Place) -> TorchvisionMember:

@@ -16,7 +16,7 @@ from i3cl import storage
 from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.images import ImageError, decode_image
 from i3cl.errors import UserError
-from i3cl.evaluation.analysis.intervals import RESAMPLES, Interval
+from i3cl.evaluation.analysis.intervals import Interval, rate_intervals
 from i3cl.evaluation.metrics.metric import rates
 from i3cl.report.html import embedded, render_page, svg_points
 
@@ -96,8 +96,6 @@ def estimate(path: str) -> Estimate:
     if len(rows) < _FEWEST:
         raise UserError(f"{path}: {len(rows)} images are checked; an estimate needs {_FEWEST} or more")
     counts = np.array(rows, np.float64)
-    rng = np.random.default_rng(0)
-    drawn = np.stack([counts[rng.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(RESAMPLES)])
     recall, precision, hmean = (float(value) for value in rates(counts.sum(axis=0)))
-    limits = [Interval(*(float(v) for v in np.percentile(values, [2.5, 97.5]))) for values in rates(drawn)]
+    limits = rate_intervals(counts)
     return Estimate(len(rows), recall, limits[0], precision, limits[1], hmean, limits[2], threshold)

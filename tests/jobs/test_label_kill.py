@@ -141,13 +141,19 @@ def images(folder: Path, count: int) -> str:
     return str(folder / "set.json")
 
 
-def label_under_fire(settings, checkpoints, folder: Path, count: int, rows: int, kinds: list[str], seed: int) -> Victim:
-    """Label `count` images while `kinds` are killed one after the other, at random points; check every row."""
+def label_under_fire(
+    settings, checkpoints, folder: Path, count: int, rows: int, kinds: list[str], seed: int, others: dict | None = None
+) -> Victim:
+    """Label `count` images while `kinds` are killed one after the other, at random points; check every row.
+
+    others: members that take no views.
+    """
+    others = others or {}
     overrides = {
         "name": "killed",
         "storage": str(folder / "runs"),
         "label.source": {"annotations": images(folder, count), "images": str(folder / "images")},
-        "label.members": checkpoints,
+        "label.members": {**checkpoints, **others},
         "label.views": VIEWS,
         "label.rows_per_block": rows,
         "label.actors": 1,
@@ -179,6 +185,7 @@ def label_under_fire(settings, checkpoints, folder: Path, count: int, rows: int,
     for batch in read_batches(str(out), ["image_id", "member", "view"]):
         rows_seen.update(zip(*(batch[name].to_pylist() for name in ("image_id", "member", "view")), strict=True))
     wanted = {(i + 1, m, v) for i in range(count) for m in checkpoints for v in ("s64", "s64-flip")}
+    wanted |= {(i + 1, m, "s64") for i in range(count) for m in others}
     assert set(rows_seen) == wanted, f"{len(wanted - set(rows_seen))} rows lost"
     assert set(rows_seen.values()) == {1}, "a row stands twice"
     expected = 1 + sum(i % 20 == 7 for i in range(20, count))
@@ -194,6 +201,14 @@ def test_a_killed_worker_and_a_killed_node_lose_and_repeat_nothing(tiny_settings
     victim = label_under_fire(tiny_settings, tiny_checkpoints, tmp_path, 300, 10, ["worker", "raylet"], seed=1)
     assert victim.starts == 2
     assert [kill.kind for kill in victim.kills] == ["worker", "raylet"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_a_foreign_member_labels_loses_nothing(tiny_settings, tmp_path):
+    pytest.importorskip("rapidocr", reason="needs the package rapidocr (extra ppocr)")
+    others = {"lines": {"use": "ppocr", "options": {"limit_side_len": 64}}}
+    victim = label_under_fire(tiny_settings, {}, tmp_path, 300, 10, ["worker", "driver"], seed=3, others=others)
+    assert [kill.kind for kill in victim.kills] == ["worker", "driver"]
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_truth_shows_what_a_score_means(tmp_path):
     found = scores_by_truth(path, truth, EvaluateSettings())
     # By construction half of the findings are right, and p(right | s) is s for calm and s squared for loud.
     at = np.linspace(0.1, 0.9, 9)
-    assert np.abs(found("calm", at, "") - at).mean() < 0.05 and np.abs(found("loud", at, "") - at**2).mean() < 0.05
+    assert np.abs(found("calm", at) - at).mean() < 0.05 and np.abs(found("loud", at) - at**2).mean() < 0.05
     assert all(share == pytest.approx(0.5, abs=0.03) for share in found.confirmed.values())
 
 
@@ -100,7 +100,7 @@ def test_lines_confirm_words_and_are_confirmed_by_them(tmp_path):
     path = str(tmp_path / "p.parquet")
     truth = simulated(path, {"calm": 1.0, "pp": 1.0}, lines=("pp",))
     for found in (scores_by_truth(path, truth, EvaluateSettings()), scores_by_agreement(path, FusionSettings())):
-        assert found("pp", [0.9, 0.3], "") == pytest.approx([1.0, 0.0], abs=0.12)
+        assert found("pp", [0.9, 0.3]) == pytest.approx([1.0, 0.0], abs=0.12)
     assert scores_by_agreement(path, FusionSettings()).confirmed["calm"] == pytest.approx(0.5, abs=0.05)
 
 
@@ -112,7 +112,7 @@ def test_fusion_works_with_what_the_scores_mean(tmp_path):
     settings = LabelSettings(fusion={"member_scores": file})
     for plain, item in zip(fused_images(path, LabelSettings()), fused_images(path, settings), strict=True):
         for before, after in zip(plain.members, item.members, strict=True):
-            assert after.scores.tolist() == read(before.member, before.scores, "").tolist()
+            assert after.scores.tolist() == read(before.member, before.scores).tolist()
 
 
 def test_mistakes(tmp_path):
@@ -121,7 +121,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="all members are of one kind and make the same mistakes"):
         scores_by_agreement(path, FusionSettings())
     few = scores_by_truth(path, truth[:1], EvaluateSettings())
-    assert few.unlearned == ["calm"] and few("calm", [0.2, 0.7], "").tolist() == [0.2, 0.7]
+    assert few.unlearned == ["calm"] and few("calm", [0.2, 0.7]).tolist() == [0.2, 0.7]
     write_member_scores(str(file), scores_by_truth(path, truth, EvaluateSettings()))
     simulated(path, {"calm": 0.9, "new": 0.5})
     with pytest.raises(UserError, match=r"members.json: learned without new \(there are calm\)"):

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from i3cl.config import ViewSettings
+from i3cl.config import MemberSettings, ViewSettings
 from i3cl.errors import UserError
 from i3cl.geometry import overlaps
 from i3cl.members.member import Place
@@ -132,3 +132,14 @@ def check_fingerprints(*settings, kind) -> None:
     assert all(len(each) == 64 for each in prints)
     assert prints[0] == prints[1] == kind.fingerprint(settings[0])
     assert len(set(prints)) == len(prints) - 1
+
+
+def check_missing_package(kind, settings: MemberSettings, command: str) -> None:
+    """A package that is not installed is one line that says which one and how to install it. command: a pattern."""
+
+    class Absent(kind):
+        packages = ("no-such-package-i3cl",)
+
+    for call in (lambda: Absent.fingerprint(settings), lambda: Absent.load(settings, Place())):
+        with pytest.raises(UserError, match=rf"^use: {settings.use} needs no-such-package-i3cl.*{command}$"):
+            call()

@@ -10,6 +10,7 @@ from members.checks import (
     check_any_image,
     check_detections,
     check_fingerprints,
+    check_missing_package,
     check_wrong_files,
     no_network,
     photo,
@@ -86,12 +87,7 @@ def test_files_of_another_network_are_named(tmp_path):
 
 
 def test_without_the_package_the_command_is_told():
-    class Absent(CRAFTMember):
-        packages = ("no-such-package-i3cl",)
-
-    for call in (lambda: Absent.fingerprint(settings()), lambda: Absent.load(settings(), Place())):
-        with pytest.raises(UserError, match=r"^use: craft needs no-such-package-i3cl.*pip install 'i3cl\[craft\]'$"):
-            call()
+    check_missing_package(CRAFTMember, settings(), r"pip install 'i3cl\[craft\]'")
 
 
 def test_a_link_joins_letters_and_is_no_part_of_the_word():

@@ -10,6 +10,7 @@ from members.checks import (
     check_any_image,
     check_detections,
     check_fingerprints,
+    check_missing_package,
     check_wrong_files,
     no_network,
     photo,
@@ -76,12 +77,7 @@ def test_files_that_are_no_detector_are_named(tmp_path):
 
 
 def test_without_the_package_the_command_is_told():
-    class Absent(PPOCRMember):
-        packages = ("no-such-package-i3cl",)
-
-    for call in (lambda: Absent.fingerprint(settings()), lambda: Absent.load(settings(), Place())):
-        with pytest.raises(UserError, match=r"^use: ppocr needs no-such-package-i3cl.*pip install 'i3cl\[ppocr\]'$"):
-            call()
+    check_missing_package(PPOCRMember, settings(), r"pip install 'i3cl\[ppocr\]'")
 
 
 def test_a_region_is_widened_by_its_area_over_its_perimeter():

@@ -39,6 +39,12 @@ def hmean_interval(rows: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Int
     return _percentiles(_resampled(rows, resamples, seed, _f))
 
 
+def rate_intervals(rows: Rows, resamples: int = RESAMPLES, seed: int = 0) -> tuple[Interval, Interval, Interval]:
+    """95 % percentile intervals of recall, precision and F over images drawn with replacement."""
+    recall, precision, hmean = _resampled(rows, resamples, seed, lambda totals: np.stack(rates(totals)))
+    return _percentiles(recall), _percentiles(precision), _percentiles(hmean)
+
+
 def difference_interval(a: Rows, b: Rows, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """95 % percentile interval of F of A minus F of B, both on the same images drawn with replacement.
 

@@ -37,7 +37,7 @@ class Paired:
 _PREFIX = re.compile(r"^(?:task\d+_|res_|gt_|poly_|det_)+(?=.)")
 
 
-_BY_NAME = "file name"
+_BY_NAME, _BY_ID = "file name", "image id"
 
 
 def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], others: bool = False) -> Paired:
@@ -47,7 +47,8 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
     task1_, else by the number in the name: the first of these that leaves no result over. Names come before ids, because every
     set counts its images from 1.
 
-    others: results may hold images that the truth does not have, where file names tie them together; they are left out.
+    others: results may hold images that the truth does not have; those are left out. Only where names tie them together, or ids
+    that are all that the results have: with anything else a wrong match would not be noticed.
 
     Raises:
         UserError: Results are of images that the truth does not have, images cannot be told apart, or an image has another
@@ -58,10 +59,11 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
     if results.format != RESULTS:
         ways.append((_BY_NAME, lambda image: image.name.rsplit(".", 1)[0]))
     if all(t.id is not None for t in truth.images) and all(f.id is not None for f in results.images):
-        ways.append(("image id", lambda image: image.id))
+        ways.append((_BY_ID, lambda image: image.id))
     if results.format != RESULTS:
         ways.append(("name without prefix and extension", lambda image: _short(image.name)))
     ways.append(("number in the name", lambda image: image_number(image.name)))
+    sure = (_BY_ID,) if results.format == RESULTS else (_BY_NAME,)
     best: tuple[int, str, dict[Any, ImageTruth], dict[Any, ImageDetections]] | None = None
     for how, key in ways:
         truths = {key(image): image for image in truth.images}
@@ -71,7 +73,7 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
         strangers = sum(k not in truths for k in found)
         if best is None or strangers < best[0]:
             best = (strangers, how, truths, found)
-        if strangers == 0 or (others and how == _BY_NAME and strangers < len(found)):
+        if strangers == 0 or (others and how in sure and strangers < len(found)):
             break
     if best is None:
         stems = (Counter(_stem(image.name) for image in images) for images in (truth.images, results.images))
@@ -83,7 +85,7 @@ def pair(truth: PolygonSet[ImageTruth], results: PolygonSet[ImageDetections], ot
         )
     strangers, how, truths, found = best
     names = [image.name for key, image in found.items() if key not in truths]
-    if strangers and not (others and how == _BY_NAME and strangers < len(found)):
+    if strangers and not (others and how in sure and strangers < len(found)):
         raise UserError(
             f"{results.path}: {strangers} of {len(found)} results are of images that the truth does not have "
             f"({', '.join(names[:3])}{', ...' if strangers > 3 else ''}){_shift_hint(truth, results)}; remove or rename them"
