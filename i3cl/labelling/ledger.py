@@ -1,6 +1,7 @@
 """How far a labelling job has come. The files in its folder say it; there is no other state.
 
     job.json                    what the job is; another job in the same folder is refused
+    _manifest.parquet           the images of the job in the order of its shards
     part-GG-KKKKKK.parquet      the rows of shard K for group G of members; it exists if and only if the shard is done
     errors.csv, cost.json       for people
     done.json                   written last
@@ -18,7 +19,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +28,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import storage
-from i3cl.claims import claim, read
+from i3cl.claims import claim, is_part, read
 from i3cl.errors import UserError
+from i3cl.labelling.manifest import SCHEMA as MANIFEST_SCHEMA
+from i3cl.labelling.manifest import Manifest, make_manifest_of
 
 _WORK = "_work"
+_MANIFEST = "_manifest.parquet"
+_TOGETHER = 32
+"""Small files read at the same time: on S3 a read is mostly waiting."""
 
 
 @dataclass
@@ -73,7 +80,7 @@ class Ledger:
     def claim(self, job: Mapping[str, Any]) -> None:
         """Write job.json into a new folder, compare it in an old one. UserError that names the first difference."""
         path = storage.join(self.out, "job.json")
-        if not storage.exists(path) and any(name.endswith(".parquet") for name in storage.list_dir(self.out)):
+        if not storage.exists(path) and any(map(is_part, storage.list_dir(self.out))):
             raise UserError(f"{self.out}: holds Parquet files of something else; give another name=… or remove it")
         claim(path, job, "predictions of another job", {"data.exif": "stored"})
 
@@ -85,8 +92,30 @@ class Ledger:
             raise UserError(f"{path}: damaged; remove the folder and give the command again")
         return there
 
+    def manifest(self, images: Mapping[str, Any]) -> Manifest | None:
+        """The images that job.json describes as `images`; None when they were not written down. UserError when damaged."""
+        path = storage.join(self.out, _MANIFEST)
+        if not storage.is_file(path):
+            return None
+        try:
+            table = pq.read_table(io.BytesIO(storage.read_bytes(path)), schema=MANIFEST_SCHEMA)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{path}: not Parquet ({error}); remove it and give the command again with the earlier images"
+            ) from None
+        # Written before job.json when the job grows, so after a kill in between it holds more.
+        return make_manifest_of(table.slice(0, images["count"]), tuple(images.get("grown", ())))
+
+    def write_manifest(self, manifest: Manifest, *, replace: bool) -> None:
+        """Write down the images of the job; `replace` them, or leave what is there."""
+        path = storage.join(self.out, _MANIFEST)
+        if replace or not storage.is_file(path):
+            buffer = io.BytesIO()
+            pq.write_table(manifest.table, buffer, compression="zstd")
+            storage.write_bytes_atomic(path, buffer.getvalue())
+
     def extend(self, job: Mapping[str, Any]) -> None:
-        """Replace job.json by that of a job with one more member. A finished job is unfinished then."""
+        """Replace job.json by that of a job with more members or images. A finished job is unfinished then."""
         # In this order: killed in between, the folder holds the earlier job without its end, which is soon found again.
         done = storage.join(self.out, "done.json")
         if storage.exists(done):
@@ -107,23 +136,27 @@ class Ledger:
         """Names of all parts that exist. Costs one listing."""
         return {name for name in storage.list_dir(self.out) if name.startswith("part-") and name.endswith(".parquet")}
 
-    def failures(self) -> list[Failure]:
-        """Images that could not be labelled so far, each once, ordered by id."""
-        finished = self.finished()
+    def failures(self, finished: set[str] | None = None) -> list[Failure]:
+        """Images that could not be labelled so far, each once, ordered by id.
+
+        Costs one listing and one request for each part with such images, many at a time. finished: as `finished` found it.
+        """
+        finished = self.finished() if finished is None else finished
+        names = storage.list_dir(storage.join(self.out, _WORK, "errors"))
+        # A worker that died between the two writes leaves errors of a part that will be made again.
+        parts = [part for part in (name.removesuffix(".json") for name in names) if part in finished]
         found: dict[int, Failure] = {}
-        for name in storage.list_dir(storage.join(self.out, _WORK, "errors")):
-            part = name.removesuffix(".json")
-            # A worker that died between the two writes leaves errors of a part that will be made again.
-            if part in finished:
-                found |= {failure.image_id: failure for failure in self.part_failures(part)}
+        with ThreadPoolExecutor(_TOGETHER) as pool:
+            for failures in pool.map(self._read_failures, parts):
+                found |= {failure.image_id: failure for failure in failures}
         return [found[key] for key in sorted(found)]
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any], failures: Iterable[Failure]) -> None:
         """Write errors.csv, then done.json, which ends the job, and remove what only an unfinished job needs."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image_id", "file_name", "reason"])
-        writer.writerows([f.image_id, f.file_name, f.reason] for f in self.failures())
+        writer.writerows([f.image_id, f.file_name, f.reason] for f in failures)
         storage.write_text_atomic(storage.join(self.out, "errors.csv"), text.getvalue())
         storage.write_text_atomic(storage.join(self.out, "done.json"), json.dumps(summary) + "\n")
         self.clean()
@@ -165,11 +198,12 @@ class Ledger:
         pq.write_table(table, buffer)
         storage.write_bytes_atomic(storage.join(self.out, part), buffer.getvalue())
 
-    def part_failures(self, part: str) -> Iterator[Failure]:
+    def part_failures(self, part: str) -> list[Failure]:
         """Images of a finished part that could not be labelled."""
-        path = self._errors(part)
-        if storage.is_file(path):
-            yield from (Failure(*row) for row in json.loads(storage.read_text(path)))
+        return self._read_failures(part) if storage.is_file(self._errors(part)) else []
+
+    def _read_failures(self, part: str) -> list[Failure]:
+        return [Failure(*row) for row in json.loads(storage.read_text(self._errors(part)))]
 
     def _tries(self, part: str) -> str:
         return storage.join(self.out, _WORK, "tries", f"{part}.json")

@@ -8,7 +8,7 @@ the job: the reason is written into the `error` column of its rows and into erro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from i3cl import observe, storage
@@ -22,7 +22,7 @@ from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes
 from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Failure, Ledger, part_name
-from i3cl.labelling.manifest import Manifest, make_manifest
+from i3cl.labelling.manifest import Manifest, joined, make_manifest
 from i3cl.labelling.results import Found, check_frame, read_member, result_row, results_hash
 from i3cl.members.member import OURS, granularity_of, kind_of
 from i3cl.members.ours import located, weights_bytes
@@ -53,7 +53,7 @@ def predict(
     """Write the members' predictions for every image of `dataset` as Parquet parts under `out`.
 
     The same call continues a job that was stopped, and returns at once when done.json says that it is done. Members that
-    `add_member` has added to the job stay in it.
+    `add_member` has added to the job stay in it. Images of `dataset` that the job does not have join it: only they are labelled.
 
     Args:
         dataset: The images; their instances do not matter.
@@ -68,16 +68,16 @@ def predict(
         `out`.
 
     Raises:
-        UserError: There is no member or no image; `out` holds another job (other images, weights, views, test size, tiles,
-            data.exif or shard size), or parts were removed after it was done; a larger share of the images than
-            label.max_error_share cannot be labelled; the checkpoints were trained with different data.exif and none is given; a
-            member's package or weights are missing, or its results do not fit the images.
+        UserError: There is no member or no image; `out` holds another job (other weights, views, test size, tiles, data.exif or
+            shard size, or images that `dataset` lacks), or parts were removed after it was done; a larger share of the images
+            than label.max_error_share cannot be labelled; the checkpoints were trained with different data.exif and none is
+            given; a member's package or weights are missing, or its results do not fit the images.
     """
     label = settings.label
     if not members:
         raise UserError("label.members: names no detector; add label.members.NAME=CHECKPOINT_DIRECTORY")
     names = _view_names(label)
-    manifest = make_manifest(dataset)
+    own_images = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
     detectors = {name: _located(as_member(members[name])) for name in sorted(members)}
     hashes = {name: fingerprint(name, member) for name, member in detectors.items()}
@@ -85,10 +85,12 @@ def predict(
     given = given_size(settings) if given is None else given
     exif = chosen_exif(recipes, settings)
     ledger = Ledger(out)
-    added: dict[str, Any] = (ledger.job() or {}).get("added", {})
+    there = ledger.job()
+    added: dict[str, Any] = (there or {}).get("added", {})
+    manifest = _with_joined(ledger, there, own_images, dataset)
     groups = _groups({name: member for name, member in detectors.items() if name not in added}, label)
     identity: dict[str, Any] = {
-        "images": {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root},
+        "images": _images(manifest, dataset),
         "members": {name: each["sha256"] for name, each in added.items()} | hashes,
         "views": names,
         "label.rows_per_block": label.rows_per_block,
@@ -97,7 +99,8 @@ def predict(
         # A size that every checkpoint has anyway makes no other job.
         **effective(recipes, given),
     }
-    ledger.claim(identity | ({"added": added} if added else {}))
+    identity |= {"added": added} if added else {}
+    _claim(ledger, there, identity, manifest, dataset, title)
     if ledger.is_done():
         ledger.clean()
         check_finished(out, storage.list_dir(out))
@@ -106,7 +109,7 @@ def predict(
     sizes = describe_sizes(recipes, given) if recipes else ""
     sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
     numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
-    made_from = _made_from(dataset, manifest, added | _sources(detectors, hashes))
+    made_from = _made_from(dataset, own_images, added | _sources(detectors, hashes))
     job = _Job(
         dataset, manifest, numbered, settings, ledger, title, given, sizes, exif == "upright", made_from, identity["groups"]
     )
@@ -118,32 +121,40 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     """Add one more member to the labelling job in `out`, finished or not, and let it predict all images of the job.
 
     What the other members have predicted stays. Without a job, a job with this one member begins. The same call continues when it
-    was stopped. The job's own views, image frame and shard size count; otherwise as `predict`.
+    was stopped. The job's own views, image frame and shard size count; otherwise as `predict`. Results may grow with the job: new
+    files under the same name count when they say of the images that are done what the earlier ones said.
 
     Raises:
         UserError: As `predict`; or the job has a member of this name that is another one.
     """
-    manifest = make_manifest(dataset)
+    own_images = make_manifest(dataset)
     member = _located(member)
     sha = fingerprint(name, member)
     ledger = Ledger(out)
-    images = {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root}
     job = ledger.job()
+    manifest = _with_joined(ledger, job, own_images, dataset)
+    images = _images(manifest, dataset)
     if job is None:
         rows = settings.label.rows_per_block
         job = {"images": images, "members": {}, "views": _view_names(settings.label), "label.rows_per_block": rows, "groups": []}
         job |= {"data.exif": settings.data.exif, "added": {}}
     else:
-        ledger.claim(job | {"images": images})
+        _claim(ledger, job, job | {"images": images}, manifest, dataset, title)
+        job |= {"images": images}
     there = job["members"].get(name)
     added: dict[str, Any] = job.get("added", {})
+    record = _sources({name: member}, {name: sha})[name]
     if there is None:
-        added = added | {name: _sources({name: member}, {name: sha})[name]}
         groups, hashes = [*job["groups"], [name]], job["members"] | {name: sha}
-        job = job | {"members": hashes, "groups": groups, "added": added}
+        job = job | {"members": hashes, "groups": groups, "added": added | {name: record}}
+        ledger.extend(job)
+        ledger.write_manifest(manifest, replace=False)
+    elif name in added and there != sha and member.results and _has_grown(ledger, job, manifest, dataset, name, member, settings):
+        job = job | {"members": job["members"] | {name: sha}, "added": added | {name: record}}
         ledger.extend(job)
     elif there != sha or name not in added:
         raise UserError(f"{out}: has a member {name} already, which is another one; choose another name")
+    added = job["added"]
     if ledger.is_done():
         return out
     note_command(out)
@@ -153,9 +164,67 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     numbered = {job["groups"].index([name]): {name: member}}
     # Where the others lie, the end of the job before this member said.
     others = {other: {"sha256": each} for other, each in job["members"].items()} | ledger.made_from_before()
-    made_from = _made_from(dataset, manifest, others | added)
+    made_from = _made_from(dataset, own_images, others | added)
     _Job(dataset, manifest, numbered, own, ledger, title, AS_TRAINED, "", upright, made_from, job["groups"]).run()
     return out
+
+
+def _images(manifest: Manifest, dataset: Dataset) -> dict[str, Any]:
+    """The images of a job, as job.json describes them."""
+    images: dict[str, Any] = {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root}
+    return images | ({"grown": list(manifest.grown)} if manifest.grown else {})
+
+
+def _with_joined(ledger: Ledger, job: Mapping[str, Any] | None, given: Manifest, dataset: Dataset) -> Manifest:
+    """The images of the job in the folder, with those of `given` that are new behind them; of a new folder, `given`."""
+    if job is None:
+        return given
+    images = job["images"]
+    if images["sha256"] == given.digest:
+        return replace(given, grown=tuple(images.get("grown", ())))
+    there = ledger.manifest(images)
+    # Earlier versions wrote no list of images. Their jobs cannot grow: the claim refuses.
+    return given if there is None else joined(there, given, dataset.name)
+
+
+def _claim(
+    ledger: Ledger, there: Mapping[str, Any] | None, job: Mapping[str, Any], manifest: Manifest, dataset: Dataset, title: str
+) -> None:
+    """Claim the folder for the job, which may have more images than the one `there`. UserError as `Ledger.claim`."""
+    fresh = 0 if there is None or not manifest.grown else len(manifest) - there["images"]["count"]
+    if not fresh or there is None:
+        ledger.claim(job)
+        ledger.write_manifest(manifest, replace=False)
+        return
+    ledger.claim({**job, "images": {**there["images"], "root": dataset.images_root}})
+    observe.say(f"{title}: {fresh} images of {dataset.name} join the {len(manifest) - fresh} of the job", stage=title)
+    ledger.write_manifest(manifest, replace=True)
+    ledger.extend(job)
+
+
+def _has_grown(
+    ledger: Ledger,
+    job: Mapping[str, Any],
+    manifest: Manifest,
+    dataset: Dataset,
+    name: str,
+    member: MemberSettings,
+    settings: Settings,
+) -> bool:
+    """Whether the results say the same as the member's finished parts, some of which are missing."""
+    group, finished = job["groups"].index([name]), ledger.finished()
+    spans = manifest.spans(job["label.rows_per_block"])
+    parts = [part_name(group, shard) for shard in range(len(spans))]
+    done = [part for part in parts if part in finished]
+    if len(done) == len(parts) or not done:
+        return False
+    results = read_member(name, member, dataset, settings.data.skip_bad)
+    for part in done:
+        for [row] in read_predictions(storage.join(ledger.out, part)):
+            now = result_row(row, name, row["view"], row["granularity"], results)
+            if not prediction_table([now]).equals(prediction_table([row])):
+                return False
+    return True
 
 
 def _view_names(label: LabelSettings) -> list[str]:
@@ -277,7 +346,8 @@ class _Job:
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, dict(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
         self.all_groups = [list(group) for group in groups.values()] if all_groups is None else all_groups
-        self.shards = range(manifest.shards(self.label.rows_per_block))
+        self.spans = manifest.spans(self.label.rows_per_block)
+        self.shards = range(len(self.spans))
         self.parts = {part_name(group, shard): (group, shard) for group in groups for shard in self.shards}
         self.detectors = {k: group for k, group in groups.items() if not any(m.results for m in group.values())}
         """The groups that actors predict with; the findings of the others lie in files."""
@@ -302,12 +372,12 @@ class _Job:
                     f"{self.ledger.out}: is not finished, parts of {', '.join(names)} are missing; give its command again: "
                     "i3cl label predict, or i3cl label add-member NAME for a member that was added"
                 )
-        failures = self.ledger.failures()
+        failures = self.ledger.failures(finished)
         self._check_share(len(failures), len(self.manifest), len(self.manifest))
         for failure in failures[:_SHOWN]:
             self._say(f"skipped {failure.reason}", level="WARNING")
         errors = storage.join(self.ledger.out, "errors.csv")
-        self.ledger.finish({"images": len(self.manifest), "failed": len(failures), "made_from": self.made_from})
+        self.ledger.finish({"images": len(self.manifest), "failed": len(failures), "made_from": self.made_from}, failures)
         text = (
             f"{len(self.manifest)} images labelled"
             if not failures
@@ -333,9 +403,8 @@ class _Job:
                     f"all images or raise label.max_error_share ({self.label.max_error_share:g})"
                 )
             granularity = granularity_of(member)
-            rows = self.label.rows_per_block
             for part in parts:
-                shard = self.manifest.table.slice(self.parts[part][1] * rows, rows).to_pylist()
+                shard = self.manifest.shard(self.spans[self.parts[part][1]]).to_pylist()
                 table = [result_row(image, name, view_name(self.label.views[0]), granularity, results) for image in shard]
                 failures = [Failure(row["image_id"], row["file_name"], row["error"]) for row in table if row["error"]]
                 self.ledger.write(part, prediction_table(table), failures)
@@ -371,7 +440,7 @@ class _Job:
         spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
         groups = self.detectors.values()
         total = len(self.manifest) * len(groups)
-        to_do = sum(self.manifest.shard_size(self.parts[part][1], self.label.rows_per_block) for part in missing)
+        to_do = sum(self.spans[self.parts[part][1]][1] for part in missing)
         if self.sizes:
             self._say(self.sizes)
         before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0

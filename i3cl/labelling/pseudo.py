@@ -32,7 +32,8 @@ from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, read_calibration
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
-from i3cl.labelling.ledger import shard_of
+from i3cl.labelling.ledger import part_name, shard_of
+from i3cl.labelling.manifest import shard_spans
 from i3cl.labelling.member_scores import read_member_scores
 from i3cl.labelling.select import SelectionSummary, select
 from i3cl.runtime.parts import fan_out
@@ -155,34 +156,62 @@ class Bundles:
 def bundles(predictions: str, least: int = _BUNDLE) -> Bundles:
     """Groups of parts with at least `least` images each (the last one may have fewer).
 
-    All rows of an image are in one part, or in the parts of one shard: each group of members has written its own. Where they are
-    not, for example in parts of several runs, everything becomes one group. UserError when there is no part, one that does not
-    hold predictions, or when the folder is not finished.
+    All rows of an image are in one part, or in the parts of one shard: each group of members has written its own. Of a labelling
+    job, job.json and the names of the parts say which; elsewhere every part is opened, and where rows of one image are spread
+    otherwise, for example in parts of several runs, everything becomes one group. UserError when there is no part, one that does
+    not hold predictions, or when the folder is not finished.
     """
     paths = parts_of(predictions)
     if len(paths) < 2:
         ids, names_there = _heads(paths[0] if paths else predictions)
         return Bundles([[predictions]], len(ids), sorted(names_there))
-    with ThreadPoolExecutor(16) as pool:
-        heads = list(pool.map(_heads, paths))
-    members = sorted(set().union(*(names for _, names in heads)))
-    shards: dict[Any, list[int]] = {}
-    for number, path in enumerate(paths):
-        name = path.rpartition("/")[2]
-        shards.setdefault(shard_of(name), []).append(number)
-    ids_of = [np.unique(np.concatenate([heads[k][0] for k in numbers])) for numbers in shards.values()]
-    images = len(np.unique(np.concatenate(ids_of)))
-    if images < sum(map(len, ids_of)):
-        return Bundles([[predictions]], images, members)
+    shards: dict[str, list[str]] = {}
+    for path in paths:
+        shards.setdefault(shard_of(path.rpartition("/")[2]), []).append(path)
+    found = _sizes_by_job(predictions, shards) or _sizes_by_content(shards)
+    if found is None:
+        heads = _all_heads(paths)
+        ids = np.unique(np.concatenate([ids for ids, _ in heads]))
+        return Bundles([[predictions]], len(ids), sorted(set().union(*(names for _, names in heads))))
+    sizes, members = found
     groups: list[list[str]] = [[]]
     held = 0
-    for numbers, ids in zip(shards.values(), ids_of, strict=True):
+    for shard, size in sizes.items():
         if held >= least:
             groups.append([])
             held = 0
-        groups[-1] += [paths[k] for k in numbers]
-        held += len(ids)
-    return Bundles(groups, images, members)
+        groups[-1] += shards[shard]
+        held += size
+    return Bundles(groups, sum(sizes.values()), sorted(members))
+
+
+def _sizes_by_job(folder: str, shards: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], set[str]] | None:
+    """Images of every shard, and the members, as job.json says; None when the parts are not those of one job."""
+    job = claims.read(storage.join(folder, "job.json"))
+    try:
+        images, rows, groups = job["images"], job["label.rows_per_block"], job["groups"]
+        spans = shard_spans(images.get("grown") or [images["count"]], rows)
+    except (KeyError, TypeError):
+        return None
+    wanted = {part_name(group, shard) for group in range(len(groups)) for shard in range(len(spans))}
+    if not all(path.rpartition("/")[2] in wanted for paths in shards.values() for path in paths):
+        return None
+    return {shard: spans[int(shard)][1] for shard in shards}, {name for group in groups for name in group}
+
+
+def _sizes_by_content(shards: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], set[str]] | None:
+    """Images of every shard, and the members, as the parts themselves say; None when an image is in two shards."""
+    heads = {shard: _all_heads(paths) for shard, paths in shards.items()}
+    ids = {shard: np.unique(np.concatenate([ids for ids, _ in each])) for shard, each in heads.items()}
+    if len(np.unique(np.concatenate(list(ids.values())))) < sum(map(len, ids.values())):
+        return None
+    members = {name for each in heads.values() for _, names in each for name in names}
+    return {shard: len(each) for shard, each in ids.items()}, members
+
+
+def _all_heads(paths: Sequence[str]) -> list[tuple[NDArray[np.int64], set[str]]]:
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_heads, paths))
 
 
 def spread_parts(predictions: str, images: int) -> list[str]:

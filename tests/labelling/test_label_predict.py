@@ -62,7 +62,7 @@ def plan(images: Path, out: Path, checkpoints: dict[str, str], **changes) -> Pla
 
 def blocks(data: Dataset, rows: int, together: int = 2, groups: int = 1):
     manifest = make_manifest(data)
-    tasks = [(part_name(g, k), g, k) for g in range(groups) for k in range(manifest.shards(rows))]
+    tasks = [(part_name(g, k), g, k) for g in range(groups) for k in range(len(manifest.spans(rows)))]
     return list(manifest.blocks(tasks, rows, together))
 
 
@@ -80,10 +80,10 @@ def test_every_image_stands_in_exactly_one_shard(count, rows, together):
     manifest = make_manifest(data)
     tables = blocks(data, rows, together)
     parts = [row for table in tables for row in table.to_pylist()]
-    assert [row["part"] for row in parts] == [part_name(0, k) for k in range(manifest.shards(rows))]
+    assert [row["part"] for row in parts] == [part_name(0, k) for k in range(len(manifest.spans(rows)))]
     assert [i for row in parts for i in row["image_id"]] == [i * 7 for i in range(count)]
     assert [name for row in parts for name in row["file_name"]] == [f"{i}.jpg" for i in range(count)]
-    assert [len(row["image_id"]) for row in parts] == [manifest.shard_size(k, rows) for k in range(len(parts))]
+    assert [len(row["image_id"]) for row in parts] == [count for _, count in manifest.spans(rows)]
 
 
 def test_the_digest_knows_ids_names_and_order():
@@ -158,7 +158,7 @@ def test_errors_count_only_with_their_part_and_work_files_go_at_the_end(tmp_path
     (tmp_path / "part-00-000001.parquet").unlink()
     (tmp_path / ".tmp-0123").write_bytes(b"half")
     assert ledger.finished() == {"part-00-000000.parquet", "part-01-000000.parquet"}
-    ledger.finish({"images": 2})
+    ledger.finish({"images": 2}, ledger.failures())
     with open(tmp_path / "errors.csv", newline="") as file:
         assert list(csv.reader(file)) == [["image_id", "file_name", "reason"], ["5", 'a "b",.jpg', "bad, very"]]
     assert sorted(os.listdir(tmp_path)) == ["done.json", "errors.csv", "part-00-000000.parquet", "part-01-000000.parquet"]

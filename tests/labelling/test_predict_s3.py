@@ -38,7 +38,7 @@ def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
     assert ledger.finished() == {part_name(0, 0)}
     reports = Labeller(plan)(next(manifest.blocks(tasks, 2, 2))).to_pylist()
     assert [(r["images"], r["errors"]) for r in reports] == [(2, 1), (1, 0)]
-    ledger.finish({"images": 3})
+    ledger.finish({"images": 3}, ledger.failures())
     rows = {row["image_id"]: row["error"] for rows in read_predictions(out) for row in rows}
     assert rows.keys() == {0, 1, 2} and rows[0] is rows[2] is None and "missing.jpg" in rows[1]
     assert storage.list_files(out) == {"done.json", "errors.csv", "job.json", part_name(0, 0), part_name(0, 1)}

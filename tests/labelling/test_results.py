@@ -208,7 +208,7 @@ def test_a_job_of_results_alone(tmp_path, images):
     labels = select_labels(out, LabelSettings(select={"low": 0.5, "high": 0.8}), str(tmp_path), "")
     assert labels.counts["instances"] == 2 * COUNT and labels.counts["images"] == COUNT
     other = Dataset("set", images.images_root, images.records[1:])
-    with pytest.raises(UserError, match=r"images.count: 6 there, 5 here"):
+    with pytest.raises(UserError, match=r"lacks 1 of the 6 images that the job has, e.g. shop 0.jpg"):
         add_member(other, "more", MemberSettings(results=(coco_results(tmp_path, images),)), settings, out, "t")
 
 

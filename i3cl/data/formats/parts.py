@@ -51,8 +51,9 @@ def parts_of(path: str) -> list[str]:
     """
     if storage.is_file(path):
         return [path]
-    check_finished(path, storage.list_dir(path))
-    return claims.parts(path)
+    names = storage.list_dir(path)
+    check_finished(path, names)
+    return [storage.join(path, name) for name in names if claims.is_part(name)]
 
 
 def check_finished(folder: str, names: Collection[str]) -> None:
@@ -110,7 +111,8 @@ def _command(folder: str) -> str:
 
 def _predicted_parts(job: Any) -> int | None:
     try:
-        return len(job["groups"]) * -(-job["images"]["count"] // job["label.rows_per_block"])
+        rows, images = job["label.rows_per_block"], job["images"]
+        return len(job["groups"]) * sum(-(-count // rows) for count in images.get("grown") or [images["count"]])
     except (KeyError, TypeError):
         return None
 

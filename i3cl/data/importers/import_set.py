@@ -9,15 +9,15 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import TypeVar
 
 import pyarrow as pa
 
 from i3cl import storage
-from i3cl.data.formats.coco import write_coco
+from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.records import ImageRecord, Problem
 from i3cl.data.formats.table import write_parquet
 from i3cl.data.importers.archives import is_archive, unpack
@@ -51,6 +51,8 @@ class Summary:
     images_root: str = ""
     """Folder that file names are relative to."""
     images: int = 0
+    fresh: int | None = None
+    """Images that an earlier import into the same place did not have; None when there was none."""
     instances: int = 0
     """Text instances, without don't-care regions."""
     dont_care: int = 0
@@ -70,7 +72,7 @@ class Summary:
     def lines(self) -> list[str]:
         """The table that the command prints at its end."""
         rows: list[tuple[str, object]] = [
-            ("images", self.images),
+            ("images", self.images if self.fresh is None else f"{self.images}, {self.fresh} of them new"),
             ("instances", self.instances),
             ("don't care", self.dont_care),
             ("repaired", self.repaired),
@@ -113,6 +115,7 @@ def import_dataset(
     The result of a set without polygons is named 'unlabelled' and not after its split. `<split>-problems.jsonl` and, for weak
     labels, `<split>-keywords.jsonl` are written beside it. Images are neither copied nor decoded. Image ids count from 1 in the
     order of the file names (for SynthText, of gt.mat); images that are left out count too, so ids do not depend on skip_bad.
+    A set without labels may grow: images that an earlier import into the same place has keep their ids, new ones come after.
     through_ray: None decides by size. upright: sizes are those of the pictures turned as their EXIF orientation says, and
     labels must be in those pixels. UserError at the first image or label file that cannot be read, unless `skip_bad`.
     Instances that are degenerate or outside the image are always left out and listed: official files hold some.
@@ -123,6 +126,16 @@ def import_dataset(
     summary = Summary(f"{base}.parquet" if parquet else f"{base}.json", folder.root)
     problems: list[Problem] = []
     keywords: list[str] = []
+    known = {} if importer.labelled else _known_ids(summary.annotations, folder.root)
+    summary.fresh = 0 if known else None
+    new_ids = count(max(known.values(), default=0) + 1)
+
+    def numbered(record: ImageRecord) -> ImageRecord:
+        if summary.fresh is None:
+            return record
+        there = known.get(record.file_name)
+        summary.fresh += there is None
+        return replace(record, id=next(new_ids) if there is None else there)
 
     def records() -> Iterator[ImageRecord]:
         for outcome in _outcomes(name, importer, folder, split, through_ray, upright):
@@ -137,7 +150,7 @@ def import_dataset(
             summary.images += 1
             summary.dont_care += ignored
             summary.instances += len(outcome.record.instances) - ignored
-            yield outcome.record
+            yield numbered(outcome.record)
 
     def finish() -> None:
         # Known only now: an importer lists the folder when it needs it, or never.
@@ -154,6 +167,13 @@ def import_dataset(
         finish()
         write_coco(summary.annotations, found, {"source": name, "labelled": importer.labelled})
     return summary
+
+
+def _known_ids(annotations: str, root: str) -> dict[str, int]:
+    """File name -> id in what an earlier import has written; empty when there is nothing."""
+    if not storage.exists(annotations):
+        return {}
+    return {record.file_name: record.id for record in read_coco(annotations, root, skip_bad=True, check_files=False).records}
 
 
 def _passed_over(folder: Folder, importer: Importer) -> list[str]:

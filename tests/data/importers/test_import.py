@@ -145,6 +145,26 @@ def test_a_name_that_no_reader_takes_is_left_out(name, tmp_path):
     assert record.file_name == "a b.JPG"
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_images_keep_their_ids_when_a_folder_grows(tmp_path, parquet):
+    def ids(*names):
+        for name in names:
+            image(tmp_path / "in" / name)
+        summary = import_dataset("folder", str(tmp_path / "in"), str(tmp_path / "out"), parquet=parquet)
+        found = read_coco(summary.annotations, summary.images_root).records
+        return {record.file_name: record.id for record in found}, summary
+
+    first, summary = ids("b.jpg", "d.jpg")
+    assert first == {"b.jpg": 1, "d.jpg": 2} and summary.fresh is None
+    second, summary = ids("a.jpg", "c.jpg")
+    assert second == {"b.jpg": 1, "d.jpg": 2, "a.jpg": 3, "c.jpg": 4}
+    assert "images       4, 2 of them new" in summary.lines()
+    (tmp_path / "in/d.jpg").unlink()
+    third, summary = ids("e.jpg")
+    assert third == {"b.jpg": 1, "a.jpg": 3, "c.jpg": 4, "e.jpg": 5} and summary.fresh == 1
+    assert ids()[1].fresh == 0
+
+
 def test_what_a_walk_leaves_out_is_counted_and_named(tmp_path):
     for name in ("a.jpg", "b.jfif", "c.jpe", "d.gif", "e.avif"):
         path = tmp_path / "in" / name
