@@ -80,7 +80,7 @@ METRICS = {
         Metric("i3cl_label_images_per_second", "gauge", "Images per second since the first actor was ready"),
         Metric("i3cl_label_remaining_images", "gauge", "Images still to label"),
         Metric("i3cl_label_remaining_seconds", "gauge", "Estimated time left"),
-        Metric("i3cl_label_actors", "gauge", "Actors that the job started with"),
+        Metric("i3cl_label_actors", "gauge", "Actors that have reported lately"),
         Metric("i3cl_label_busy_ratio", "gauge", "Share of the actors' time in which a network was working, 0-1"),
         Metric("i3cl_pseudo_labels_total", "counter", "Pseudo labels written: kind=kept, or kind=ignored (don't-care)", "kind"),
         Metric("i3cl_search_trials", "gauge", "Trials of the sweep by state: running, finished, stopped, broken", "state"),

@@ -598,7 +598,10 @@ class LabelSettings(_Settings):
     batch: PositiveInt = 4
     """Images in one pass of the network."""
     actors: NonNegativeInt = 0
-    """Labelling processes; 0 = one per GPU, or one per `threads` cores without GPUs."""
+    """Labelling processes. With GPUs at most so many, also when GPUs join while the job runs; 0 = as many as there are GPUs.
+    Without GPUs exactly so many; 0 = one per `threads` cores."""
+    actors_per_gpu: PositiveInt = 1
+    """Actors that share a GPU."""
     threads: NonNegativeInt = 0
     """Torch threads of an actor; 0 = 1 with a GPU; without GPUs the smallest number that gives at most 8 actors per machine."""
     decode_threads: NonNegativeInt = 0
@@ -616,6 +619,12 @@ class LabelSettings(_Settings):
     """Stop when a larger share of the images cannot be labelled."""
     price_per_hour: NonNegative = 0.0
     """Price of one GPU (without GPUs: of one actor) per hour, in any currency; 0: no money is shown."""
+    max_money: NonNegative | None = None
+    """Stop when the job, in all its runs, has cost so much at price_per_hour; what is done stays."""
+    max_gpu_hours: NonNegative | None = None
+    """Stop when the job, in all its runs, has used so many GPU-hours; what is done stays."""
+    silent_seconds: Positive = 120.0
+    """An actor that works on a shard ten times as long as is usual, and at least this long, is killed and starts again."""
     agreement: bool = False
     """In a circle or a study: learn from how often members confirm each other what their scores mean, and fuse with that, as
     `i3cl label agree` and fusion.member_scores do. For members of different kinds."""

@@ -10,9 +10,13 @@ from typing import Any
 from i3cl import storage
 from i3cl.runtime.pace import duration
 
+_GONE = 120.0
+"""Seconds without a report after which an actor counts as gone."""
+
 
 @dataclass
 class _Actor:
+    created: float
     ready: float
     last: float
     busy: float = 0.0
@@ -28,7 +32,6 @@ class Meter:
     """How many of them were done before this run."""
     errors: int
     """How many of them have no predictions."""
-    actors: int
     gpus_per_actor: float
     price_per_hour: float
     started: float = field(default_factory=time.time)
@@ -37,10 +40,10 @@ class Meter:
     _seen: dict[str, _Actor] = field(default_factory=dict)
 
     def add(self, report: dict[str, Any]) -> None:
-        """Add an actor's report on one task: images, errors, actor, ready, ended, busy."""
+        """Add an actor's report, a row of `i3cl.labelling.pool.REPORT`."""
         self.worked += report["images"]
         self.errors += report["errors"]
-        actor = self._seen.setdefault(report["actor"], _Actor(report["ready"], report["ended"]))
+        actor = self._seen.setdefault(report["actor"], _Actor(report["created"], report["ready"], report["ended"]))
         actor.last = max(actor.last, report["ended"])
         actor.busy += report["busy"]
 
@@ -64,6 +67,17 @@ class Meter:
         spent = sum(a.last - a.ready for a in self._seen.values())
         return min(1.0, sum(a.busy for a in self._seen.values()) / spent) if spent > 0 else 0.0
 
+    @property
+    def actors(self) -> int:
+        """Actors that have reported something lately."""
+        last = max((a.last for a in self._seen.values()), default=0.0)
+        return sum(a.last > last - _GONE for a in self._seen.values())
+
+    @property
+    def hours(self) -> float:
+        """Hours that the actors have existed, all together, until their last reports."""
+        return sum(max(0.0, a.last - a.created) for a in self._seen.values()) / 3600
+
     def line(self) -> str:
         """Progress, time left, and money when there is a price."""
         done = self.done + self.worked
@@ -72,8 +86,8 @@ class Meter:
             left = (self.total - done) / self.rate
             text += f"  {self.rate:.1f}/s  {duration(left)} left"
             if self.price_per_hour:
-                spent = self._money(time.time() - self.started)
-                text += f"  money {spent:.2f} spent, {self._money(left):.2f} to come"
+                to_come = self._money(left * self.actors / 3600)
+                text += f"  money {self._money(self.hours):.2f} spent, {to_come:.2f} to come"
         return text + (f"  {self.errors} errors" if self.errors else "")
 
     def numbers(self) -> dict[str, float]:
@@ -85,7 +99,7 @@ class Meter:
     def entry(self) -> dict[str, Any]:
         """This run as an entry of cost.json."""
         seconds = time.time() - self.started
-        hours = self.actors * seconds / 3600
+        hours = self.hours
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "images": self.worked,
@@ -95,11 +109,11 @@ class Meter:
             "busy_share": round(self.busy_share, 4),
             "actor_hours": round(hours, 6),
             "gpu_hours": round(hours * self.gpus_per_actor, 6),
-            "money": round(self._money(seconds), 6),
+            "money": round(self._money(hours), 6),
         }
 
-    def _money(self, seconds: float) -> float:
-        return self.actors * (self.gpus_per_actor or 1.0) * seconds / 3600 * self.price_per_hour
+    def _money(self, hours: float) -> float:
+        return hours * (self.gpus_per_actor or 1.0) * self.price_per_hour
 
 
 class CostFile:
@@ -109,9 +123,13 @@ class CostFile:
         self.path = path
         self.runs: list[dict[str, Any]] = json.loads(storage.read_text(path))["runs"] if storage.exists(path) else []
 
+    def total(self, meter: Meter) -> dict[str, Any]:
+        """The earlier runs and this one, as `summary` has them."""
+        return summary([*self.runs, meter.entry()])
+
     def write(self, meter: Meter) -> dict[str, Any]:
         """Write the earlier runs and this one; returns the content."""
-        content = summary([*self.runs, meter.entry()])
+        content = self.total(meter)
         storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
         return content
 

@@ -44,12 +44,13 @@ class Manifest:
         """The images of one shard."""
         return self.table.slice(*span)
 
-    def blocks(self, tasks: Sequence[tuple[str, int, int]], rows: int, together: int) -> Iterator[pa.Table]:
+    def blocks(
+        self, tasks: Sequence[tuple[str, int, int]], spans: Sequence[tuple[int, int]], together: int
+    ) -> Iterator[pa.Table]:
         """Tables of at most `together` rows, one for each shard: part, group, and the columns of its images as lists.
 
-        tasks: (part, group, shard). A shard is one row, so that nothing later can split it.
+        tasks: (part, group, shard); spans: of all shards.
         """
-        spans = self.spans(rows)
         for start in range(0, len(tasks), together):
             chosen = tasks[start : start + together]
             slices = [self.shard(spans[shard]) for _, _, shard in chosen]

@@ -19,15 +19,17 @@ from i3cl.data.formats.predictions import prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
-from i3cl.labelling.actor import Labeller, Plan, automatic_threads, view_name
+from i3cl.labelling.actor import Plan, automatic_threads, view_name
 from i3cl.labelling.cost import CostFile, Meter, line
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, joined, make_manifest
+from i3cl.labelling.pool import Pool, labelled
 from i3cl.labelling.results import Found, check_frame, read_member, result_row, results_hash
 from i3cl.members.member import OURS, granularity_of, kind_of
 from i3cl.members.ours import located, weights_bytes
-from i3cl.runtime.cluster import connect, quiet
+from i3cl.runtime.cluster import connect
 from i3cl.runtime.pace import Every
+from i3cl.runtime.ray_private import cluster_address
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
 _TOGETHER_BYTES = 4 << 30
@@ -293,6 +295,9 @@ class Layout:
     """How the work is spread over the cluster."""
 
     actors: int
+    """To begin with."""
+    most: int
+    """At the same time, when GPUs join."""
     threads: int
     decode_threads: int
     cpus_per_actor: float
@@ -306,14 +311,18 @@ def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int
     gpus, cpus: of the cluster, 0 GPUs when none is to be used; cores: of one machine.
     """
     threads = automatic_threads(label.threads, label.actors, gpus > 0, cores)
-    actors = label.actors or gpus or max(1, int(cpus) // threads)
-    actors = min(actors, shards)
+    if gpus:
+        most = min(label.actors or shards, shards)
+        actors = min(gpus * label.actors_per_gpu, most)
+    else:
+        actors = most = min(label.actors or max(1, int(cpus) // threads), shards)
     return Layout(
         actors,
+        most,
         threads,
         label.decode_threads or (4 if gpus else 1),
         1 if gpus else min(threads, max(1.0, cpus)),
-        min(1.0, gpus / actors),
+        1 / label.actors_per_gpu if gpus else 0.0,
         # Within a task decoding runs on from shard to shard; tasks that are too long would leave actors idle at the end.
         max(1, min(4, shards // (actors * 8))),
     )
@@ -436,7 +445,13 @@ class _Job:
         on_gpu = use_gpu(self.settings.cluster.gpu)
         gpus = cluster_gpus() if on_gpu else 0
         if on_gpu and not gpus:
-            raise UserError("cluster.gpu: true, but the cluster has no GPU; set cluster.gpu=auto or add one")
+            if cluster_address() is None:
+                raise UserError("cluster.gpu: true, but this machine has no GPU; set cluster.gpu=auto or join a cluster")
+            # The actors that wait for one make an autoscaler start machines.
+            self._say("the cluster has no GPU now; waiting for the first one (cluster.gpu=false: do not wait)")
+            gpus = 1
+        elif not on_gpu and self.settings.cluster.gpu == "auto" and cluster_address() is not None:
+            self._say("the cluster has no GPU now, so CPUs label; cluster.gpu=true waits for GPUs")
         spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
         groups = self.detectors.values()
         total = len(self.manifest) * len(groups)
@@ -444,13 +459,13 @@ class _Job:
         if self.sizes:
             self._say(self.sizes)
         before = len(self.ledger.failures()) if len(missing) < len(self.parts) else 0
-        meter = Meter(total, total - to_do, before, spread.actors, spread.gpus_per_actor, self.label.price_per_hour)
+        meter = Meter(total, total - to_do, before, spread.gpus_per_actor, self.label.price_per_hour)
         self._say(
             f"{len(self.manifest)} images x {sum(map(len, groups))} members x {len(self.label.views)} views"
             + (f" in {len(groups)} passes" if len(groups) > 1 else "")
             + (f", {meter.done} of {total} done already" if meter.done else "")
             + f"; starting {spread.actors} actors of {spread.threads} threads"
-            + (f", {spread.gpus_per_actor:g} GPUs each" if spread.gpus_per_actor else ""),
+            + (f", {spread.gpus_per_actor:g} GPUs each, up to {spread.most} as GPUs join" if spread.gpus_per_actor else ""),
             images=total,
             done=meter.done,
             actors=spread.actors,
@@ -470,10 +485,14 @@ class _Job:
 
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
         show, save = Every(5), Every(_COST_EVERY)
-        for report in _reports(self.plan(spread), self._blocks(missing, spread), spread):
+        tasks = [(part, *self.parts[part]) for part in missing]
+        pool = Pool(spread.actors, spread.most, spread.cpus_per_actor, spread.gpus_per_actor, self.label.silent_seconds)
+        rows = self.label.rows_per_block
+        for report in labelled(self.plan(spread), self.manifest, tasks, rows, spread.shards_per_task, pool):
             meter.add(report)
             observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
             self._check_share(meter.errors, meter.done + meter.worked, meter.total)
+            self._check_limits(meter)
             if show():
                 self._say(meter.line(), **meter.numbers())
             if save():
@@ -500,7 +519,17 @@ class _Job:
 
     def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:
         tasks = [(part, *self.parts[part]) for part in missing]
-        return list(self.manifest.blocks(tasks, self.label.rows_per_block, spread.shards_per_task))
+        return list(self.manifest.blocks(tasks, self.spans, spread.shards_per_task))
+
+    def _check_limits(self, meter: Meter) -> None:
+        """UserError when this run and those before it have used up what the settings allow."""
+        used = self.cost.total(meter)
+        for key, limit in (("money", self.label.max_money), ("gpu_hours", self.label.max_gpu_hours)):
+            if limit is not None and used[key] >= limit:
+                raise UserError(
+                    f"label.max_{key}: {limit:g} is used up, {meter.done + meter.worked} of {meter.total} images are labelled; "
+                    "what is done stays: raise it and give the same command again"
+                )
 
     def _check_share(self, failed: int, seen: int, total: int) -> None:
         """UserError when too many images fail: of those seen, or so many that the rest cannot make up for it."""
@@ -511,22 +540,3 @@ class _Job:
                 f"{self.dataset.name}: {failed} of {seen} images cannot be labelled, e.g. {example}; "
                 f"repair them or raise label.max_error_share ({allowed:g})"
             )
-
-
-def _reports(plan: Plan, blocks: list[Any], spread: Layout) -> Any:
-    """Run the actors over the blocks and yield what they report, shard by shard."""
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
-
-    quiet(DataContext.get_current())
-    pipeline = ray.data.from_arrow(blocks).map_batches(
-        Labeller,
-        fn_constructor_args=(plan,),
-        batch_size=spread.shards_per_task,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=spread.actors),
-        num_cpus=spread.cpus_per_actor,
-        num_gpus=spread.gpus_per_actor,
-    )
-    for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()  # type: ignore[union-attr]

@@ -63,7 +63,7 @@ def plan(images: Path, out: Path, checkpoints: dict[str, str], **changes) -> Pla
 def blocks(data: Dataset, rows: int, together: int = 2, groups: int = 1):
     manifest = make_manifest(data)
     tasks = [(part_name(g, k), g, k) for g in range(groups) for k in range(len(manifest.spans(rows)))]
-    return list(manifest.blocks(tasks, rows, together))
+    return list(manifest.blocks(tasks, manifest.spans(rows), together))
 
 
 def rows_of(out: Path) -> dict[int, dict[tuple[str, str], dict]]:
@@ -369,17 +369,27 @@ def _fresh(labeller: Labeller, tables: list) -> None:
 @pytest.mark.parametrize(
     ("label", "shards", "gpus", "cpus", "cores", "wanted"),
     [
-        ({}, 100, 0, 2, 2, (2, 1, 1, 1, 0)),
-        ({}, 1000, 0, 16, 16, (8, 2, 1, 2, 0)),
-        ({}, 1000, 8, 64, 64, (8, 1, 4, 1, 1)),
-        ({"actors": 2}, 1000, 1, 16, 16, (2, 1, 4, 1, 0.5)),
-        ({"actors": 8}, 3, 0, 2, 2, (3, 1, 1, 1, 0)),
-        ({"threads": 1}, 3, 0, 2, 2, (2, 1, 1, 1, 0)),
+        ({}, 100, 0, 2, 2, (2, 2, 1, 1, 1, 0)),
+        ({}, 1000, 0, 16, 16, (8, 8, 2, 1, 2, 0)),
+        ({}, 1000, 8, 64, 64, (8, 1000, 1, 4, 1, 1)),
+        # Whole GPUs: more actors than there are GPUs wait for more of them.
+        ({"actors": 64}, 1000, 8, 64, 64, (8, 64, 1, 4, 1, 1)),
+        ({"actors": 4}, 1000, 8, 64, 64, (4, 4, 1, 4, 1, 1)),
+        ({"actors_per_gpu": 2}, 1000, 1, 16, 16, (2, 1000, 1, 4, 1, 0.5)),
+        ({"actors": 8}, 3, 0, 2, 2, (3, 3, 1, 1, 1, 0)),
+        ({"threads": 1}, 3, 0, 2, 2, (2, 2, 1, 1, 1, 0)),
     ],
 )
 def test_automatic_layout(label, shards, gpus, cpus, cores, wanted):
     spread = layout(LabelSettings(**label), shards, gpus, cpus, cores)
-    assert (spread.actors, spread.threads, spread.decode_threads, spread.cpus_per_actor, spread.gpus_per_actor) == wanted
+    assert (
+        spread.actors,
+        spread.most,
+        spread.threads,
+        spread.decode_threads,
+        spread.cpus_per_actor,
+        spread.gpus_per_actor,
+    ) == wanted
     assert 1 <= spread.shards_per_task <= 4
 
 
@@ -510,6 +520,27 @@ def test_too_many_errors_stop_a_job_early_but_not_too_early(tmp_path, failed, se
         job._check_share(failed, seen, total)
 
 
+def test_a_job_stops_when_its_money_or_gpu_hours_are_used_up(tmp_path):
+    data = dataset(tmp_path, ["a.jpg"])
+    ledger = Ledger(str(tmp_path / "out"))
+
+    def check(**limits):
+        label = LabelSettings(price_per_hour=2.0, **limits)
+        job = _Job(data, make_manifest(data), {0: {}}, Settings(label=label), ledger, "t")
+        # An earlier run of one hour, and one and a half hours now.
+        job.cost.runs = [cost.Meter(9, 0, 0, 1.0, 2.0).entry() | {"gpu_hours": 1.0, "money": 2.0}]
+        meter = cost.Meter(total=1000, done=100, errors=0, gpus_per_actor=1.0, price_per_hour=2.0)
+        meter.add(report("a", 100, 1020.0, 1000 + 5400, 8.0))
+        job._check_limits(meter)
+
+    check()
+    check(max_money=5.1, max_gpu_hours=2.6)
+    with pytest.raises(UserError, match=r"label\.max_money: 5 is used up, 200 of 1000 images are labelled; what is done stays"):
+        check(max_money=5.0)
+    with pytest.raises(UserError, match=r"label\.max_gpu_hours: 2\.5 is used up"):
+        check(max_gpu_hours=2.5)
+
+
 def test_a_users_mistake_is_found_inside_an_actors_error():
     inner = UserError("s3://b/x: permission denied")
     try:
@@ -527,11 +558,12 @@ def test_a_users_mistake_is_found_inside_an_actors_error():
 
 
 def report(actor: str, images: int, ready: float, ended: float, busy: float, errors: int = 0) -> dict:
-    return {"part": "p", "actor": actor, "images": images, "errors": errors, "ready": ready, "ended": ended, "busy": busy}
+    row = {"part": "p", "actor": actor, "images": images, "errors": errors, "ready": ready, "ended": ended, "busy": busy}
+    return row | {"created": ready - 20}
 
 
 def test_speed_use_and_money():
-    meter = cost.Meter(total=1000, done=100, errors=0, actors=2, gpus_per_actor=1.0, price_per_hour=3.6, started=1000.0)
+    meter = cost.Meter(total=1000, done=100, errors=0, gpus_per_actor=1.0, price_per_hour=3.6, started=1000.0)
     assert meter.rate == 0 and meter.busy_share == 0 and "100/1000" in meter.line()
     meter.add(report("a", 100, 1020.0, 1030.0, 8.0))
     meter.add(report("a", 100, 1020.0, 1040.0, 10.0, errors=2))
@@ -539,14 +571,15 @@ def test_speed_use_and_money():
     assert meter.startup == pytest.approx(20.0)
     assert meter.rate == pytest.approx(20.0)
     assert meter.busy_share == pytest.approx(38 / 40)
-    assert "500/1000 images  20.0/s  25 s left" in meter.line() and "0.05 to come" in meter.line()
+    assert "500/1000 images  20.0/s  25 s left" in meter.line() and "money 0.08 spent, 0.05 to come" in meter.line()
+    assert meter.actors == 2 and meter.hours == pytest.approx(80 / 3600)
     assert "2 errors" in meter.line()
 
 
 def test_cost_of_several_runs_adds_up(tmp_path):
     path = str(tmp_path / "cost.json")
     for start in (0.0, 500.0):
-        meter = cost.Meter(200, 0, 0, 1, 0.0, 2.0, started=start)
+        meter = cost.Meter(200, 0, 0, 0.0, 2.0, started=start)
         meter.add(report("a", 100, start + 10, start + 20, 9.0))
         content = cost.CostFile(path).write(meter)
     assert len(content["runs"]) == 2 == len(json.loads(Path(path).read_text())["runs"])

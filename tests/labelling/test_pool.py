@@ -1,0 +1,195 @@
+"""The queue of shards, and the pool of actors on nodes with fake GPUs that come, go, slow down and hang."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from i3cl.data.formats.records import Dataset, ImageRecord
+from i3cl.labelling import pool
+from i3cl.labelling.ledger import part_name
+from i3cl.labelling.manifest import make_manifest
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now[0])
+
+    def passes(seconds):
+        now[0] += seconds
+
+    return passes
+
+
+def queue(shards, groups=1, together=4, silent=120.0):
+    manifest = make_manifest(Dataset("set", "/i", [ImageRecord(k, f"{k}.jpg", 5, 5) for k in range(2 * shards)]))
+    tasks = [(part_name(group, k), group, k) for group in range(groups) for k in range(shards)]
+    return pool.ShardQueue(manifest, tasks, 2, together, silent)
+
+
+def parts(block):
+    return block["part"].to_pylist()
+
+
+def test_every_shard_is_handed_out_once_and_the_last_ones_one_by_one(clock):
+    shards = queue(40)
+    taken = {"a": [], "b": []}
+    while True:
+        blocks = {actor: shards.take(actor, 0) for actor in taken}
+        if blocks["a"] is True:
+            break
+        for actor, block in blocks.items():
+            clock(1)
+            assert shards.done(actor, parts(block)) == parts(block)
+            taken[actor].append(parts(block))
+    every = [part for blocks in taken.values() for block in blocks for part in block]
+    assert sorted(every) == [part_name(0, k) for k in range(40)]
+    sizes = [len(block) for block in taken["a"]]
+    assert sizes == sorted(sizes, reverse=True) and (sizes[0], sizes[-1]) == (4, 1)
+    assert shards.take("a", 0) is True and shards.take("c", 0) is True
+
+
+def test_a_block_holds_the_images_of_its_shards(clock):
+    block = queue(3, together=1).take("a", 0).to_pylist()
+    assert block == [
+        {
+            "part": part_name(0, 0),
+            "group": 0,
+            "image_id": [0, 1],
+            "file_name": ["0.jpg", "1.jpg"],
+            "height": [5, 5],
+            "width": [5, 5],
+        }
+    ]
+
+
+def test_an_actor_stays_with_the_members_that_it_holds(clock):
+    shards, seen = queue(6, groups=2, together=1), {"a": [], "b": []}
+    holds = {"a": 0, "b": 1}
+    for _ in range(6):
+        for actor in holds:
+            block = shards.take(actor, holds[actor])
+            seen[actor] += block["group"].to_pylist()
+            shards.done(actor, parts(block))
+    assert seen == {"a": [0] * 6, "b": [1] * 6}
+
+
+def test_what_an_actor_had_when_it_was_restarted_goes_to_the_next(clock):
+    shards = queue(12, together=2)
+    first = parts(shards.take("a", 0))
+    again = parts(shards.take("a", 0))
+    assert first == again, "it asks again, so it has lost what it had"
+    assert not set(parts(shards.take("b", 0))) & set(first)
+
+
+def test_a_late_shard_is_labelled_by_an_idle_actor_too(clock):
+    shards = queue(6, together=1)
+    held = parts(shards.take("slow", 0))
+    for _ in range(5):
+        block = shards.take("fast", 0)
+        clock(1)
+        shards.done("fast", parts(block))
+    late = parts(shards.take("fast", 0))
+    assert late == held, "five times as long as the others"
+    assert shards.take("third", 0) is False, "two are enough"
+    clock(0.5)
+    assert shards.done("fast", late) == late
+    assert shards.done("slow", held) == [], "it has been counted"
+    assert shards.take("slow", 0) is True
+
+
+def test_a_shard_that_takes_as_long_as_others_is_left_alone(clock):
+    shards = queue(3, together=1)
+    for actor in "ab":
+        block = shards.take(actor, 0)
+        clock(10)
+        shards.done(actor, parts(block))
+    shards.take("a", 0)
+    clock(15)
+    assert shards.take("b", 0) is False
+    clock(6)
+    assert parts(shards.take("b", 0)) == [part_name(0, 2)]
+
+
+def test_a_silent_actor_loses_its_shards(clock):
+    shards = queue(8, together=1, silent=60)
+    held = parts(shards.take("hangs", 0))
+    for _ in range(3):
+        block = shards.take("works", 0)
+        clock(2)
+        shards.done("works", parts(block))
+    clock(30)
+    assert shards.silent() == [], "more than ten times the median, but not a minute"
+    block = parts(shards.take("works", 0))
+    clock(25)
+    assert shards.silent() == ["hangs"] and shards.silent() == [], "the other one has taken 25 s, not a minute"
+    assert parts(shards.take("third", 0)) == held
+    # It comes back all the same: the shard is done, and nobody gets it again.
+    assert shards.done("hangs", held) == held
+    shards.done("works", block)
+    assert parts(shards.take("works", 0)) != held
+
+
+def test_a_shard_given_back_but_finished_after_all_is_not_handed_out(clock):
+    shards = queue(2, together=1, silent=1)
+    held = parts(shards.take("a", 0))
+    clock(700)
+    assert shards.silent() == ["a"]
+    assert shards.done("a", held) == held
+    assert parts(shards.take("b", 0)) == [part_name(0, 1)]
+    shards.done("b", [part_name(0, 1)])
+    assert shards.take("a", 0) is True
+
+
+def on_nodes(scene, folder):
+    script = Path(__file__).with_name("pool_on_nodes.py")
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, str(script), scene, str(folder)], capture_output=True, text=True, timeout=400, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    print(found)
+    return found
+
+
+@pytest.mark.slow
+def test_the_pool_grows_when_gpus_join(tmp_path):
+    found = on_nodes("joins", tmp_path)
+    assert (found["gpus"], found["actors"]) == (2, 8)
+    assert found["free"] == [8, 8], "no actor stays behind"
+    assert found["seconds"] <= 1.5 * found["ideal"], "200 s of work in all, so that starting six processes weighs much"
+
+
+@pytest.mark.slow
+def test_the_pool_goes_on_when_gpus_leave(tmp_path):
+    found = on_nodes("leaves", tmp_path)
+    assert found["free"] == [4, 4]
+    assert found["seconds"] <= 1.25 * found["ideal"]
+
+
+@pytest.mark.slow
+def test_a_slow_gpu_takes_fewer_shards_and_holds_nobody_up(tmp_path):
+    found = on_nodes("slow", tmp_path)
+    assert found["actors"] == 8 and found["shares"][0] < 0.4 * found["shares"][1]
+    assert found["seconds"] <= 1.2 * found["ideal"]
+
+
+@pytest.mark.slow
+def test_a_job_ends_although_an_actor_hangs(tmp_path):
+    found = on_nodes("asleep", tmp_path)
+    assert sum(found["shares"]) == 800 and found["free"] == [4, 4]
+    assert found["seconds"] <= 1.3 * found["ideal"]
+
+
+@pytest.mark.slow
+def test_two_jobs_share_the_gpus_as_they_were_told(tmp_path):
+    found = on_nodes("together", tmp_path)
+    assert found["actors"] == 4 and found["free"] == [8, 8]
+    assert found["seconds"] <= 1.3 * found["ideal"]
