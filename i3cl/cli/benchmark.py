@@ -1,4 +1,4 @@
-"""Times the network, labelling and fusion; every command has its own --help."""
+"""Times the network, labelling and fusion, and what labelling does at scale; every command has its own --help."""
 
 from __future__ import annotations
 
@@ -61,11 +61,21 @@ def gpu(options: argparse.Namespace) -> str:
     return f"{len(lines)} lines in {options.out}, {sum('error' in line for line in lines)} of them errors"
 
 
+def scale(options: argparse.Namespace) -> str:
+    """Labelling with GPUs that come, go, slow down and hang, and lists of up to ten million images."""
+    from i3cl.labelling.scale_benchmark import scale_report
+
+    print("| scene | measured | limit | within |\n|---|---|---|---|", flush=True)
+    rows = scale_report(options.only, options.out, lambda line: print(line, flush=True))
+    return f"{sum(row.get('passed', False) for row in rows)} of {len(rows)} rows are within their limits; {options.out}"
+
+
 COMMANDS = {
     "step": (step, "a training step beside torchvision's Mask R-CNN"),
     "model": (model, "images per second, peak memory and the share of each part"),
     "label": (label, "images per second of the labelling pipeline beside a plain loop over decoded images"),
     "fusion": (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
+    "scale": (scale, "labelling on pretended GPUs that come, go, slow down and hang; lists of up to ten million images"),
     "gpu": (gpu, "parity, training beside torchvision, waits, labelling and resumption on one GPU, as JSON"),
 }
 
@@ -77,8 +87,10 @@ def parser() -> Parser:
     for name, (work, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(work=work)
-        if name == "gpu":
-            command.add_argument("--out", default="docs/gpu.json", metavar="FILE", help="where the lines go")
+        if name in ("gpu", "scale"):
+            command.add_argument("--out", default=f"docs/{name}.json", metavar="FILE", help="where the lines go")
+            if name == "scale":
+                command.add_argument("--only", nargs="*", default=[], metavar="ROW", help="names of rows, e.g. joins slow")
             continue
         command.add_argument("--threads", type=int, default=0 if name == "label" else 2, help="CPU threads")
         if name != "fusion":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def work(settings: Settings, options: argparse.Namespace) -> None:
     """Run the command."""
     from i3cl import storage
+    from i3cl.labelling.estimate import estimate
     from i3cl.labelling.label import select_labels, unlabelled_images, unlabelled_root
     from i3cl.labelling.predict import predict
 
@@ -42,6 +43,9 @@ def work(settings: Settings, options: argparse.Namespace) -> None:
         images = unlabelled_images(settings)
         if images.problems:
             print(images.summary())
+        if options.estimate:
+            print("\n".join(estimate(images, settings.label.members, settings, predictions).lines()))
+            return
         predict(images, settings.label.members, settings, predictions, "predict")
         print(f"predictions: {predictions}")
     if options.step in ("select", "all"):
@@ -210,6 +214,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do (see above); select, agree, trust and audit need no GPU",
     )
     parser.add_argument("--name", help=argparse.SUPPRESS)
+    text = "predict: label 50 images, say what the whole job will take (time, GPU-hours, money, requests, bytes), and end"
+    parser.add_argument("--estimate", action="store_true", help=text)
     parser.add_argument(
         "--results",
         nargs="+",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from i3cl import storage
 from i3cl.runtime.pace import duration
 
+COST, ESTIMATE = "cost.json", "estimate.json"
+"""Files beside the predictions."""
 _GONE = 120.0
 """Seconds without a report after which an actor counts as gone."""
 
@@ -154,3 +157,12 @@ def line(cost: dict[str, Any], priced: bool) -> str:
     if priced:
         text += f", money {cost['money']:.2f}, {cost['money_per_1000_images']:.3f} per 1,000 images"
     return text
+
+
+def compared(estimate: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
+    """One line: what was forecast, and what the job has taken. estimate, cost: what the two files hold."""
+    unit, name = ("gpu_hours", "GPU-hours") if cost["gpu_hours"] else ("actor_hours", "actor-hours")
+    return (
+        f"estimated: {duration(estimate['seconds'])}, {estimate[unit]:.3f} {name}; "
+        f"taken: {duration(cost['seconds'])}, {cost[unit]:.3f} {name}"
+    )

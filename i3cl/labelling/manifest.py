@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from i3cl.data.formats.records import Dataset
+from i3cl.data.formats.records import Dataset, TableRecords
 from i3cl.errors import UserError
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("file_name", pa.string()), ("height", pa.int32()), ("width", pa.int32())])
@@ -139,6 +139,10 @@ def _digest(table: pa.Table) -> str:
 
 
 def _tables(dataset: Dataset) -> Iterator[pa.Table]:
+    if isinstance(dataset.records, TableRecords):
+        if len(dataset):
+            yield dataset.records.columns(SCHEMA.names).cast(SCHEMA)
+        return
     columns: list[list] = [[], [], [], []]
     for record in dataset.records:
         for column, value in zip(columns, (record.id, record.file_name, record.height, record.width), strict=True):

@@ -7,12 +7,12 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from i3cl import observe, storage
-from i3cl.claims import recorded
+from i3cl.claims import read, recorded
 from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.predictions import prediction_table, read_predictions
@@ -20,7 +20,7 @@ from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
 from i3cl.labelling.actor import Plan, automatic_threads, view_name
-from i3cl.labelling.cost import CostFile, Meter, line
+from i3cl.labelling.cost import COST, ESTIMATE, CostFile, Meter, compared, line
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, joined, make_manifest
 from i3cl.labelling.pool import Pool, labelled
@@ -328,6 +328,25 @@ def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int
     )
 
 
+def plan_of_cluster(settings: Settings, shards: int, say: Callable[[str], None]) -> Layout:
+    """Join the cluster, and lay so many shards out over it.
+
+    say: is told when the cluster has no GPU. UserError with cluster.gpu=true on a single machine without one.
+    """
+    connect()
+    on_gpu = use_gpu(settings.cluster.gpu)
+    gpus = cluster_gpus() if on_gpu else 0
+    if on_gpu and not gpus:
+        if cluster_address() is None:
+            raise UserError("cluster.gpu: true, but this machine has no GPU; set cluster.gpu=auto or join a cluster")
+        # The actors that wait for one make an autoscaler start machines.
+        say("the cluster has no GPU now; waiting for the first one (cluster.gpu=false: do not wait)")
+        gpus = 1
+    elif not on_gpu and settings.cluster.gpu == "auto" and cluster_address() is not None:
+        say("the cluster has no GPU now, so CPUs label; cluster.gpu=true waits for GPUs")
+    return layout(settings.label, shards, gpus, cluster_cores(), node_cores())
+
+
 class _Job:
     """One run of one labelling job."""
 
@@ -360,7 +379,7 @@ class _Job:
         self.parts = {part_name(group, shard): (group, shard) for group in groups for shard in self.shards}
         self.detectors = {k: group for k, group in groups.items() if not any(m.results for m in group.values())}
         """The groups that actors predict with; the findings of the others lie in files."""
-        self.cost = CostFile(storage.join(ledger.out, "cost.json"))
+        self.cost = CostFile(storage.join(ledger.out, COST))
 
     def run(self) -> None:
         """Label what is missing and finish the job."""
@@ -441,18 +460,7 @@ class _Job:
         observe.say(f"{self.title}: {text}", stage=self.title, **numbers)
 
     def _label(self, missing: list[str]) -> None:
-        connect()
-        on_gpu = use_gpu(self.settings.cluster.gpu)
-        gpus = cluster_gpus() if on_gpu else 0
-        if on_gpu and not gpus:
-            if cluster_address() is None:
-                raise UserError("cluster.gpu: true, but this machine has no GPU; set cluster.gpu=auto or join a cluster")
-            # The actors that wait for one make an autoscaler start machines.
-            self._say("the cluster has no GPU now; waiting for the first one (cluster.gpu=false: do not wait)")
-            gpus = 1
-        elif not on_gpu and self.settings.cluster.gpu == "auto" and cluster_address() is not None:
-            self._say("the cluster has no GPU now, so CPUs label; cluster.gpu=true waits for GPUs")
-        spread = layout(self.label, len(missing), gpus, cluster_cores(), node_cores())
+        spread = plan_of_cluster(self.settings, len(missing), self._say)
         groups = self.detectors.values()
         total = len(self.manifest) * len(groups)
         to_do = sum(self.spans[self.parts[part][1]][1] for part in missing)
@@ -482,6 +490,9 @@ class _Job:
             observe.labelling_ended(self.title)
         numbers = {key: value for key, value in cost.items() if key != "runs"}
         self._say(line(cost, self.label.price_per_hour > 0), **numbers)
+        estimate = read(storage.join(self.ledger.out, ESTIMATE))
+        if estimate is not None:
+            self._say(compared(estimate, cost))
 
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
         show, save = Every(5), Every(_COST_EVERY)

@@ -249,6 +249,11 @@ class TableRecords(Sequence[ImageRecord]):
         for start in range(0, len(self), _AT_ONCE):
             yield from from_table(self.take(np.arange(start, min(start + _AT_ONCE, len(self)))))
 
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of all rows; no record is made."""
+        chosen = self.table.select(names)
+        return chosen if self._rows == range(self.table.num_rows) else chosen.take(pa.array(self._rows))
+
     def take(self, indices: NDArray[np.int64]) -> pa.Table:
         """The rows at (N,) int64 positions, in their order, as a table of their own.
 

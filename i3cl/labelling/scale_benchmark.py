@@ -1,0 +1,270 @@
+"""Labelling at a scale that this machine does not have: GPUs that are only pretended, actors that sleep in place of networks.
+
+Everything else is the product's: Ray Data's pool, the queue of shards, the ledger, the list of images. Each row is measured in a
+process of its own, beside what would be ideal, and has a limit that it should stay within.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from i3cl import storage
+from i3cl.config import SourceSettings
+from i3cl.data.formats.records import INSTANCE_TYPE, Dataset, ImageRecord
+from i3cl.data.loading.ingest import read_source
+from i3cl.errors import UserError
+from i3cl.labelling import pool
+from i3cl.labelling.ledger import Ledger, part_name
+from i3cl.labelling.manifest import make_manifest
+
+_ROWS = 8
+"""Images of a shard."""
+_SECONDS = 0.1
+"""That a stand-in sleeps for each image."""
+_LISTS = (2_000, 400_000, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A cluster, a job on it, and what happens meanwhile."""
+
+    text: str
+    gpus: tuple[int, ...]
+    """Of each node."""
+    images: int
+    limit: float
+    """Of the time divided by the ideal one."""
+    jobs: int = 1
+    most: int = 100
+    """As label.actors."""
+    slow: float = 1.0
+    """Factor of one actor's times."""
+    asleep: bool = False
+    """Whether one actor never comes back."""
+    joins: int = 0
+    """GPUs of a node that joins when a quarter of the images is done."""
+    leaves: bool = False
+    """Whether the last node leaves then."""
+    silent: float = 120.0
+    """As label.silent_seconds."""
+
+    def ideal(self, until: float) -> float:
+        """Seconds that the job would take without any loss. until: seconds after its start at which the cluster changed."""
+        work, gpus = self.images * _SECONDS, sum(self.gpus)
+        if self.joins:
+            return until + (work - gpus * until) / (gpus + self.joins)
+        if self.leaves:
+            return until + (work - gpus * until) / sum(self.gpus[:-1])
+        speed = min(gpus, self.most) - 1 + (0.0 if self.asleep else 1 / self.slow)
+        return work / speed
+
+
+SCENES = {
+    "steady": Scene("4 GPUs", (4,), 800, 1.25),
+    "joins": Scene("2 GPUs, 6 more when a quarter is done", (2,), 4000, 1.25, joins=6),
+    "leaves": Scene("8 GPUs, 4 of them leave when a quarter is done", (4, 4), 2000, 1.25, leaves=True),
+    "slow": Scene("8 GPUs, one of them four times slower", (8,), 2000, 1.2, slow=4.0),
+    "asleep": Scene("4 GPUs, one actor never comes back", (4,), 800, 1.3, asleep=True, silent=8.0),
+    "together": Scene("two jobs of 4 actors on 8 GPUs", (8,), 800, 1.3, jobs=2, most=4),
+}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a stand-in is told in place of a plan."""
+
+    out: str
+    slow: float
+    asleep: bool
+
+
+class Sleeper:
+    """In the place of `Labeller`."""
+
+    group = 0
+
+    def __init__(self, told: _Told) -> None:
+        self.told, self.ledger, self.ready = told, Ledger(told.out), time.time()
+        self.odd = told.slow > 1 or told.asleep
+        if self.odd:
+            # One of the actors, whichever comes first.
+            try:
+                os.close(os.open(f"{told.out}-first", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                self.odd = False
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Sleep for each image and write the parts."""
+        rows = block.to_pylist()
+        if self.odd and self.told.asleep:
+            time.sleep(3600)
+        for row in rows:
+            time.sleep(_SECONDS * len(row["image_id"]) * (self.told.slow if self.odd else 1.0))
+            self.ledger.write(row["part"], pa.table({"image_id": row["image_id"]}), [])
+        counts = {"part": [row["part"] for row in rows], "images": [len(row["image_id"]) for row in rows]}
+        times = {"ready": [self.ready] * len(rows), "ended": [time.time()] * len(rows), "busy": [0.0] * len(rows)}
+        return pa.table(counts | {"errors": [0] * len(rows)} | times)
+
+
+def _job(scene: Scene, out: str) -> tuple[list[dict[str, Any]], float]:
+    """Label a scene's images; the actors' reports, and the seconds from the moment the first actor was ready."""
+    import ray
+
+    manifest = make_manifest(Dataset("set", "/i", [ImageRecord(k, f"{k}.jpg", 5, 5) for k in range(scene.images)]))
+    tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(_ROWS)))]
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    sizes = pool.Pool(min(gpus, scene.most), scene.most, 0.5, 1.0, scene.silent)
+    told: Any = _Told(out, scene.slow, scene.asleep)
+    stand_in: Any = Sleeper
+    reports = list(pool.labelled(told, manifest, tasks, _ROWS, 4, sizes, stand_in))
+    parts = sorted(row["part"] for row in reports if row["part"])
+    if parts != [part for part, _, _ in tasks] or Ledger(out).finished() != set(parts):
+        raise RuntimeError(f"{out}: not every shard is there and reported exactly once")
+    return reports, time.time() - min(row["ready"] for row in reports)
+
+
+def play(scene: Scene, folder: Path) -> dict[str, Any]:
+    """Play a scene on a cluster of its own, in this process.
+
+    Returns:
+        seconds, ideal (seconds), ratio of both; actors, that reported something; shares, images of each of them, sorted; free,
+        GPUs that nobody holds at the end, of gpus.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
+    node: dict[str, Any] = {"object_store_memory": 80 << 20, "num_cpus": 4}
+    nodes = [cluster.add_node(num_gpus=gpus, **node) for gpus in scene.gpus]
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    outs = [str(folder / f"job-{number}") for number in range(scene.jobs)]
+    found: dict[str, tuple[list[dict[str, Any]], float]] = {}
+    threads = [threading.Thread(target=lambda out=out: found.update({out: _job(scene, out)})) for out in outs]
+    for out, thread in zip(outs, threads, strict=True):
+        os.makedirs(out)
+        thread.start()
+    if scene.joins or scene.leaves:
+        while len(Ledger(outs[0]).finished()) * _ROWS < scene.images / 4:
+            time.sleep(0.2)
+        if scene.joins:
+            cluster.add_node(num_gpus=scene.joins, **node)
+        else:
+            cluster.remove_node(nodes[-1])
+    changed = time.time()
+    for thread in threads:
+        thread.join()
+    if len(found) < scene.jobs:
+        raise RuntimeError("a job ended with an error, see above")
+    begun = time.time() - found[outs[0]][1]
+    seconds, ideal = max(each for _, each in found.values()), scene.ideal(max(0.0, changed - begun))
+    shares: Counter[str] = Counter()
+    for row in found[outs[0]][0]:
+        shares[row["actor"]] += row["images"]
+    gpus = ray.cluster_resources().get("GPU", 0)
+    deadline = time.time() + 20
+    while (free := ray.available_resources().get("GPU", 0)) < gpus and time.time() < deadline:
+        time.sleep(0.5)
+    ray.shutdown()
+    cluster.shutdown()
+    counts = {"actors": len(shares), "shares": sorted(shares.values()), "free": free, "gpus": gpus}
+    return {"seconds": round(seconds, 1), "ideal": round(ideal, 1), "ratio": round(seconds / ideal, 3), **counts}
+
+
+def read_list(images: int, folder: Path) -> dict[str, Any]:
+    """Write a Parquet list of so many images, read it in this process as a labelling job does, and cut it into shards.
+
+    Returns:
+        seconds to read and cut; peak memory of this process in GB, the libraries included.
+    """
+    # In a process of its own, because its memory would count.
+    code = f"from i3cl.labelling import scale_benchmark as s; s.write_list({images}, {str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    started = time.perf_counter()
+    source = SourceSettings(annotations=str(folder), images="/images")
+    manifest = make_manifest(read_source(source, "", False, check_files=False))
+    shards = len(manifest.spans(256))
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"seconds": round(seconds, 1), "gigabytes": round(memory, 2), "shards": shards}
+
+
+def write_list(images: int, folder: str) -> None:
+    """Write a list of unlabelled images as Parquet parts of at most a million rows."""
+    os.makedirs(folder, exist_ok=True)
+    for number, start in enumerate(range(0, images, 1_000_000)):
+        ids = np.arange(start + 1, min(images, start + 1_000_000) + 1)
+        columns: dict[str, Any] = {
+            "image_id": ids,
+            "file_name": pa.array([f"batch_{i // 10_000:04d}/photograph_{i:08d}.jpg" for i in ids.tolist()]),
+            "height": np.full(len(ids), 720, np.int32),
+            "width": np.full(len(ids), 1280, np.int32),
+            "instances": pa.array([[]] * len(ids), pa.list_(INSTANCE_TYPE)),
+        }
+        pq.write_table(pa.table(columns), storage.join(folder, f"part-{number:05d}.parquet"))
+
+
+def scale_report(only: Sequence[str], out: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure the rows, say each as it is there, and write them all to `out` as JSON.
+
+    only: names of rows; empty for all. UserError for a name that is not one.
+    """
+    known = [*SCENES, *(f"list-{images}" for images in _LISTS)]
+    wrong = [name for name in only if name not in known]
+    if wrong:
+        raise UserError(f"--only: {wrong[0]} is none of {', '.join(known)}")
+    rows = []
+    for name in only or known:
+        with tempfile.TemporaryDirectory(prefix="i3cl-scale-") as folder:
+            command = [sys.executable, "-m", "i3cl.labelling.scale_benchmark", name, folder]
+            environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+            environment |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        found = [line for line in done.stdout.splitlines() if line.startswith('{"row"')]
+        row = json.loads(found[0]) if found else {"row": name, "error": done.stderr.strip()[-300:] or "no answer"}
+        rows.append(row)
+        say(_line(row))
+    storage.write_text_atomic(out, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['row']} | failed: {row['error']} | | |"
+    if "ratio" in row:
+        took = f"{row['seconds']:.0f} s, ideal {row['ideal']:.0f} s: {row['ratio']:.2f}"
+        return f"| {row['text']} | {took} | {row['limit']:.2f} | {'yes' if row['passed'] else 'NO'} |"
+    took = f"{row['seconds']:.1f} s, {row['gigabytes']:.2f} GB"
+    return f"| {row['text']} | {took} | 120 s, 3 GB | {'yes' if row['passed'] else 'NO'} |"
+
+
+def _row(name: str, folder: Path) -> dict[str, Any]:
+    if name in SCENES:
+        scene = SCENES[name]
+        found = play(scene, folder)
+        return {"row": name, "text": scene.text, "limit": scene.limit, "passed": found["ratio"] <= scene.limit, **found}
+    images = int(name.removeprefix("list-"))
+    found = read_list(images, folder / "list")
+    passed = found["seconds"] <= 120 and found["gigabytes"] <= 3
+    return {"row": name, "text": f"list of {images:,} images read and cut into shards", "passed": passed, **found}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_row(sys.argv[1], Path(sys.argv[2]))), flush=True)
