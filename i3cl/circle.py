@@ -198,14 +198,16 @@ def _more_rounds(
             checkpoints = {name: model.checkpoint for name, model in members.items()} | circle.members
             if circle.calibrate:
                 own = _calibrated(own, validation, checkpoints, folder)
-            labels = label_images(unlabelled, checkpoints, own, folder, f"labels of round {number}", given=AS_TRAINED)
+            earlier = run if number == 2 else storage.join(run, f"round-{number - 1}")
+            title = f"labels of round {number}"
+            labels = label_images(unlabelled, checkpoints, own, folder, title, given=AS_TRAINED, earlier=earlier)
         with stages(f"round {number}: student"):
             student = train_all([_student(own, members, labels)])[0]
         with stages(f"round {number}: evaluation"):
             name = circle.student.name
             out = storage.join(folder, "predictions", "validation")
-            checkpoint, title = {name: student.checkpoint}, f"evaluation of round {number}"
-            score = score_checkpoints(validation, checkpoint, own, out, title, AS_TRAINED).members[name].score
+            checkpoint, heading = {name: student.checkpoint}, f"evaluation of round {number}"
+            score = score_checkpoints(validation, checkpoint, own, out, heading, AS_TRAINED).members[name].score
             _show(f"{name}-{number}", score)
         shown |= {f"checkpoint {name}, round {number}": student.checkpoint, f"pseudo labels, round {number}": labels.path}
         rows.append(

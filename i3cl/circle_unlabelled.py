@@ -59,14 +59,16 @@ def selftrain_without_labels(settings: Settings) -> dict[str, Any]:
     members: dict[str, str | MemberSettings] = dict(circle.members)
     rounds: list[dict[str, Any]] = []
     student: TrainResult | None = None
+    earlier: str | None = None
     for number in range(1, circle.rounds + 1):
         if student is not None:
             members[student_in_round(circle.student.name, number)] = student.checkpoint
         folder = run if number == 1 else storage.join(run, f"round-{number}")
         text = "" if number == 1 else f"round {number}: "
         with stages(f"{text}labels"):
-            labels = label_images(images, members, settings, folder, f"{text}labels", given=AS_TRAINED)
+            labels = label_images(images, members, settings, folder, f"{text}labels", given=AS_TRAINED, earlier=earlier)
             labels.say()
+        earlier = folder
         with stages(f"{text}student"):
             student = train_all([_student(settings, folder, labels, student)])[0]
         rounds.append({"labels": labels.counts, "student": student.checkpoint, "pseudo_labels": labels.path})

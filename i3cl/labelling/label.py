@@ -88,6 +88,7 @@ def label_images(
     part: str = "unlabelled",
     name: str = "pseudo",
     given: Given | None = None,
+    earlier: str | None = None,
 ) -> PseudoLabels:
     """Predict and select: pseudo labels of `images` by an ensemble. The same call continues where it was stopped.
 
@@ -102,11 +103,13 @@ def label_images(
         part: Name of the predictions.
         name: Name of the labels, without ending.
         given: As for `predict`.
+        earlier: Run directory of an earlier round, whose predictions are taken where they would be the same.
 
     Raises:
         UserError: As `predict` raises it, or no prediction passed the thresholds.
     """
-    predictions = predict(images, members, settings, storage.join(folder, "predictions", part), title, given)
+    before = None if earlier is None else storage.join(earlier, "predictions", part)
+    predictions = predict(images, members, settings, storage.join(folder, "predictions", part), title, given, before)
     label = settings.label
     if label.agreement and len(members) > 1:
         found = learn_agreement(predictions, label)

@@ -7,15 +7,21 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from i3cl import observe, storage
 from i3cl.claims import read, recorded
 from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
-from i3cl.data.formats.predictions import prediction_table, read_predictions
+from i3cl.data.formats.predictions import PREDICTION_SCHEMA, prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
@@ -34,6 +40,8 @@ from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_
 
 _TOGETHER_BYTES = 4 << 30
 """Weights for which any GPU in use today has room beside the working memory of one network."""
+_COPIED = 16
+"""Parts of an earlier job copied at the same time."""
 _COMPARED = 200
 """Images on which results from files are compared with the members that are there already."""
 _EARLY = 500
@@ -51,6 +59,7 @@ def predict(
     out: str,
     title: str,
     given: Given | None = None,
+    earlier: str | None = None,
 ) -> str:
     """Write the members' predictions for every image of `dataset` as Parquet parts under `out`.
 
@@ -65,6 +74,8 @@ def predict(
         title: Begins the lines of progress.
         given: What takes the place of the checkpoints' own test sizes and tiles; None: the keys of data.test_* and data.tile that
             the recipe or the command line gives.
+        earlier: Folder of another job. What the same members have predicted there for the same images in the same way is taken
+            from it.
 
     Returns:
         `out`.
@@ -90,18 +101,22 @@ def predict(
     there = ledger.job()
     added: dict[str, Any] = (there or {}).get("added", {})
     manifest = _with_joined(ledger, there, own_images, dataset)
-    groups = _groups({name: member for name, member in detectors.items() if name not in added}, label)
+    own = {name: member for name, member in detectors.items() if name not in added}
     identity: dict[str, Any] = {
         "images": _images(manifest, dataset),
         "members": {name: each["sha256"] for name, each in added.items()} | hashes,
         "views": names,
         "label.rows_per_block": label.rows_per_block,
-        "groups": groups + [[name] for name in added],
         "data.exif": exif,
         # A size that every checkpoint has anyway makes no other job.
         **effective(recipes, given),
     }
-    identity |= {"added": added} if added else {}
+    known = _known_groups(earlier, identity)
+    groups = _groups(own, label, list(known.values()))
+    if earlier is not None and there is not None and {name for group in there["groups"] for name in group} == {*own, *added}:
+        # As it was begun, also when the earlier job is not there any more.
+        groups = there["groups"][: len(there["groups"]) - len(added)]
+    identity |= {"groups": groups + [[name] for name in added]} | ({"added": added} if added else {})
     _claim(ledger, there, identity, manifest, dataset, title)
     if ledger.is_done():
         ledger.clean()
@@ -112,11 +127,28 @@ def predict(
     sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
     numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
     made_from = _made_from(dataset, own_images, added | _sources(detectors, hashes))
-    job = _Job(
-        dataset, manifest, numbered, settings, ledger, title, given, sizes, exif == "upright", made_from, identity["groups"]
-    )
+    copies = {groups.index(names): part for part, names in known.items() if names in groups}
+    upright = exif == "upright"
+    job = _Job(dataset, manifest, numbered, settings, ledger, title, given, sizes, upright, made_from, identity["groups"], copies)
     job.run()
     return out
+
+
+def _known_groups(earlier: str | None, identity: Mapping[str, Any]) -> dict[tuple[str, int], list[str]]:
+    """(Folder, group) -> names of the members of the groups of an earlier job that would predict the same in this one."""
+    job = None if earlier is None else Ledger(earlier).job()
+    if earlier is None or job is None:
+        return {}
+    same = {key: value for key, value in job.items() if key not in ("members", "groups", "added")}
+    wanted = {key: value for key, value in identity.items() if key != "members"}
+    if same != json.loads(json.dumps(wanted)):
+        return {}
+    members = identity["members"]
+    return {
+        (earlier, number): names
+        for number, names in enumerate(job["groups"])
+        if all(members.get(name) == job["members"][name] for name in names)
+    }
 
 
 def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Settings, out: str, title: str) -> str:
@@ -278,16 +310,20 @@ def fingerprint(name: str, member: MemberSettings) -> str:
         raise UserError(f"label.members.{name}.{error}") from None
 
 
-def _groups(members: Mapping[str, MemberSettings], label: LabelSettings) -> list[list[str]]:
-    """Names of the members in groups that an actor holds at the same time. Results from files are a group each."""
+def _groups(members: Mapping[str, MemberSettings], label: LabelSettings, known: Sequence[Sequence[str]] = ()) -> list[list[str]]:
+    """Names of the members in groups that an actor holds at the same time. Results from files are a group each.
+
+    known: groups that stay as they are.
+    """
+    kept = [list(names) for names in known if all(name in members and not members[name].results for name in names)]
     files = [[name] for name, member in members.items() if member.results]
-    held = {name: member for name, member in members.items() if not member.results}
+    held = {name: member for name, member in members.items() if not member.results and not any(name in g for g in kept)}
     apart = label.passes == "per_member"
     if label.passes == "auto" and len(held) > 1:
         # Others' detectors are small.
         ours = [member.weights for member in held.values() if member.use == OURS and member.weights is not None]
         apart = sum(map(weights_bytes, ours)) > _TOGETHER_BYTES
-    return ([[name] for name in held] if apart else [list(held)] if held else []) + files
+    return kept + ([[name] for name in held] if apart else [list(held)] if held else []) + files
 
 
 @dataclass(frozen=True)
@@ -363,13 +399,16 @@ class _Job:
         upright: bool = False,
         made_from: Mapping[str, Any] | None = None,
         all_groups: Sequence[Sequence[str]] | None = None,
+        copies: Mapping[int, tuple[str, int]] | None = None,
     ) -> None:
         """The groups to predict with, by their numbers in the job.
 
         sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
         made_from: for done.json; files and hashes of members and image list.
         all_groups: names of the members of every group of the job; None: it has no others.
+        copies: number of a group -> folder and number of the group of an earlier job that has predicted the same.
         """
+        self.copies = copies or {}
         self.made_from = made_from or {}
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, dict(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
@@ -385,6 +424,10 @@ class _Job:
         """Label what is missing and finish the job."""
         finished = self.ledger.finished()
         missing = [part for part in self.parts if part not in finished]
+        if missing and self.copies:
+            self._from_earlier(missing)
+            finished = self.ledger.finished()
+            missing = [part for part in missing if part not in finished]
         if missing:
             self._from_files(missing)
             missing = [part for part in missing if self.parts[part][0] in self.detectors]
@@ -412,6 +455,24 @@ class _Job:
             else (f"{len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}")
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
+
+    def _from_earlier(self, missing: Sequence[str]) -> None:
+        """Take the missing parts that an earlier job has from it."""
+        for group, (folder, number) in self.copies.items():
+            there = Ledger(folder).finished()
+            wanted = [(part, part_name(number, shard)) for part, (own, shard) in self.parts.items() if own == group]
+            pairs = [(part, source) for part, source in wanted if part in missing and source in there]
+            with ThreadPoolExecutor(_COPIED) as pool:
+                deque(pool.map(lambda pair, folder=folder: self._copy(storage.join(folder, pair[1]), pair[0]), pairs), maxlen=0)
+            if pairs:
+                self._say(f"what {', '.join(self.all_groups[group])} found is taken from {folder}")
+
+    def _copy(self, source: str, part: str) -> None:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(source)), schema=PREDICTION_SCHEMA)
+        rows = table.select(["image_id", "file_name", "error"]).to_pylist()
+        # One reason for each image, as an actor gives it.
+        failures = {row["image_id"]: Failure(row["image_id"], row["file_name"], row["error"]) for row in rows if row["error"]}
+        self.ledger.write(part, table, list(failures.values()))
 
     def _from_files(self, missing: Sequence[str]) -> None:
         """Write the missing parts of members whose results come from files."""
