@@ -39,8 +39,10 @@ def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[st
     folder = path.rpartition("/")[0]
     there = read(path)
     if there is None:
-        storage.write_text_atomic(path, json.dumps(identity, indent=1) + "\n")
-        return
+        if storage.write_text_new(path, json.dumps(identity, indent=1) + "\n"):
+            return
+        # Another driver was faster.
+        there = read(path)
     here = json.loads(json.dumps({**(absent or {}), **identity}))
     if isinstance(there, dict):
         there = {**(absent or {}), **there}
@@ -185,8 +187,7 @@ def _update(digest: Any, file: str) -> None:
 
 def _claim_settings(run: str, settings: Settings, sections: Sequence[str], free: Sequence[tuple[str, str]]) -> None:
     path = storage.join(run, "settings.yaml")
-    if not storage.exists(path):
-        storage.write_text_atomic(path, to_yaml(settings))
+    if not storage.exists(path) and storage.write_text_new(path, to_yaml(settings)):
         return
     # Through the tree, so that a setting which is newer than that run counts with its default.
     try:

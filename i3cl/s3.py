@@ -62,7 +62,11 @@ class Missing(UserError):
 
 
 class Changed(RuntimeError):
-    """The object was changed while it was read."""
+    """The object was changed while it was read, or is there already where a new one was wanted."""
+
+
+class Unknown(RuntimeError):
+    """The store does not know this kind of request."""
 
 
 def split(url: str) -> tuple[str, str]:
@@ -176,6 +180,8 @@ def _told(url: str, error: Exception) -> Exception | None:
         return Missing(f"{url}: no such file or folder; check the path")
     if status == 412:
         return Changed(f"{url}: was changed while it was read")
+    if status == 501:
+        return Unknown(f"{url}: S3 does not know this request ({reason})")
     return UserError(f"{url}: S3 refuses it ({reason})") if status in (400, 405) else None
 
 

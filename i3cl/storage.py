@@ -193,6 +193,38 @@ def write_text_atomic(url: str, text: str) -> None:
     write_bytes_atomic(url, text.encode("utf-8", "backslashreplace"))
 
 
+def write_text_new(url: str, text: str) -> bool:
+    """Write UTF-8 text where there is no file yet; False, and nothing is written, when there is one.
+
+    Of many writers at the same time one gets True. A store that knows no such request (it answers 501) keeps the last one.
+    """
+    data = text.encode("utf-8", "backslashreplace")
+    if is_remote(url):
+        try:
+            s3.ask(url, lambda fs: fs.pipe_file(_path(url), data, mode="create"))
+        except s3.Changed:
+            return False
+        except s3.Unknown:
+            write_bytes_atomic(url, data)
+        return True
+    with _user_errors(url):
+        path = _target(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+            _fsync_folder(path.parent)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
 def atomic_file(url: str) -> Iterator[IO[bytes]]:
     """Open a file to write piece by piece; it appears under its name when the block ends and is removed when the block raises.

@@ -31,6 +31,39 @@ def test_a_json_claim(tmp_path):
         claim(path, {"a": 3}, "labels of another job")
 
 
+def test_of_many_claims_at_the_same_moment_one_wins(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    from i3cl import claims
+
+    count, path = 20, str(tmp_path / "folder" / "job.json")
+    together, read = Barrier(count), claims.read
+    first = iter(range(count))
+
+    def seen(url):
+        # All of them see that nothing is there, before one of them writes.
+        found = read(url)
+        if next(first, None) is not None:
+            assert found is None
+            together.wait(30)
+        return found
+
+    monkeypatch.setattr(claims, "read", seen)
+
+    def attempt(number):
+        try:
+            claim(path, {"job": number}, "another job")
+            return number
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(count) as pool:
+        winners = [number for number in pool.map(attempt, range(count)) if number is not None]
+    assert len(winners) == 1 and json.loads((tmp_path / "folder" / "job.json").read_text()) == {"job": winners[0]}
+    assert os.listdir(tmp_path / "folder") == ["job.json"]
+
+
 @pytest.fixture
 def student(tiny_settings, tiny_set, tmp_path):
     """Settings of a student on labels and pseudo labels that were copied, so that a test may change them."""
