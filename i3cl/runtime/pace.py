@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 
 def duration(seconds: float) -> str:
@@ -27,6 +28,25 @@ class Every:
         if time.monotonic() - self._last < self.seconds:
             return False
         self._last = time.monotonic()
+        return True
+
+
+class Sparing:
+    """Repeats work, such as writing a growing file, only so often that it takes at most a share of the time."""
+
+    def __init__(self, share: float, seconds: float = 0.0) -> None:
+        """share: 0-1; seconds: that pass at least between two times."""
+        self.share, self.seconds = share, seconds
+        self._next = time.monotonic()
+
+    def __call__(self, work: Callable[[], object], *, always: bool = False) -> bool:
+        """Do the work if it is time to, or `always`; says whether it was done."""
+        started = time.monotonic()
+        if started < self._next and not always:
+            return False
+        work()
+        took = time.monotonic() - started
+        self._next = started + max(self.seconds, took / self.share)
         return True
 
 

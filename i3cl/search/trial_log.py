@@ -1,4 +1,8 @@
-"""What happened to every trial: one JSON file, written whole at each change, from which a killed sweep continues."""
+"""What happened to every trial: one JSON file, written whole, from which a killed sweep continues.
+
+It is written at each change, but so seldom that it takes no more than a fiftieth of the time: with thousands of short trials a
+kill may lose those of the last seconds, which run again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from i3cl import storage
+from i3cl.runtime.pace import Sparing
 
+_SHARE = 0.02
+"""Of the time, for writing the file."""
 State = Literal["running", "finished", "stopped", "broken"]
 
 
@@ -43,6 +50,9 @@ class TrialLog:
         self.trials: list[Trial] = []
         self._before = 0.0
         self._started = time.monotonic()
+        self._sparing = Sparing(_SHARE)
+        self.owed = False
+        """Whether something has happened that is not in the file yet."""
         if storage.exists(self.path):
             content = json.loads(storage.read_text(self.path))
             self._before = content["hours"]
@@ -62,10 +72,13 @@ class TrialLog:
         self.trials.append(trial)
         return trial
 
-    def write(self) -> None:
-        """Write the file."""
+    def write(self, *, always: bool = True) -> None:
+        """Write the file; not `always`: unless that would take too much of the time, and then it is `owed`."""
+        self.owed = not self._sparing(self._write, always=always)
+
+    def _write(self) -> None:
         content = {"hours": round(self.hours, 5), "trials": [asdict(trial) for trial in self.trials]}
-        storage.write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
+        storage.write_text_atomic(self.path, json.dumps(content) + "\n")
 
     def done(self) -> list[Trial]:
         """Trials that are not running."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from ray import tune
 
 from i3cl import observe
 from i3cl.config import Settings, with_overrides
-from i3cl.runtime.pace import Pace
+from i3cl.runtime.pace import Pace, Sparing
 from i3cl.search.space import COPY, SHARE
 from i3cl.search.trial_log import Trial, TrialLog
 
@@ -116,10 +115,10 @@ class Watch(tune.Callback):
         every: float,
     ) -> None:
         self.wanted = wanted
-        self.settings, self.present, self.log, self.page, self.every = settings, present, log, page, every
+        self.settings, self.present, self.log, self.page = settings, present, log, page
         self.trials: dict[str, Trial] = {}
         self.unexplained: list[tuple[Trial, Any]] = []
-        self._shown = 0.0
+        self._page_due = Sparing(_PAGE_SHARE, every)
         self._pace = Pace(wanted, done=len(log.done()))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +147,7 @@ class Watch(tune.Callback):
         """Note that a trial failed; its reason follows."""
         row = self._of(trial)
         row.state = "broken"
-        self.log.write()
+        self.log.write(always=False)
         self.unexplained.append((row, trial))
 
     def _explain(self) -> None:
@@ -161,11 +160,11 @@ class Watch(tune.Callback):
                 self._over(row)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look for reasons of failed trials, and write the page now and then."""
+        """Look for reasons of failed trials, and write the log and the page now and then."""
         self._explain()
-        if time.monotonic() - self._shown > self.every:
-            self._shown = time.monotonic()
-            self.page()
+        if self.log.owed:
+            self.log.write(always=False)
+        self._page_due(self.page)
 
     def close(self) -> None:
         """Write the last state, after the last trial. Trials that the budget interrupted count as stopped."""
@@ -181,7 +180,7 @@ class Watch(tune.Callback):
             # Tune returns them in another order.
             values = {key: found[key] for key in self.present}
             self.trials[trial.trial_id] = self.log.begin(values, values == self.present, trial.config[COPY])
-            self.log.write()
+            self.log.write(always=False)
             self._count()
         return self.trials[trial.trial_id]
 
@@ -191,7 +190,7 @@ class Watch(tune.Callback):
         observe.search(states, best.metrics["hmean"] if best else None)
 
     def _over(self, row: Trial) -> None:
-        self.log.write()
+        self.log.write(always=False)
         self._count()
         self._pace.done = done = len(self.log.done())
         best = self.log.best()
@@ -207,6 +206,8 @@ class Watch(tune.Callback):
         )
 
 
+_PAGE_SHARE = 0.05
+"""Of the time, for drawing the page."""
 _KEPT = ("hmean", "recall", "precision", "threshold", "labels", "ignored", "mean_weight", "hmean_large", "loss")
 
 
