@@ -491,6 +491,9 @@ class SelectSettings(_Settings):
     """Fused score from which an instance is a pseudo label; weight ramps from min_weight at low to 1 at high."""
     ignore: Fraction = 0.2
     """Fused score from which an instance is an ignore region, so that it is not taught as background."""
+    explained: Fraction = 0.5
+    """An ignore region of which pseudo labels cover a larger share than this is dropped: it is a piece of a labelled word, or
+    that word and what surrounds it, and the student should learn that such a detection is wrong. 1: none is dropped."""
     min_weight: Fraction = 0.2
     """Lossweight at the low threshold of the ramp."""
     weight: Literal["ramp", "score"] = "ramp"

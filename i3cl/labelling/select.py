@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from i3cl.config import SelectSettings
-from i3cl.geometry import short_side
+from i3cl.geometry import overlaps, short_side
 from i3cl.labelling.calibration import Calibration
 from i3cl.labelling.fusion import FusedInstances
 
@@ -31,7 +31,7 @@ class Selected:
     votes: NDArray[np.int64]
     """(n,)."""
     dropped: int
-    """Fused instances that are neither; the student learns them as background."""
+    """Fused instances that are neither; the student learns what they cover as background, or as what a label there says."""
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -47,7 +47,7 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
       score ('score');
     - ignore <= score < low: ignore region; so is a would-be pseudo label with fewer than min_votes votes or a short side under
       min_side pixels;
-    - score < ignore: dropped;
+    - score < ignore: dropped; so is a would-be ignore region of which pseudo labels cover more than the share `explained`;
     - a line without words: ignore region from the score `ignore` on, dropped below.
 
     Box and mask are taught fully from agreement outline_high on, not at all below outline_low, and by a linear share between.
@@ -66,7 +66,7 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
     outline = (fused.agreement - settings.outline_low) / max(settings.outline_high - settings.outline_low, 1e-12)
     outline = np.where(fused.agreement >= settings.outline_high, 1.0, np.clip(outline, 0, 1))
 
-    kept = np.flatnonzero(scores >= settings.ignore)
+    kept = np.flatnonzero((scores >= settings.ignore) & ~_explained(fused.polygons, label, scores, settings))
     line_scores = fused.line_scores if calibration is None else calibration(fused.line_scores)
     lines = np.flatnonzero(line_scores >= settings.ignore)
     none = np.zeros(len(lines))
@@ -79,6 +79,22 @@ def select(fused: FusedInstances, settings: SelectSettings, calibration: Calibra
         votes=np.concatenate([fused.votes[kept], np.ones(len(lines), np.int64)]),
         dropped=len(scores) - len(kept) + len(line_scores) - len(lines),
     )
+
+
+def _explained(
+    polygons: Sequence[NDArray[np.float32]], label: NDArray[np.bool_], scores: NDArray[np.float64], settings: SelectSettings
+) -> NDArray[np.bool_]:
+    """(n,) which instances are no labels, but lie on labels: pieces of words, words with their surroundings.
+
+    As ignore regions they would keep such detections, which are wrong, from ever being negatives.
+    """
+    found = np.zeros(len(polygons), bool)
+    rest = np.flatnonzero(~label & (scores >= settings.ignore))
+    if settings.explained < 1 and len(rest) and label.any():
+        pairs = overlaps([polygons[k] for k in rest], [polygons[k] for k in np.flatnonzero(label)])
+        covered = np.bincount(pairs.first, pairs.intersection, len(rest))
+        found[rest] = covered > settings.explained * pairs.area_first
+    return found
 
 
 class SelectionSummary:

@@ -22,7 +22,8 @@ def box(width=100.0, height=20.0):
 
 def fused(*scores, votes=None, polygons=None, agreement=None):
     return FusedInstances(
-        polygons=[box() for _ in scores] if polygons is None else polygons,
+        # Apart from each other, so that no label explains another instance.
+        polygons=[box() + np.float32([0, 30 * k]) for k in range(len(scores))] if polygons is None else polygons,
         scores=np.array(scores, float),
         votes=np.full(len(scores), 3) if votes is None else np.array(votes),
         agreement=np.zeros(len(scores)) if agreement is None else np.array(agreement, float),
@@ -61,8 +62,39 @@ def test_few_votes_make_an_ignore_region():
 
 def test_a_small_short_side_makes_an_ignore_region():
     slanted = np.array([[0, 0], [60, 60], [58, 62], [-2, 2]], np.float32)
-    chosen = select(fused(0.9, 0.9, 0.9, polygons=[box(height=5), box(height=4.9), slanted]), SETTINGS)
+    chosen = select(fused(0.9, 0.9, 0.9, polygons=[box(height=5), box(height=4.9) + 200, slanted + 400]), SETTINGS)
     assert chosen.ignore.tolist() == [False, True, True]
+
+
+def at(x, width, height=20.0):
+    return box(width, height) + np.float32([x, 0])
+
+
+def test_what_lies_on_a_label_is_no_ignore_region():
+    """Pieces of labelled words, and words with what surrounds them, are wrong detections that a student should unlearn."""
+    polygons = [at(0, 100), at(0, 40), at(-10, 130), at(60, 90), at(300, 50)]
+    chosen = select(fused(0.9, 0.3, 0.3, 0.3, 0.3, polygons=polygons), SETTINGS)
+    assert [p[0, 0] for p in chosen.polygons] == [0, 60, 300], "a piece and the word with a margin are gone, half a word is not"
+    assert chosen.ignore.tolist() == [False, True, True] and chosen.dropped == 2
+    without = select(fused(0.9, 0.3, 0.3, 0.3, 0.3, polygons=polygons), SETTINGS.model_copy(update={"explained": 1.0}))
+    assert len(without) == 5 and without.dropped == 0
+    # Labels explain, other ignore regions do not; several labels do so together.
+    assert select(fused(0.3, 0.3, polygons=[at(0, 100), at(0, 40)]), SETTINGS).ignore.tolist() == [True, True]
+    line = select(fused(0.9, 0.9, 0.3, polygons=[at(0, 40), at(60, 40), at(0, 100)]), SETTINGS)
+    assert line.ignore.tolist() == [False, False]
+    # An instance with too few votes for a label explains nothing, and is explained like others.
+    few = select(fused(0.9, 0.9, votes=[1, 3], polygons=[at(0, 40), at(0, 100)]), SETTINGS)
+    assert few.ignore.tolist() == [False] and few.dropped == 1
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 300), st.integers(10, 120)), min_size=1, max_size=12))
+def test_dropping_what_labels_explain_changes_no_label(instances):
+    polygons = [at(x, width) for _, x, width in instances]
+    given_ = fused(*[score for score, _, _ in instances], polygons=polygons)
+    one, other = (select(given_, SETTINGS.model_copy(update={"explained": share})) for share in (0.5, 1.0))
+    assert one.scores[~one.ignore].tolist() == other.scores[~other.ignore].tolist()
+    assert one.ignore.sum() <= other.ignore.sum() and len(one) + one.dropped == len(other) + other.dropped == len(instances)
 
 
 def test_equal_thresholds_leave_no_ramp():
