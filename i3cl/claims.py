@@ -92,7 +92,7 @@ def claim_run(
         here = {key: recorded(name, url) for key, (name, url) in weights.items()}
     for key, url in sources.items():
         before = there.get(key)
-        now = _version(url)
+        now = version(url)
         if before is not None and (now is None or now == before["version"]):
             here[key] = before
             continue
@@ -220,7 +220,7 @@ def _annotation_files(settings: Settings, sections: Sequence[str]) -> Iterator[t
             yield key, storage.absolute(storage.join(settings.data_root, source.annotations))
 
 
-def _version(url: str) -> str | None:
+def version(url: str) -> str | None:
     """Something that changes whenever the content may have; None when there is nothing. Much cheaper than the hash."""
     files = parts(url) or [storage.join(url, name) for name in CHECKPOINT_FILES]
     with ThreadPoolExecutor(_TOGETHER) as pool:

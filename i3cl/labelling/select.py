@@ -91,7 +91,8 @@ def _explained(
     found = np.zeros(len(polygons), bool)
     rest = np.flatnonzero(~label & (scores >= settings.ignore))
     if settings.explained < 1 and len(rest) and label.any():
-        pairs = overlaps([polygons[k] for k in rest], [polygons[k] for k in np.flatnonzero(label)])
+        labels = np.flatnonzero(label).tolist()
+        pairs = overlaps([polygons[k] for k in rest.tolist()], [polygons[k] for k in labels])
         covered = np.bincount(pairs.first, pairs.intersection, len(rest))
         found[rest] = covered > settings.explained * pairs.area_first
     return found

@@ -18,11 +18,12 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from i3cl import storage
+from i3cl import __version__, claims, storage
 from i3cl.config import DataSettings, SourceSettings
 from i3cl.data.formats.checks import set_name
 from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.records import (
+    IMAGE_SCHEMA,
     Dataset,
     ImageRecord,
     TableRecords,
@@ -30,6 +31,7 @@ from i3cl.data.formats.records import (
     record_table,
 )
 from i3cl.data.loading.images import ImageError, decode_image
+from i3cl.data.loading.shared_table import shared_table
 from i3cl.data.loading.transforms import TrainingImage, TrainTransform
 from i3cl.errors import UserError
 from i3cl.runtime.cluster import quiet
@@ -173,16 +175,31 @@ def mix(
         )
     tables, weights = [], []
     for source in sources:
-        dataset = read_source(source, data_root, skip_bad, check_files)
-        records = dataset.records
-        tables.append(records.table if isinstance(records, TableRecords) else record_table(records, dataset.images_root))
-        weights.append(np.full(len(dataset.records), source.weight))
-        if source.per_step and not len(dataset.records):
+        # Whoever does not check the files is one of several workers that read what the driver has checked.
+        read = _source_table if check_files else _shared_source_table
+        tables.append(read(source, data_root, skip_bad, check_files))
+        weights.append(np.full(tables[-1].num_rows, source.weight))
+        if source.per_step and not tables[-1].num_rows:
             raise UserError(f"{source.annotations}: has no images, but its per_step is {source.per_step}; leave the set out")
     table = pa.concat_tables(tables)
     if not table.num_rows:
         raise UserError(f"{sources[0].annotations}: has no images to train on")
     return Mixture(table, np.concatenate(weights), tuple(table.num_rows for table in tables), per_step)
+
+
+def _source_table(source: SourceSettings, data_root: str, skip_bad: bool, check_files: bool) -> pa.Table:
+    dataset = read_source(source, data_root, skip_bad, check_files)
+    records = dataset.records
+    return records.table if isinstance(records, TableRecords) else record_table(records, dataset.images_root)
+
+
+def _shared_source_table(source: SourceSettings, data_root: str, skip_bad: bool, check_files: bool) -> pa.Table:
+    annotations, images = (storage.absolute(storage.join(data_root, p)) for p in (source.annotations, source.images))
+    # All on which the rows depend.
+    content = [annotations, claims.version(annotations), images, skip_bad, source.lossweight]
+    return shared_table(
+        repr([*content, IMAGE_SCHEMA.to_string(), __version__]), lambda: _source_table(source, data_root, skip_bad, check_files)
+    )
 
 
 def training_batches(
