@@ -11,6 +11,7 @@ GPU nor one that hangs holds a job up.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -299,8 +300,10 @@ def labelled(
                 if not left:
                     break
     finally:
-        ray.get(queue.end.remote())
-        ray.kill(queue)
+        # When the queue or Ray itself is gone, the error that ended the job says more.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(queue.end.remote())
+            ray.kill(queue)
 
 
 def _tickets(plan: Plan, queue: Any, pool: Pool, count: int, labeller: type[Labeller]) -> Iterator[dict[str, Any]]:
