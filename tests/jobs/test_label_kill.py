@@ -192,7 +192,7 @@ def label_under_fire(
     errors = (out / "errors.csv").read_text().splitlines()[1:]
     assert len(errors) == expected and all("the file is empty" in line for line in errors)
     left = sorted(name for name in os.listdir(out) if not name.startswith("part-"))
-    assert left == ["cost.json", "done.json", "errors.csv", "job.json"], "a stray file is left"
+    assert left == ["_manifest.parquet", "cost.json", "done.json", "errors.csv", "job.json"], "a stray file is left"
     return victim
 
 
