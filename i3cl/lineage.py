@@ -27,8 +27,8 @@ from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.parts import unfinished
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import read_calibration
+from i3cl.labelling.identity import fingerprint
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import fingerprint
 from i3cl.labelling.pseudo import record_of
 from i3cl.model.shipped import folder_of
 from i3cl.training.launch import MADE_FROM

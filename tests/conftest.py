@@ -132,9 +132,10 @@ def label_here(monkeypatch):
     """As the fixture `labelling_here`, for fixtures that live longer than a test."""
     from i3cl.labelling import predict
     from i3cl.labelling.actor import Labeller
+    from i3cl.labelling.layout import layout
 
     def label(job, missing):
-        spread = predict.layout(job.label, len(missing), gpus=0, cpus=1, cores=1)
+        spread = layout(job.label, len(missing), gpus=0, cpus=1, cores=1)
         labeller = Labeller(job.plan(spread))
         for block in job._blocks(missing, spread):
             labeller(block)

@@ -16,7 +16,9 @@ from i3cl.data.loading.images import ImageError
 from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
 from i3cl.labelling.cost import COST, ESTIMATE
-from i3cl.labelling.predict import Layout, as_member, plan_of_cluster, predict
+from i3cl.labelling.identity import as_member
+from i3cl.labelling.layout import Layout, plan_of_cluster
+from i3cl.labelling.predict import predict
 from i3cl.runtime.pace import duration
 
 _MEASURED = 50

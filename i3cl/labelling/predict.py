@@ -7,39 +7,46 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import observe, storage
-from i3cl.claims import read, recorded
-from i3cl.config import LabelSettings, MemberSettings, Settings
+from i3cl.claims import read
+from i3cl.config import MemberSettings, Settings
 from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.predictions import PREDICTION_SCHEMA, prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
 from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
-from i3cl.labelling.actor import Plan, automatic_threads, view_name
+from i3cl.labelling.actor import Plan, view_name
 from i3cl.labelling.cost import COST, ESTIMATE, CostFile, Meter, compared, line
+from i3cl.labelling.identity import (
+    as_member,
+    claim_job,
+    fingerprint,
+    groups_of,
+    images_of_job,
+    known_groups,
+    located_member,
+    made_from_of,
+    results_have_grown,
+    sources_of,
+    view_names,
+    with_joined_images,
+)
+from i3cl.labelling.layout import Layout, plan_of_cluster
 from i3cl.labelling.ledger import Failure, Ledger, part_name
-from i3cl.labelling.manifest import Manifest, joined, make_manifest
+from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.labelling.pool import Pool, labelled
-from i3cl.labelling.results import Found, check_frame, read_member, result_row, results_hash
-from i3cl.members.member import OURS, granularity_of, kind_of
-from i3cl.members.ours import located, weights_bytes
-from i3cl.runtime.cluster import connect
+from i3cl.labelling.results import Found, check_frame, read_member, result_row
+from i3cl.members.member import OURS, granularity_of
 from i3cl.runtime.pace import Every
-from i3cl.runtime.ray_private import cluster_address
-from i3cl.runtime.resources import cluster_cores, cluster_gpus, node_cores, use_gpu
 
-_TOGETHER_BYTES = 4 << 30
-"""Weights for which any GPU in use today has room beside the working memory of one network."""
 _COPIED = 16
 """Parts of an earlier job copied at the same time."""
 _COMPARED = 200
@@ -89,10 +96,10 @@ def predict(
     label = settings.label
     if not members:
         raise UserError("label.members: names no detector; add label.members.NAME=CHECKPOINT_DIRECTORY")
-    names = _view_names(label)
+    names = view_names(label)
     own_images = make_manifest(dataset)
     # By name, so that the order in a settings file means nothing.
-    detectors = {name: _located(as_member(members[name])) for name in sorted(members)}
+    detectors = {name: located_member(as_member(members[name])) for name in sorted(members)}
     hashes = {name: fingerprint(name, member) for name, member in detectors.items()}
     recipes = {name: recipe_of(m.weights) for name, m in detectors.items() if m.use == OURS and m.weights is not None}
     given = given_size(settings) if given is None else given
@@ -100,10 +107,10 @@ def predict(
     ledger = Ledger(out)
     there = ledger.job()
     added: dict[str, Any] = (there or {}).get("added", {})
-    manifest = _with_joined(ledger, there, own_images, dataset)
+    manifest = with_joined_images(ledger, there, own_images, dataset)
     own = {name: member for name, member in detectors.items() if name not in added}
     identity: dict[str, Any] = {
-        "images": _images(manifest, dataset),
+        "images": images_of_job(manifest, dataset),
         "members": {name: each["sha256"] for name, each in added.items()} | hashes,
         "views": names,
         "label.rows_per_block": label.rows_per_block,
@@ -111,13 +118,13 @@ def predict(
         # A size that every checkpoint has anyway makes no other job.
         **effective(recipes, given),
     }
-    known = _known_groups(earlier, identity)
-    groups = _groups(own, label, list(known.values()))
+    known = known_groups(earlier, identity)
+    groups = groups_of(own, label, list(known.values()))
     if earlier is not None and there is not None and {name for group in there["groups"] for name in group} == {*own, *added}:
         # As it was begun, also when the earlier job is not there any more.
         groups = there["groups"][: len(there["groups"]) - len(added)]
     identity |= {"groups": groups + [[name] for name in added]} | ({"added": added} if added else {})
-    _claim(ledger, there, identity, manifest, dataset, title)
+    claim_job(ledger, there, identity, manifest, dataset, title)
     if ledger.is_done():
         ledger.clean()
         check_finished(out, storage.list_dir(out))
@@ -126,29 +133,12 @@ def predict(
     sizes = describe_sizes(recipes, given) if recipes else ""
     sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
     numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
-    made_from = _made_from(dataset, own_images, added | _sources(detectors, hashes))
+    made_from = made_from_of(dataset, own_images, added | sources_of(detectors, hashes))
     copies = {groups.index(names): part for part, names in known.items() if names in groups}
     upright = exif == "upright"
     job = _Job(dataset, manifest, numbered, settings, ledger, title, given, sizes, upright, made_from, identity["groups"], copies)
     job.run()
     return out
-
-
-def _known_groups(earlier: str | None, identity: Mapping[str, Any]) -> dict[tuple[str, int], list[str]]:
-    """(Folder, group) -> names of the members of the groups of an earlier job that would predict the same in this one."""
-    job = None if earlier is None else Ledger(earlier).job()
-    if earlier is None or job is None:
-        return {}
-    same = {key: value for key, value in job.items() if key not in ("members", "groups", "added")}
-    wanted = {key: value for key, value in identity.items() if key != "members"}
-    if same != json.loads(json.dumps(wanted)):
-        return {}
-    members = identity["members"]
-    return {
-        (earlier, number): names
-        for number, names in enumerate(job["groups"])
-        if all(members.get(name) == job["members"][name] for name in names)
-    }
 
 
 def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Settings, out: str, title: str) -> str:
@@ -162,28 +152,33 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
         UserError: As `predict`; or the job has a member of this name that is another one.
     """
     own_images = make_manifest(dataset)
-    member = _located(member)
+    member = located_member(member)
     sha = fingerprint(name, member)
     ledger = Ledger(out)
     job = ledger.job()
-    manifest = _with_joined(ledger, job, own_images, dataset)
-    images = _images(manifest, dataset)
+    manifest = with_joined_images(ledger, job, own_images, dataset)
+    images = images_of_job(manifest, dataset)
     if job is None:
         rows = settings.label.rows_per_block
-        job = {"images": images, "members": {}, "views": _view_names(settings.label), "label.rows_per_block": rows, "groups": []}
+        job = {"images": images, "members": {}, "views": view_names(settings.label), "label.rows_per_block": rows, "groups": []}
         job |= {"data.exif": settings.data.exif, "added": {}}
     else:
-        _claim(ledger, job, job | {"images": images}, manifest, dataset, title)
+        claim_job(ledger, job, job | {"images": images}, manifest, dataset, title)
         job |= {"images": images}
     there = job["members"].get(name)
     added: dict[str, Any] = job.get("added", {})
-    record = _sources({name: member}, {name: sha})[name]
+    record = sources_of({name: member}, {name: sha})[name]
     if there is None:
         groups, hashes = [*job["groups"], [name]], job["members"] | {name: sha}
         job = job | {"members": hashes, "groups": groups, "added": added | {name: record}}
         ledger.extend(job)
         ledger.write_manifest(manifest, replace=False)
-    elif name in added and there != sha and member.results and _has_grown(ledger, job, manifest, dataset, name, member, settings):
+    elif (
+        name in added
+        and there != sha
+        and member.results
+        and results_have_grown(ledger, job, manifest, dataset, name, member, settings)
+    ):
         job = job | {"members": job["members"] | {name: sha}, "added": added | {name: record}}
         ledger.extend(job)
     elif there != sha or name not in added:
@@ -198,189 +193,9 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     numbered = {job["groups"].index([name]): {name: member}}
     # Where the others lie, the end of the job before this member said.
     others = {other: {"sha256": each} for other, each in job["members"].items()} | ledger.made_from_before()
-    made_from = _made_from(dataset, own_images, others | added)
+    made_from = made_from_of(dataset, own_images, others | added)
     _Job(dataset, manifest, numbered, own, ledger, title, AS_TRAINED, "", upright, made_from, job["groups"]).run()
     return out
-
-
-def _images(manifest: Manifest, dataset: Dataset) -> dict[str, Any]:
-    """The images of a job, as job.json describes them."""
-    images: dict[str, Any] = {"count": len(manifest), "sha256": manifest.digest, "root": dataset.images_root}
-    return images | ({"grown": list(manifest.grown)} if manifest.grown else {})
-
-
-def _with_joined(ledger: Ledger, job: Mapping[str, Any] | None, given: Manifest, dataset: Dataset) -> Manifest:
-    """The images of the job in the folder, with those of `given` that are new behind them; of a new folder, `given`."""
-    if job is None:
-        return given
-    images = job["images"]
-    if images["sha256"] == given.digest:
-        return replace(given, grown=tuple(images.get("grown", ())))
-    there = ledger.manifest(images)
-    # Earlier versions wrote no list of images. Their jobs cannot grow: the claim refuses.
-    return given if there is None else joined(there, given, dataset.name)
-
-
-def _claim(
-    ledger: Ledger, there: Mapping[str, Any] | None, job: Mapping[str, Any], manifest: Manifest, dataset: Dataset, title: str
-) -> None:
-    """Claim the folder for the job, which may have more images than the one `there`. UserError as `Ledger.claim`."""
-    fresh = 0 if there is None or not manifest.grown else len(manifest) - there["images"]["count"]
-    if not fresh or there is None:
-        ledger.claim(job)
-        ledger.write_manifest(manifest, replace=False)
-        return
-    ledger.claim({**job, "images": {**there["images"], "root": dataset.images_root}})
-    observe.say(f"{title}: {fresh} images of {dataset.name} join the {len(manifest) - fresh} of the job", stage=title)
-    ledger.write_manifest(manifest, replace=True)
-    ledger.extend(job)
-
-
-def _has_grown(
-    ledger: Ledger,
-    job: Mapping[str, Any],
-    manifest: Manifest,
-    dataset: Dataset,
-    name: str,
-    member: MemberSettings,
-    settings: Settings,
-) -> bool:
-    """Whether the results say the same as the member's finished parts, some of which are missing."""
-    group, finished = job["groups"].index([name]), ledger.finished()
-    spans = manifest.spans(job["label.rows_per_block"])
-    parts = [part_name(group, shard) for shard in range(len(spans))]
-    done = [part for part in parts if part in finished]
-    if len(done) == len(parts) or not done:
-        return False
-    results = read_member(name, member, dataset, settings.data.skip_bad)
-    for part in done:
-        for [row] in read_predictions(storage.join(ledger.out, part)):
-            now = result_row(row, name, row["view"], row["granularity"], results)
-            if not prediction_table([now]).equals(prediction_table([row])):
-                return False
-    return True
-
-
-def _view_names(label: LabelSettings) -> list[str]:
-    names = [view_name(view) for view in label.views]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
-    return names
-
-
-def _sources(members: Mapping[str, MemberSettings], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """File and hash of each member, as records name what an artefact was made from; of foreign members, their settings too."""
-    found: dict[str, Any] = {}
-    for name, member in members.items():
-        found[name] = {"file": ", ".join(member.results) or member.weights or member.use, "sha256": hashes[name]}
-        if member.results or member.use != OURS:
-            found[name]["member"] = member.model_dump(mode="json")
-    return found
-
-
-def _made_from(dataset: Dataset, manifest: Manifest, members: Mapping[str, Any]) -> dict[str, Any]:
-    made_from: dict[str, Any] = {"members": dict(members)}
-    if dataset.annotations:
-        made_from["images"] = recorded(dataset.annotations) | {"images": manifest.digest}
-    return made_from
-
-
-def as_member(given: str | MemberSettings) -> MemberSettings:
-    """A member's settings; a text is a checkpoint."""
-    return MemberSettings(weights=given) if isinstance(given, str) else given
-
-
-def _located(member: MemberSettings) -> MemberSettings:
-    """The member with paths that any process finds."""
-    changes: dict[str, Any] = {"results": tuple(map(storage.absolute, member.results))}
-    if member.weights is not None:
-        changes["weights"] = located(member.weights) if member.use == OURS else storage.absolute(member.weights)
-    return member.model_copy(update=changes)
-
-
-def fingerprint(name: str, member: MemberSettings) -> str:
-    """SHA-256 of all on which a member's findings depend. UserError that names the setting."""
-    if member.results:
-        return results_hash(member)
-    try:
-        return kind_of(member.use, f"label.members.{name}").fingerprint(member)
-    except UserError as error:
-        if member.use == OURS:
-            raise
-        raise UserError(f"label.members.{name}.{error}") from None
-
-
-def _groups(members: Mapping[str, MemberSettings], label: LabelSettings, known: Sequence[Sequence[str]] = ()) -> list[list[str]]:
-    """Names of the members in groups that an actor holds at the same time. Results from files are a group each.
-
-    known: groups that stay as they are.
-    """
-    kept = [list(names) for names in known if all(name in members and not members[name].results for name in names)]
-    files = [[name] for name, member in members.items() if member.results]
-    held = {name: member for name, member in members.items() if not member.results and not any(name in g for g in kept)}
-    apart = label.passes == "per_member"
-    if label.passes == "auto" and len(held) > 1:
-        # Others' detectors are small.
-        ours = [member.weights for member in held.values() if member.use == OURS and member.weights is not None]
-        apart = sum(map(weights_bytes, ours)) > _TOGETHER_BYTES
-    return kept + ([[name] for name in held] if apart else [list(held)] if held else []) + files
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the work is spread over the cluster."""
-
-    actors: int
-    """To begin with."""
-    most: int
-    """At the same time, when GPUs join."""
-    threads: int
-    decode_threads: int
-    cpus_per_actor: float
-    gpus_per_actor: float
-    shards_per_task: int
-
-
-def layout(label: LabelSettings, shards: int, gpus: int, cpus: float, cores: int) -> Layout:
-    """The layout with automatic values filled in.
-
-    gpus, cpus: of the cluster, 0 GPUs when none is to be used; cores: of one machine.
-    """
-    threads = automatic_threads(label.threads, label.actors, gpus > 0, cores)
-    if gpus:
-        most = min(label.actors or shards, shards)
-        actors = min(gpus * label.actors_per_gpu, most)
-    else:
-        actors = most = min(label.actors or max(1, int(cpus) // threads), shards)
-    return Layout(
-        actors,
-        most,
-        threads,
-        label.decode_threads or (4 if gpus else 1),
-        1 if gpus else min(threads, max(1.0, cpus)),
-        1 / label.actors_per_gpu if gpus else 0.0,
-        # Within a task decoding runs on from shard to shard; tasks that are too long would leave actors idle at the end.
-        max(1, min(4, shards // (actors * 8))),
-    )
-
-
-def plan_of_cluster(settings: Settings, shards: int, say: Callable[[str], None]) -> Layout:
-    """Join the cluster, and lay so many shards out over it.
-
-    say: is told when the cluster has no GPU. UserError with cluster.gpu=true on a single machine without one.
-    """
-    connect()
-    on_gpu = use_gpu(settings.cluster.gpu)
-    gpus = cluster_gpus() if on_gpu else 0
-    if on_gpu and not gpus:
-        if cluster_address() is None:
-            raise UserError("cluster.gpu: true, but this machine has no GPU; set cluster.gpu=auto or join a cluster")
-        # The actors that wait for one make an autoscaler start machines.
-        say("the cluster has no GPU now; waiting for the first one (cluster.gpu=false: do not wait)")
-        gpus = 1
-    elif not on_gpu and settings.cluster.gpu == "auto" and cluster_address() is not None:
-        say("the cluster has no GPU now, so CPUs label; cluster.gpu=true waits for GPUs")
-    return layout(settings.label, shards, gpus, cluster_cores(), node_cores())
 
 
 class _Job:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -202,7 +201,9 @@ def read_list(images: int, folder: Path) -> dict[str, Any]:
     manifest = make_manifest(read_source(source, "", False, check_files=False))
     shards = len(manifest.spans(256))
     seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Not getrusage, which counts what the parent process had as well.
+    with open("/proc/self/status", encoding="ascii") as file:
+        memory = next(int(row.split()[1]) for row in file if row.startswith("VmHWM")) / 1e6
     return {"seconds": round(seconds, 1), "gigabytes": round(memory, 2), "shards": shards}
 
 

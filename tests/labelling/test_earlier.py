@@ -10,8 +10,8 @@ import pytest
 from i3cl.config import LabelSettings, MemberSettings, Settings, ViewSettings
 from i3cl.data.formats.predictions import read_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
-from i3cl.labelling import predict as labelling
 from i3cl.labelling.actor import Labeller
+from i3cl.labelling.identity import groups_of
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.predict import predict
 from i3cl.lineage import lineage
@@ -105,6 +105,6 @@ def test_members_from_files_stay_groups_of_their_own():
     held, files = MemberSettings(weights="w"), MemberSettings(results=("r.json",))
     members = {"a": held, "b": held, "c": held, "craft": files}
     label = LabelSettings(passes="one")
-    assert labelling._groups(members, label) == [["a", "b", "c"], ["craft"]]
-    assert labelling._groups(members, label, [["b"], ["craft"]]) == [["b"], ["a", "c"], ["craft"]]
-    assert labelling._groups(members, label, [["a", "b", "c"]]) == [["a", "b", "c"], ["craft"]]
+    assert groups_of(members, label) == [["a", "b", "c"], ["craft"]]
+    assert groups_of(members, label, [["b"], ["craft"]]) == [["b"], ["a", "c"], ["craft"]]
+    assert groups_of(members, label, [["a", "b", "c"]]) == [["a", "b", "c"], ["craft"]]

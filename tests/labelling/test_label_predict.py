@@ -22,9 +22,11 @@ from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.errors import UserError, inside
 from i3cl.labelling import cost
 from i3cl.labelling.actor import DEATHS, Labeller, Plan
+from i3cl.labelling.identity import as_member
+from i3cl.labelling.layout import layout
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
-from i3cl.labelling.predict import _Job, as_member, layout, predict
+from i3cl.labelling.predict import _Job, predict
 from i3cl.members.ours import checkpoint_hash
 from i3cl.model.checkpoint import save_checkpoint
 from i3cl.model.network import I3CL

@@ -12,7 +12,7 @@ import i3cl
 from i3cl.config import LabelSettings, load_settings, to_yaml, with_overrides
 from i3cl.errors import UserError
 from i3cl.inference.recipe import recipe_of
-from i3cl.labelling.predict import _groups, as_member
+from i3cl.labelling.identity import as_member, groups_of
 from i3cl.members.ours import checkpoint_hash
 from i3cl.model import shipped
 from i3cl.model.checkpoint import save_checkpoint
@@ -89,7 +89,7 @@ def test_every_packaged_detector_loads_by_its_name_and_fits_its_size():
         assert "/root" not in text and "/home" not in text and "/tmp" not in text
     one, other = (LabelSettings(passes=passes) for passes in ("auto", "per_member"))
     members = dict.fromkeys("ab", as_member(shipped.DEFAULT))
-    assert _groups(members, one) == [["a", "b"]] and _groups(members, other) == [["a"], ["b"]]
+    assert groups_of(members, one) == [["a", "b"]] and groups_of(members, other) == [["a"], ["b"]]
     assert i3cl.load(device="cpu").recipe.name == recipe_of(shipped.DEFAULT).name
 
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from i3cl import __version__, claims, storage
+from i3cl import claims, storage
 from i3cl.config import DataSettings, SourceSettings
 from i3cl.data.formats.checks import set_name
 from i3cl.data.formats.coco import read_coco
@@ -36,6 +36,8 @@ from i3cl.data.loading.transforms import TrainingImage, TrainTransform
 from i3cl.errors import UserError
 from i3cl.runtime.cluster import quiet
 
+_READING = 1
+"""To be raised when annotations are read into other rows than before, so that copies of an earlier version are not used."""
 _SEGMENT = 2048
 """Images that one worker hands to Ray Data at a time."""
 
@@ -198,7 +200,7 @@ def _shared_source_table(source: SourceSettings, data_root: str, skip_bad: bool,
     # All on which the rows depend.
     content = [annotations, claims.version(annotations), images, skip_bad, source.lossweight]
     return shared_table(
-        repr([*content, IMAGE_SCHEMA.to_string(), __version__]), lambda: _source_table(source, data_root, skip_bad, check_files)
+        repr([_READING, *content, IMAGE_SCHEMA.to_string()]), lambda: _source_table(source, data_root, skip_bad, check_files)
     )
 
 
