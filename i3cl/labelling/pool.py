@@ -86,6 +86,8 @@ class ShardQueue:
         self._leases: dict[str, list[_Lease]] = {}
         self._durations: dict[int, deque[float]] = {}
         self._seen: set[str] = set()
+        self._pace: dict[str, float] = {}
+        """Seconds that each actor took for its last shard."""
         self._handles: dict[str, Any] = {}
         self._spans = self.manifest.spans(self.rows)
         self._lock = threading.Lock()
@@ -109,7 +111,7 @@ class ShardQueue:
             self._give_back(actor)
             if not self._left:
                 return True
-            chosen = self._next(group) or self._late(actor)
+            chosen = self._next(actor, group) or self._late(actor)
             for part, _, _ in chosen:
                 self._leases.setdefault(part, []).append(_Lease(actor, time.monotonic(), len(chosen)))
         if not chosen:
@@ -125,6 +127,7 @@ class ShardQueue:
                 if own and part in self._left:
                     seconds = (time.monotonic() - own[0].started) / own[0].shards
                     self._durations.setdefault(self._task[part][1], deque(maxlen=200)).append(seconds)
+                    self._pace[actor] = seconds
                 self._left.discard(part)
                 self._leases.pop(part, None)
             return first
@@ -162,21 +165,26 @@ class ShardQueue:
                     observe.note(f"actor {actor[:8]} was silent for too long and starts again", stage="labelling")
                     _kill(handle, restart=True)
 
-    def _next(self, group: int) -> list[tuple[str, int, int]]:
+    def _next(self, actor: str, group: int) -> list[tuple[str, int, int]]:
         tasks = self._todo.get(group)
         if not tasks:
             tasks = max(self._todo.values(), key=len, default=deque())
         if not tasks:
             return []
         # Fewer at a time towards the end, so that all actors end together.
-        wanted = max(1, min(self.together, sum(map(len, self._todo.values())) // (2 * max(1, len(self._seen)))))
+        wanted = min(self.together, sum(map(len, self._todo.values())) // (2 * max(1, len(self._seen))))
+        # And fewer for one that is slower than most.
+        own, durations = self._pace.get(actor), self._durations.get(group)
+        if own and durations:
+            wanted = int(wanted * min(1.0, median(durations) / own))
+        wanted = max(1, wanted)
         chosen: list[tuple[str, int, int]] = []
         while tasks and len(chosen) < wanted:
             task = tasks.popleft()
             # One that was given back may have been finished all the same.
             if task[0] in self._left:
                 chosen.append(task)
-        return chosen or self._next(group)
+        return chosen or self._next(actor, group)
 
     def _late(self, actor: str) -> list[tuple[str, int, int]]:
         """The shard that is late by most, if one is and only one actor has it."""

@@ -43,8 +43,10 @@ def test_every_shard_is_handed_out_once_and_the_last_ones_one_by_one(clock):
         blocks = {actor: shards.take(actor, 0) for actor in taken}
         if blocks["a"] is True:
             break
+        clock(1)
         for actor, block in blocks.items():
-            clock(1)
+            if block is False:
+                continue
             assert shards.done(actor, parts(block)) == parts(block)
             taken[actor].append(parts(block))
     every = [part for blocks in taken.values() for block in blocks for part in block]
@@ -101,6 +103,18 @@ def test_a_late_shard_is_labelled_by_an_idle_actor_too(clock):
     assert shards.done("fast", late) == late
     assert shards.done("slow", held) == [], "it has been counted"
     assert shards.take("slow", 0) is True
+
+
+def test_a_slow_actor_takes_fewer_shards_at_a_time(clock):
+    shards = queue(200, together=4)
+    sizes = {"slow": [], "fast": []}
+    for _ in range(6):
+        for actor, seconds in (("slow", 8), ("fast", 2), ("fast", 2)):
+            block = shards.take(actor, 0)
+            sizes[actor].append(len(block))
+            clock(seconds * len(block))
+            shards.done(actor, parts(block))
+    assert sizes["fast"] == [4] * 12 and sizes["slow"] == [4, 1, 1, 1, 1, 1]
 
 
 def test_a_shard_that_takes_as_long_as_others_is_left_alone(clock):
