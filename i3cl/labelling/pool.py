@@ -11,7 +11,6 @@ GPU nor one that hangs holds a job up.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -86,6 +85,7 @@ class ShardQueue:
         self._leases: dict[str, list[_Lease]] = {}
         self._durations: dict[int, deque[float]] = {}
         self._seen: set[str] = set()
+        self._working: set[str] = set()
         self._pace: dict[str, float] = {}
         """Seconds that each actor took for its last shard."""
         self._handles: dict[str, Any] = {}
@@ -109,11 +109,13 @@ class ShardQueue:
                 self._handles[actor] = handle
             # Whoever asks again has lost what it had: it was restarted.
             self._give_back(actor)
+            self._working.discard(actor)
             if not self._left:
                 return True
             chosen = self._next(actor, group) or self._late(actor)
             for part, _, _ in chosen:
                 self._leases.setdefault(part, []).append(_Lease(actor, time.monotonic(), len(chosen)))
+                self._working.add(actor)
         if not chosen:
             return False
         return next(self.manifest.blocks(chosen, self._spans, len(chosen)))
@@ -121,6 +123,7 @@ class ShardQueue:
     def done(self, actor: str, parts: Sequence[str]) -> list[str]:
         """Take note of finished parts; returns those that nobody has finished before."""
         with self._lock:
+            self._working.discard(actor)
             first = [part for part in parts if part in self._left]
             for part in parts:
                 own = [lease for lease in self._leases.get(part, []) if lease.actor == actor]
@@ -150,9 +153,9 @@ class ShardQueue:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def end(self) -> None:
-        """Kill the actors that still work on shards which others have finished."""
+        """Kill the actors that still work on shards which others have finished. The others end with their tickets."""
         with self._lock:
-            left, self._handles = list(self._handles.values()), {}
+            left = [self._handles[actor] for actor in self._working if actor in self._handles]
         for handle in left:
             _kill(handle, restart=False)
 
@@ -300,18 +303,14 @@ def labelled(
     queue = made.remote(ray.put(manifest), list(tasks), rows, together, pool.silent_seconds)
     ray.get(queue.watch.remote())
     left = {part for part, _, _ in tasks}
-    try:
-        while left:
-            for report in _tickets(plan, queue, pool, min(_TICKETS, 2 * len(tasks) + 8 * pool.most), labeller):
-                yield report
-                left.discard(report["part"])
-                if not left:
-                    break
-    finally:
-        # When the queue or Ray itself is gone, the error that ended the job says more.
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(queue.end.remote())
-            ray.kill(queue)
+    while left:
+        for report in _tickets(plan, queue, pool, min(_TICKETS, 2 * len(tasks) + 8 * pool.most), labeller):
+            yield report
+            left.discard(report["part"])
+            if not left:
+                break
+    # A job that ends early leaves its actors to finish their shards. The queue goes with the last actor that asks it.
+    ray.get(queue.end.remote())
 
 
 def _tickets(plan: Plan, queue: Any, pool: Pool, count: int, labeller: type[Labeller]) -> Iterator[dict[str, Any]]:

@@ -176,6 +176,23 @@ def played(name, folder):
     return row
 
 
+def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
+    killed = []
+    monkeypatch.setattr(pool, "_kill", lambda handle, restart: killed.append((handle, restart)))
+    shards = queue(3, together=1)
+    held = parts(shards.take("slow", 0, "handle of slow"))
+    for _ in range(2):
+        block = shards.take("fast", 0, "handle of fast")
+        clock(1)
+        shards.done("fast", parts(block))
+    clock(5)
+    assert parts(shards.take("fast", 0, "handle of fast")) == held
+    shards.done("fast", held)
+    assert shards.take("idle", 0, "handle of idle") is True
+    shards.end()
+    assert killed == [("handle of slow", False)]
+
+
 @pytest.mark.slow
 def test_the_pool_grows_when_gpus_join(tmp_path):
     row = played("joins", tmp_path)
