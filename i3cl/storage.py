@@ -37,6 +37,8 @@ _BLOCK = 256 << 10
 """Bytes that a reader on S3 requests beyond those it needs."""
 _FILES = 8
 """Files of a folder transferred at the same time, each with up to s3.PARTS * s3.PART bytes in memory (256 MiB in all)."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Answers of file systems without hard links."""
 _PAGE = 1000
 """S3's limit of keys in one delete request."""
 
@@ -170,18 +172,8 @@ def write_bytes_atomic(url: str, data: bytes) -> None:
                 stream.write(data)
             return
         path = _target(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile, which makes files that only their owner can read.
-        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with _written_beside(path, data) as temporary:
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(url: str, text: str) -> None:
@@ -196,7 +188,8 @@ def write_text_atomic(url: str, text: str) -> None:
 def write_text_new(url: str, text: str) -> bool:
     """Write UTF-8 text where there is no file yet; False, and nothing is written, when there is one.
 
-    Of many writers at the same time one gets True. A store that knows no such request (it answers 501) keeps the last one.
+    Of many writers at the same time one gets True. Where a store knows no such request (it answers 501) or a file system has no
+    hard links, all that see no file get True, and the last one's text stays.
     """
     data = text.encode("utf-8", "backslashreplace")
     if is_remote(url):
@@ -209,19 +202,17 @@ def write_text_new(url: str, text: str) -> bool:
         return True
     with _user_errors(url):
         path = _target(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)
-            _fsync_folder(path.parent)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _written_beside(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if path.exists():
+                    return False
+                os.replace(temporary, path)
     return True
 
 
@@ -555,6 +546,23 @@ def _stream(url: str) -> IO[bytes] | None:
     if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
         raise UserError(f"{url}: is a {'disk' if stat.S_ISBLK(mode) else 'socket'}, not a file; choose another name")
     return open(path, "wb") if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else None
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with this content beside `path`, to be put in its place; what is left of it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile, which makes files that only their owner can read.
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _descriptor(path: str) -> int | None:

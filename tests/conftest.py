@@ -137,8 +137,8 @@ def label_here(monkeypatch):
     def label(job, missing):
         spread = layout(job.label, len(missing), gpus=0, cpus=1, cores=1)
         labeller = Labeller(job.plan(spread))
-        for block in job._blocks(missing, spread):
-            labeller(block)
+        for part in missing:
+            labeller(job.manifest.block([(part, *job.parts[part])], job.spans))
 
     monkeypatch.setattr(predict._Job, "_label", label)
 

@@ -64,6 +64,20 @@ def test_of_many_claims_at_the_same_moment_one_wins(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "folder") == ["job.json"]
 
 
+def test_a_file_system_without_hard_links_takes_claims_too(tmp_path, monkeypatch):
+    import errno
+
+    from i3cl import storage
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    path = str(tmp_path / "job.json")
+    assert storage.write_text_new(path, "first") and not storage.write_text_new(path, "second")
+    assert os.listdir(tmp_path) == ["job.json"] and storage.read_text(path) == "first"
+
+
 @pytest.fixture
 def student(tiny_settings, tiny_set, tmp_path):
     """Settings of a student on labels and pseudo labels that were copied, so that a test may change them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,7 +90,7 @@ def view_name(view: ViewSettings) -> str:
 
 
 class Labeller:
-    """Ray Data calls it with tables of ``Manifest.blocks``. It writes the parts itself and returns only counts."""
+    """Called with tables of ``Manifest.block``. It writes the parts itself and returns only counts."""
 
     def __init__(self, plan: Plan) -> None:
         import cv2
@@ -101,7 +100,6 @@ class Labeller:
         cv2.setNumThreads(1)
         self.plan = plan
         self.ledger = Ledger(plan.out)
-        self.name = uuid.uuid4().hex
         self.pool = ThreadPoolExecutor(plan.decode_threads, "decode")
         self.writer = ThreadPoolExecutor(1, "write")
         self.group = -1
@@ -147,7 +145,6 @@ class Labeller:
                 "part": [shard.part for shard in shards],
                 "images": [len(shard.entries) for shard in shards],
                 "errors": [len(shard.failures) for shard in shards],
-                "actor": [self.name] * count,
                 "ready": [self.ready] * count,
                 "ended": [time.time()] * count,
                 "busy": [(self.busy - busy) / count] * count,

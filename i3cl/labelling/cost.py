@@ -43,7 +43,7 @@ class Meter:
     _seen: dict[str, _Actor] = field(default_factory=dict)
 
     def add(self, report: dict[str, Any]) -> None:
-        """Add an actor's report, a row of `i3cl.labelling.pool.REPORT`."""
+        """Add an actor's report, as `i3cl.labelling.pool.Report` has it."""
         self.worked += report["images"]
         self.errors += report["errors"]
         actor = self._seen.setdefault(report["actor"], _Actor(report["created"], report["ready"], report["ended"]))

@@ -12,7 +12,6 @@ import numpy as np
 from i3cl import claims, observe, storage
 from i3cl.config import MemberSettings, Settings
 from i3cl.data.formats.records import Dataset
-from i3cl.data.loading.images import ImageError
 from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
 from i3cl.labelling.cost import COST, ESTIMATE
@@ -81,16 +80,18 @@ def estimate(
     detectors = {name: each for name, each in members.items() if not as_member(each).results}
     if members and not detectors:
         raise UserError("label.members: the findings of all members come from files; there is nothing to measure")
+    if not len(dataset):
+        raise UserError(f"{dataset.name}: has no images")
     count = min(_MEASURED, len(dataset))
-    chosen = [dataset.records[int(k)] for k in np.linspace(0, len(dataset) - 1, count)] if count else []
+    chosen = [dataset.records[int(k)] for k in np.linspace(0, len(dataset) - 1, count)]
     sample = replace(dataset, records=chosen, annotations="")
     work = storage.join(out, "_estimate")
     storage.remove_tree(work)
     try:
         shards = math.ceil(len(dataset) / settings.label.rows_per_block)
         planned = plan_of_cluster(settings, shards, lambda text: observe.say(f"estimate: {text}"))
-        actors = min(planned.actors, _ACTORS, count) or 1
-        changes = {"actors": actors, "rows_per_block": max(1, math.ceil(count / actors)), "max_error_share": 1.0}
+        actors = min(planned.actors, _ACTORS, count)
+        changes = {"actors": actors, "rows_per_block": math.ceil(count / actors), "max_error_share": 1.0}
         own = settings.model_copy(update={"label": settings.label.model_copy(update=changes)})
         predict(sample, detectors, own, work, "estimate", given)
         found = _forecast(dataset, sample, settings, work, planned, actors)
@@ -130,6 +131,7 @@ def _bytes(sample: Dataset) -> float:
     for record in sample.records:
         try:
             sizes.append(len(storage.read_bytes(sample.path(record))))
-        except (UserError, ImageError):
+        except UserError:
+            # The job makes an error row of it, and so has the measurement.
             continue
     return sum(sizes) / max(1, len(sizes))

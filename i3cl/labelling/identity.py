@@ -95,21 +95,17 @@ def results_have_grown(
     return True
 
 
-def known_groups(earlier: str | None, identity: Mapping[str, Any]) -> dict[tuple[str, int], list[str]]:
-    """(Folder, group) -> names of the members of the groups of an earlier job that would predict the same in this one."""
+def known_groups(earlier: str | None, identity: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Number -> names of the members of those groups of an earlier job that would predict the same in this one."""
     job = None if earlier is None else Ledger(earlier).job()
-    if earlier is None or job is None:
+    if job is None:
         return {}
     same = {key: value for key, value in job.items() if key not in ("members", "groups", "added")}
     wanted = {key: value for key, value in identity.items() if key != "members"}
     if same != json.loads(json.dumps(wanted)):
         return {}
-    members = identity["members"]
-    return {
-        (earlier, number): names
-        for number, names in enumerate(job["groups"])
-        if all(members.get(name) == job["members"][name] for name in names)
-    }
+    there, here = job["members"], identity["members"]
+    return {number: names for number, names in enumerate(job["groups"]) if all(here.get(n) == there[n] for n in names)}
 
 
 def sources_of(members: Mapping[str, MemberSettings], hashes: Mapping[str, str]) -> dict[str, Any]:

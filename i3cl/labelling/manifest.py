@@ -44,22 +44,18 @@ class Manifest:
         """The images of one shard."""
         return self.table.slice(*span)
 
-    def blocks(
-        self, tasks: Sequence[tuple[str, int, int]], spans: Sequence[tuple[int, int]], together: int
-    ) -> Iterator[pa.Table]:
-        """Tables of at most `together` rows, one for each shard: part, group, and the columns of its images as lists.
+    def block(self, tasks: Sequence[tuple[str, int, int]], spans: Sequence[tuple[int, int]]) -> pa.Table:
+        """A table of one row for each shard: part, group, and the columns of its images as lists.
 
         tasks: (part, group, shard); spans: of all shards.
         """
-        for start in range(0, len(tasks), together):
-            chosen = tasks[start : start + together]
-            slices = [self.shard(spans[shard]) for _, _, shard in chosen]
-            offsets = pa.array(np.cumsum([0, *(len(s) for s in slices)]), pa.int32())
-            images = pa.concat_tables(slices).combine_chunks()
-            columns = {name: pa.ListArray.from_arrays(offsets, pa.concat_arrays(images[name].chunks)) for name in SCHEMA.names}
-            parts = pa.array([part for part, _, _ in chosen], pa.string())
-            groups = pa.array([group for _, group, _ in chosen], pa.int32())
-            yield pa.table({"part": parts, "group": groups, **columns})
+        slices = [self.shard(spans[shard]) for _, _, shard in tasks]
+        offsets = pa.array(np.cumsum([0, *(len(s) for s in slices)]), pa.int32())
+        images = pa.concat_tables(slices).combine_chunks()
+        columns = {name: pa.ListArray.from_arrays(offsets, pa.concat_arrays(images[name].chunks)) for name in SCHEMA.names}
+        parts = pa.array([part for part, _, _ in tasks], pa.string())
+        groups = pa.array([group for _, group, _ in tasks], pa.int32())
+        return pa.table({"part": parts, "group": groups, **columns})
 
 
 def shard_spans(grown: Sequence[int], rows: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -22,30 +22,19 @@ from typing import Any
 import pyarrow as pa
 
 from i3cl import observe
+from i3cl.config import LabelSettings
 from i3cl.labelling.actor import Labeller, Plan
+from i3cl.labelling.layout import Layout
 from i3cl.labelling.manifest import Manifest
 
-REPORT = pa.schema(
-    [
-        ("part", pa.string()),
-        ("images", pa.int64()),
-        ("errors", pa.int64()),
-        ("actor", pa.string()),
-        ("created", pa.float64()),
-        ("ready", pa.float64()),
-        ("ended", pa.float64()),
-        ("busy", pa.float64()),
-    ]
-)
-"""What an actor returns for a ticket: a row for each shard that it was the first to finish, or one row without a part. Times are
-seconds since the epoch, `busy` seconds in which its networks worked."""
+Report = dict[str, Any]
+"""What an actor says of a shard that it was the first to finish, or now and then when it had nothing to do: part (None then),
+images, errors, actor (name), created, ready, ended (seconds since the epoch) and busy (seconds in which its networks worked)."""
 
 LATE = 2.0
 """A shard that takes this many times as long as the median one is labelled by a second actor too, when one is idle."""
 SILENT = 10.0
 """An actor that takes this many times as long as the median one is killed, after `silent_seconds` at the earliest."""
-_UNKNOWN = 600.0
-"""Seconds after which a shard is late while no shard is finished yet."""
 _PATIENCE = 10.0
 """Seconds that an idle actor waits for a shard before it returns its ticket."""
 _ASK_EVERY = 0.5
@@ -54,12 +43,16 @@ _TICKETS = 4_000
 """Tickets of one pipeline at most: Ray Data makes an object of each before it begins."""
 
 
+Task = tuple[str, int, int]
+"""Part, number of the group of members, number of the shard."""
+
+
 @dataclass
 class _Lease:
-    actor: str
+    """What an actor has taken and not finished."""
+
     started: float
-    shards: int
-    """How many the actor took together; they all come back at the same time."""
+    tasks: list[Task]
 
 
 @dataclass
@@ -67,8 +60,8 @@ class ShardQueue:
     """Which shards are left, and who has which. Without Ray; `labelled` runs it as an actor."""
 
     manifest: Manifest
-    tasks: Sequence[tuple[str, int, int]]
-    """(part, group, shard), the shards to label."""
+    tasks: Sequence[Task]
+    """The shards to label."""
     rows: int
     """Images of a shard."""
     together: int
@@ -77,23 +70,23 @@ class ShardQueue:
     """Nobody is killed for silence before."""
 
     def __post_init__(self) -> None:
-        self._todo: dict[int, deque[tuple[str, int, int]]] = {}
+        self._todo: dict[int, deque[Task]] = {}
         for task in self.tasks:
             self._todo.setdefault(task[1], deque()).append(task)
-        self._task = {task[0]: task for task in self.tasks}
-        self._left = set(self._task)
-        self._leases: dict[str, list[_Lease]] = {}
+        self._left = {part for part, _, _ in self.tasks}
+        self._leases: dict[str, _Lease] = {}
+        """Actor -> lease; one that hangs keeps it when others have finished its shards."""
         self._durations: dict[int, deque[float]] = {}
-        self._seen: set[str] = set()
-        self._working: set[str] = set()
+        """Group -> seconds that its latest shards took."""
         self._pace: dict[str, float] = {}
-        """Seconds that each actor took for its last shard."""
+        """Actor -> seconds that it took for its last shard."""
         self._handles: dict[str, Any] = {}
+        self._news: list[Report] = []
         self._spans = self.manifest.spans(self.rows)
         self._lock = threading.Lock()
 
     def take(self, actor: str, group: int, handle: Any = None) -> pa.Table | bool:
-        """Shards for an actor, as a table of ``Manifest.blocks``.
+        """Shards for an actor, as a table of ``Manifest.block``.
 
         Args:
             actor: Its name, the same after a restart.
@@ -104,46 +97,39 @@ class ShardQueue:
             The table; False: there is nothing now, ask again; True: all shards are labelled.
         """
         with self._lock:
-            self._seen.add(actor)
-            if handle is not None:
-                self._handles[actor] = handle
+            self._handles[actor] = handle
             # Whoever asks again has lost what it had: it was restarted.
             self._give_back(actor)
-            self._working.discard(actor)
             if not self._left:
                 return True
             chosen = self._next(actor, group) or self._late(actor)
-            for part, _, _ in chosen:
-                self._leases.setdefault(part, []).append(_Lease(actor, time.monotonic(), len(chosen)))
-                self._working.add(actor)
-        if not chosen:
-            return False
-        return next(self.manifest.blocks(chosen, self._spans, len(chosen)))
+            if not chosen:
+                return False
+            self._leases[actor] = _Lease(time.monotonic(), chosen)
+        return self.manifest.block(chosen, self._spans)
 
-    def done(self, actor: str, parts: Sequence[str]) -> list[str]:
-        """Take note of finished parts; returns those that nobody has finished before."""
+    def report(self, actor: str, reports: Sequence[Report]) -> None:
+        """Take note of what an actor has finished. Reports of shards that somebody has finished before are dropped."""
         with self._lock:
-            self._working.discard(actor)
-            first = [part for part in parts if part in self._left]
-            for part in parts:
-                own = [lease for lease in self._leases.get(part, []) if lease.actor == actor]
-                if own and part in self._left:
-                    seconds = (time.monotonic() - own[0].started) / own[0].shards
-                    self._durations.setdefault(self._task[part][1], deque(maxlen=200)).append(seconds)
-                    self._pace[actor] = seconds
-                self._left.discard(part)
-                self._leases.pop(part, None)
-            return first
+            lease = self._leases.pop(actor, None)
+            if lease is not None:
+                seconds = (time.monotonic() - lease.started) / len(lease.tasks)
+                self._durations.setdefault(lease.tasks[0][1], deque(maxlen=200)).append(seconds)
+                self._pace[actor] = seconds
+            first = [row for row in reports if row["part"] is None or row["part"] in self._left]
+            self._left.difference_update(row["part"] for row in first)
+            self._news += first
+
+    def news(self) -> tuple[list[Report], bool]:
+        """Reports since the last call, and whether all shards are finished."""
+        with self._lock:
+            news, self._news = self._news, []
+            return news, not self._left
 
     def silent(self) -> list[str]:
-        """Actors that have had a shard for too long. Their shards go to others."""
+        """Actors that have had their shards for too long. What nobody has finished goes to others."""
         with self._lock:
-            found = {
-                lease.actor
-                for part, leases in self._leases.items()
-                for lease in leases
-                if self._age(part, lease, SILENT, self.silent_seconds) > 0
-            }
+            found = [a for a, lease in self._leases.items() if self._over(lease, SILENT, self.silent_seconds) > 0]
             for actor in found:
                 self._give_back(actor)
             return sorted(found)
@@ -155,7 +141,7 @@ class ShardQueue:
     def end(self) -> None:
         """Kill the actors that still work on shards which others have finished. The others end with their tickets."""
         with self._lock:
-            left = [self._handles[actor] for actor in self._working if actor in self._handles]
+            left = [self._handles[actor] for actor in self._leases]
         for handle in left:
             _kill(handle, restart=False)
 
@@ -163,59 +149,61 @@ class ShardQueue:
         while True:
             time.sleep(_WATCH_EVERY)
             for actor in self.silent():
-                handle = self._handles.get(actor)
-                if handle is not None:
-                    observe.note(f"actor {actor[:8]} was silent for too long and starts again", stage="labelling")
-                    _kill(handle, restart=True)
+                observe.note(f"actor {actor[:8]} was silent for too long and starts again", stage="labelling")
+                _kill(self._handles[actor], restart=True)
 
-    def _next(self, actor: str, group: int) -> list[tuple[str, int, int]]:
-        tasks = self._todo.get(group)
-        if not tasks:
-            tasks = max(self._todo.values(), key=len, default=deque())
+    def _next(self, actor: str, group: int) -> list[Task]:
+        tasks = self._todo.get(group) or max(self._todo.values(), key=len)
         if not tasks:
             return []
         # Fewer at a time towards the end, so that all actors end together.
-        wanted = min(self.together, sum(map(len, self._todo.values())) // (2 * max(1, len(self._seen))))
+        wanted = min(self.together, sum(map(len, self._todo.values())) // (2 * len(self._handles)))
         # And fewer for one that is slower than most.
-        own, durations = self._pace.get(actor), self._durations.get(group)
-        if own and durations:
-            wanted = int(wanted * min(1.0, median(durations) / own))
-        wanted = max(1, wanted)
-        chosen: list[tuple[str, int, int]] = []
-        while tasks and len(chosen) < wanted:
+        usual = self._usual(group)
+        if usual is not None and actor in self._pace:
+            wanted = int(wanted * min(1.0, usual / max(self._pace[actor], 1e-9)))
+        chosen: list[Task] = []
+        while tasks and len(chosen) < max(1, wanted):
             task = tasks.popleft()
             # One that was given back may have been finished all the same.
             if task[0] in self._left:
                 chosen.append(task)
         return chosen or self._next(actor, group)
 
-    def _late(self, actor: str) -> list[tuple[str, int, int]]:
+    def _late(self, actor: str) -> list[Task]:
         """The shard that is late by most, if one is and only one actor has it."""
-        late = {
-            part: self._age(part, leases[0], LATE, 1.0)
-            for part, leases in self._leases.items()
-            if len(leases) == 1 and leases[0].actor != actor
-        }
-        part = max(late, key=late.__getitem__, default=None)
-        return [] if part is None or late[part] <= 0 else [self._task[part]]
+        holders = Counter(task for lease in self._leases.values() for task in lease.tasks)
+        late = [
+            (self._over(lease, LATE, 1.0), task)
+            for lease in self._leases.values()
+            for task in lease.tasks
+            if holders[task] == 1 and task[0] in self._left
+        ]
+        by, task = max(late, default=(0.0, ("", 0, 0)))
+        return [task] if by > 0 else []
 
-    def _age(self, part: str, lease: _Lease, factor: float, least: float) -> float:
-        """By how many seconds a lease is older than `factor` times the median, but at least `least`; below 0: it is not yet."""
-        durations = self._durations.get(self._task[part][1])
-        usual = median(durations) * lease.shards if durations else _UNKNOWN / factor
-        return time.monotonic() - lease.started - max(factor * usual, least)
+    def _usual(self, group: int) -> float | None:
+        """Seconds that a shard takes; None while none is finished."""
+        durations = self._durations.get(group)
+        return median(durations) if durations else None
+
+    def _over(self, lease: _Lease, factor: float, least: float) -> float:
+        """Seconds beyond `factor` times the usual, but at least `least` seconds; 0 or less: it is in time.
+
+        While nothing is finished nobody is late: how long a shard takes is not known.
+        """
+        usual = self._usual(lease.tasks[0][1])
+        if usual is None:
+            return 0.0
+        return time.monotonic() - lease.started - max(factor * usual * len(lease.tasks), least)
 
     def _give_back(self, actor: str) -> None:
+        lease = self._leases.pop(actor, None)
+        held = {task for each in self._leases.values() for task in each.tasks}
         # The last one first, so that they stand in their order again.
-        for part, leases in reversed(list(self._leases.items())):
-            kept = [lease for lease in leases if lease.actor != actor]
-            if len(kept) == len(leases):
-                continue
-            if kept:
-                self._leases[part] = kept
-            else:
-                del self._leases[part]
-                self._todo.setdefault(self._task[part][1], deque()).appendleft(self._task[part])
+        for task in reversed(lease.tasks if lease is not None else []):
+            if task[0] in self._left and task not in held:
+                self._todo[task[1]].appendleft(task)
 
 
 def _kill(handle: Any, *, restart: bool) -> None:
@@ -236,60 +224,42 @@ class PoolActor:
         self.name, self.handle = context.get_actor_id() or "", context.current_actor
 
     def __call__(self, tickets: pa.Table) -> pa.Table:
-        """Label the next shards of the queue; a table of ``REPORT``."""
+        """Label the next shards of the queue and report them to it; the ticket comes back."""
         import ray
 
         patience = time.monotonic() + _PATIENCE
         while True:
             block = ray.get(self.queue.take.remote(self.name, self.labeller.group, self.handle))
             if isinstance(block, pa.Table):
-                reports = self.labeller(block)
-                first = set(ray.get(self.queue.done.remote(self.name, reports["part"].to_pylist())))
-                rows = [row for row in reports.to_pylist() if row["part"] in first]
-                return self._report(rows or [self._idle()])
-            if block or time.monotonic() > patience:
-                return self._report([self._idle()])
-            time.sleep(_ASK_EVERY)
-
-    def _idle(self) -> dict[str, Any]:
-        return {"part": None, "images": 0, "errors": 0, "ready": self.labeller.ready, "ended": time.time(), "busy": 0.0}
-
-    def _report(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
-        return pa.Table.from_pylist([row | {"actor": self.name, "created": self.created} for row in rows], REPORT)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """How many actors there are, and what each of them has."""
-
-    least: int
-    """Actors that the job begins with."""
-    most: int
-    """Up to so many join when GPUs do."""
-    cpus: float
-    gpus: float
-    silent_seconds: float
-    """As in `ShardQueue`."""
+                rows = self.labeller(block).to_pylist()
+            elif block or time.monotonic() > patience:
+                # For its hours, which cost money in any case.
+                nothing: Report = {"part": None, "images": 0, "errors": 0, "busy": 0.0}
+                rows = [nothing | {"ready": self.labeller.ready, "ended": time.time()}]
+            else:
+                time.sleep(_ASK_EVERY)
+                continue
+            reports = [row | {"actor": self.name, "created": self.created} for row in rows]
+            ray.get(self.queue.report.remote(self.name, reports))
+            return tickets
 
 
 def labelled(
     plan: Plan,
     manifest: Manifest,
-    tasks: Sequence[tuple[str, int, int]],
-    rows: int,
-    together: int,
-    pool: Pool,
+    tasks: Sequence[Task],
+    label: LabelSettings,
+    spread: Layout,
     labeller: type[Labeller] = Labeller,
-) -> Iterator[dict[str, Any]]:
-    """Run the actors until all tasks are done; yields their reports, rows of ``REPORT``, as they come.
+) -> Iterator[Report]:
+    """Run the actors until all tasks are done; yields their reports as they come.
 
     Args:
         plan: What the actors need to know.
         manifest: The images.
-        tasks: (part, group, shard), the shards to label.
-        rows: Images of a shard.
-        together: Shards that an actor takes at a time, but for the last ones.
-        pool: How many actors.
+        tasks: The shards to label.
+        label: Of which rows_per_block and silent_seconds count.
+        spread: How many actors, and what each of them has.
         labeller: What labels.
     """
     import ray
@@ -300,20 +270,22 @@ def labelled(
     remote: Any = ray.remote(ShardQueue)
     # Calls of many actors are answered side by side, because each of them copies images out of the table.
     made = remote.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here)
-    queue = made.remote(ray.put(manifest), list(tasks), rows, together, pool.silent_seconds)
+    queue = made.remote(ray.put(manifest), list(tasks), label.rows_per_block, spread.shards_per_task, label.silent_seconds)
     ray.get(queue.watch.remote())
-    left = {part for part, _, _ in tasks}
-    while left:
-        for report in _tickets(plan, queue, pool, min(_TICKETS, 2 * len(tasks) + 8 * pool.most), labeller):
-            yield report
-            left.discard(report["part"])
-            if not left:
+    count, over = min(_TICKETS, 2 * len(tasks) + 8 * spread.most), False
+    while not over:
+        for _ in _tickets(plan, queue, spread, count, labeller):
+            # From the queue, because what a ticket brings back may be lost with its worker.
+            reports, over = ray.get(queue.news.remote())
+            yield from reports
+            if over:
                 break
     # A job that ends early leaves its actors to finish their shards. The queue goes with the last actor that asks it.
     ray.get(queue.end.remote())
 
 
-def _tickets(plan: Plan, queue: Any, pool: Pool, count: int, labeller: type[Labeller]) -> Iterator[dict[str, Any]]:
+def _tickets(plan: Plan, queue: Any, spread: Layout, count: int, labeller: type[Labeller]) -> Iterator[Any]:
+    """Something each time that tickets have come back."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -329,9 +301,8 @@ def _tickets(plan: Plan, queue: Any, pool: Pool, count: int, labeller: type[Labe
         batch_size=1,
         batch_format="pyarrow",
         # Two tickets each, so that tickets wait: that is when Ray Data starts another actor.
-        compute=ActorPoolStrategy(min_size=1, initial_size=pool.least, max_size=pool.most, max_tasks_in_flight_per_actor=2),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
+        compute=ActorPoolStrategy(min_size=1, initial_size=spread.actors, max_size=spread.most, max_tasks_in_flight_per_actor=2),
+        num_cpus=spread.cpus_per_actor,
+        num_gpus=spread.gpus_per_actor,
     )
-    for batch in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()  # type: ignore[union-attr]
+    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)

@@ -7,7 +7,6 @@ the job: the reason is written into the `error` column of its rows and into erro
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,7 +41,7 @@ from i3cl.labelling.identity import (
 from i3cl.labelling.layout import Layout, plan_of_cluster
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
-from i3cl.labelling.pool import Pool, labelled
+from i3cl.labelling.pool import labelled
 from i3cl.labelling.results import Found, check_frame, read_member, result_row
 from i3cl.members.member import OURS, granularity_of
 from i3cl.runtime.pace import Every
@@ -134,9 +133,23 @@ def predict(
     sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
     numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
     made_from = made_from_of(dataset, own_images, added | sources_of(detectors, hashes))
-    copies = {groups.index(names): part for part, names in known.items() if names in groups}
+    copies = {groups.index(names): number for number, names in known.items() if names in groups}
     upright = exif == "upright"
-    job = _Job(dataset, manifest, numbered, settings, ledger, title, given, sizes, upright, made_from, identity["groups"], copies)
+    job = _Job(
+        dataset,
+        manifest,
+        numbered,
+        settings,
+        ledger,
+        title,
+        given,
+        sizes,
+        upright,
+        made_from,
+        identity["groups"],
+        earlier,
+        copies,
+    )
     job.run()
     return out
 
@@ -214,16 +227,18 @@ class _Job:
         upright: bool = False,
         made_from: Mapping[str, Any] | None = None,
         all_groups: Sequence[Sequence[str]] | None = None,
-        copies: Mapping[int, tuple[str, int]] | None = None,
+        earlier: str | None = None,
+        copies: Mapping[int, int] | None = None,
     ) -> None:
         """The groups to predict with, by their numbers in the job.
 
         sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
         made_from: for done.json; files and hashes of members and image list.
         all_groups: names of the members of every group of the job; None: it has no others.
-        copies: number of a group -> folder and number of the group of an earlier job that has predicted the same.
+        earlier: folder of an earlier job.
+        copies: number of a group -> number of the group of the earlier job that has predicted the same.
         """
-        self.copies = copies or {}
+        self.earlier, self.copies = earlier, copies or {}
         self.made_from = made_from or {}
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, dict(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
@@ -239,10 +254,9 @@ class _Job:
         """Label what is missing and finish the job."""
         finished = self.ledger.finished()
         missing = [part for part in self.parts if part not in finished]
-        if missing and self.copies:
-            self._from_earlier(missing)
-            finished = self.ledger.finished()
-            missing = [part for part in missing if part not in finished]
+        if missing and self.earlier is not None:
+            taken = self._from_earlier(self.earlier, set(missing))
+            missing = [part for part in missing if part not in taken]
         if missing:
             self._from_files(missing)
             missing = [part for part in missing if self.parts[part][0] in self.detectors]
@@ -271,23 +285,25 @@ class _Job:
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
 
-    def _from_earlier(self, missing: Sequence[str]) -> None:
-        """Take the missing parts that an earlier job has from it."""
-        for group, (folder, number) in self.copies.items():
-            there = Ledger(folder).finished()
-            wanted = [(part, part_name(number, shard)) for part, (own, shard) in self.parts.items() if own == group]
-            pairs = [(part, source) for part, source in wanted if part in missing and source in there]
+    def _from_earlier(self, folder: str, missing: set[str]) -> set[str]:
+        """Take the missing parts that an earlier job has from it; returns their names."""
+        there, taken = Ledger(folder).finished(), set[str]()
+        for group, number in self.copies.items():
+            names = [(part_name(group, shard), part_name(number, shard)) for shard in self.shards]
+            pairs = [(part, source) for part, source in names if part in missing and source in there]
             with ThreadPoolExecutor(_COPIED) as pool:
-                deque(pool.map(lambda pair, folder=folder: self._copy(storage.join(folder, pair[1]), pair[0]), pairs), maxlen=0)
+                taken |= set(pool.map(lambda pair: self._copy(storage.join(folder, pair[1]), pair[0]), pairs))
             if pairs:
                 self._say(f"what {', '.join(self.all_groups[group])} found is taken from {folder}")
+        return taken
 
-    def _copy(self, source: str, part: str) -> None:
+    def _copy(self, source: str, part: str) -> str:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(source)), schema=PREDICTION_SCHEMA)
         rows = table.select(["image_id", "file_name", "error"]).to_pylist()
         # One reason for each image, as an actor gives it.
         failures = {row["image_id"]: Failure(row["image_id"], row["file_name"], row["error"]) for row in rows if row["error"]}
         self.ledger.write(part, table, list(failures.values()))
+        return part
 
     def _from_files(self, missing: Sequence[str]) -> None:
         """Write the missing parts of members whose results come from files."""
@@ -373,9 +389,7 @@ class _Job:
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
         show, save = Every(5), Every(_COST_EVERY)
         tasks = [(part, *self.parts[part]) for part in missing]
-        pool = Pool(spread.actors, spread.most, spread.cpus_per_actor, spread.gpus_per_actor, self.label.silent_seconds)
-        rows = self.label.rows_per_block
-        for report in labelled(self.plan(spread), self.manifest, tasks, rows, spread.shards_per_task, pool):
+        for report in labelled(self.plan(spread), self.manifest, tasks, self.label, spread):
             meter.add(report)
             observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
             self._check_share(meter.errors, meter.done + meter.worked, meter.total)
@@ -404,15 +418,10 @@ class _Job:
             self.upright,
         )
 
-    def _blocks(self, missing: list[str], spread: Layout) -> list[Any]:
-        tasks = [(part, *self.parts[part]) for part in missing]
-        return list(self.manifest.blocks(tasks, self.spans, spread.shards_per_task))
-
     def _check_limits(self, meter: Meter) -> None:
         """UserError when this run and those before it have used up what the settings allow."""
-        used = self.cost.total(meter)
         for key, limit in (("money", self.label.max_money), ("gpu_hours", self.label.max_gpu_hours)):
-            if limit is not None and used[key] >= limit:
+            if limit is not None and self.cost.total(meter)[key] >= limit:
                 raise UserError(
                     f"label.max_{key}: {limit:g} is used up, {meter.done + meter.worked} of {meter.total} images are labelled; "
                     "what is done stays: raise it and give the same command again"

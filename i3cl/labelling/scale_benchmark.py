@@ -25,13 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from i3cl import storage
-from i3cl.config import SourceSettings
+from i3cl.config import LabelSettings, SourceSettings
 from i3cl.data.formats.records import INSTANCE_TYPE, Dataset, ImageRecord
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
-from i3cl.labelling import pool
+from i3cl.labelling.layout import Layout
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import make_manifest
+from i3cl.labelling.pool import labelled
 
 _ROWS = 8
 """Images of a shard."""
@@ -129,10 +130,11 @@ def _job(scene: Scene, out: str) -> tuple[list[dict[str, Any]], float]:
     manifest = make_manifest(Dataset("set", "/i", [ImageRecord(k, f"{k}.jpg", 5, 5) for k in range(scene.images)]))
     tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(_ROWS)))]
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    sizes = pool.Pool(min(gpus, scene.most), scene.most, 0.5, 1.0, scene.silent)
+    spread = Layout(min(gpus, scene.most), scene.most, 1, 1, 0.5, 1.0, 4)
+    label = LabelSettings(rows_per_block=_ROWS, silent_seconds=scene.silent)
     told: Any = _Told(out, scene.slow, scene.asleep)
     stand_in: Any = Sleeper
-    reports = list(pool.labelled(told, manifest, tasks, _ROWS, 4, sizes, stand_in))
+    reports = list(labelled(told, manifest, tasks, label, spread, stand_in))
     parts = sorted(row["part"] for row in reports if row["part"])
     if parts != [part for part, _, _ in tasks] or Ledger(out).finished() != set(parts):
         raise RuntimeError(f"{out}: not every shard is there and reported exactly once")

@@ -72,6 +72,14 @@ def test_an_error_leaves_nothing_and_the_next_one_tries_again(temporary):
     assert shared_table("key", lambda: pa.table({"a": [1]}))["a"].to_pylist() == [1]
 
 
+def test_a_damaged_copy_is_made_again(temporary):
+    shared_table("key", lambda: pa.table({"a": [1]}))
+    [copy] = copies(temporary)
+    for content in (b"", copy.read_bytes()[:40]):
+        copy.write_bytes(content)
+        assert shared_table("key", lambda: pa.table({"a": [2]}))["a"].to_pylist() == [2]
+
+
 def test_workers_see_what_the_driver_has_read(temporary, tmp_path):
     write_coco(str(tmp_path / "set.json"), records(5))
     source = SourceSettings(annotations="set.json", images="images", lossweight=0.5)

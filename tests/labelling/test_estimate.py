@@ -56,6 +56,12 @@ def test_results_from_files_take_nothing(images, tmp_path):
         estimate(images, {"craft": member}, Settings(), str(tmp_path / "out"))
 
 
+def test_nothing_to_measure(tiny_checkpoints, tmp_path):
+    with pytest.raises(UserError, match="set: has no images"):
+        estimate(Dataset("set", str(tmp_path), []), tiny_checkpoints, Settings(), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_forecast_and_what_it_took():
     there = {"seconds": 3600 * 9.2, "gpu_hours": 73.5, "actor_hours": 73.5}
     cost = {"seconds": 3600 * 9.5, "gpu_hours": 75.25, "actor_hours": 75.25}

@@ -65,7 +65,7 @@ def plan(images: Path, out: Path, checkpoints: dict[str, str], **changes) -> Pla
 def blocks(data: Dataset, rows: int, together: int = 2, groups: int = 1):
     manifest = make_manifest(data)
     tasks = [(part_name(g, k), g, k) for g in range(groups) for k in range(len(manifest.spans(rows)))]
-    return list(manifest.blocks(tasks, manifest.spans(rows), together))
+    return [manifest.block(tasks[k : k + together], manifest.spans(rows)) for k in range(0, len(tasks), together)]
 
 
 def rows_of(out: Path) -> dict[int, dict[tuple[str, str], dict]]:
@@ -454,8 +454,7 @@ def test_a_given_test_size_belongs_to_the_job_and_reaches_the_actors(tiny_checkp
         labelled.append(job.plan(layout(job.label, len(missing), 0, 1, 1)))
         said.append(job.sizes)
         labeller = Labeller(labelled[-1])
-        for table in job._blocks(missing, layout(job.label, len(missing), 0, 1, 1)):
-            labeller(table)
+        labeller(job.manifest.block([(part, *job.parts[part]) for part in missing], job.spans))
         assert {str(p.predictor.size) for p in labeller.members.values()} == {"64/96"}
 
     monkeypatch.setattr(_Job, "_label", label)

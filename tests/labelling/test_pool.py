@@ -36,6 +36,12 @@ def parts(block):
     return block["part"].to_pylist()
 
 
+def done(shards, actor, finished):
+    """Report these parts as finished; those of them that nobody had finished before."""
+    shards.report(actor, [{"part": part} for part in finished])
+    return [row["part"] for row in shards.news()[0]]
+
+
 def test_every_shard_is_handed_out_once_and_the_last_ones_one_by_one(clock):
     shards = queue(40)
     taken = {"a": [], "b": []}
@@ -47,7 +53,7 @@ def test_every_shard_is_handed_out_once_and_the_last_ones_one_by_one(clock):
         for actor, block in blocks.items():
             if block is False:
                 continue
-            assert shards.done(actor, parts(block)) == parts(block)
+            assert done(shards, actor, parts(block)) == parts(block)
             taken[actor].append(parts(block))
     every = [part for blocks in taken.values() for block in blocks for part in block]
     assert sorted(every) == [part_name(0, k) for k in range(40)]
@@ -77,7 +83,7 @@ def test_an_actor_stays_with_the_members_that_it_holds(clock):
         for actor in holds:
             block = shards.take(actor, holds[actor])
             seen[actor] += block["group"].to_pylist()
-            shards.done(actor, parts(block))
+            done(shards, actor, parts(block))
     assert seen == {"a": [0] * 6, "b": [1] * 6}
 
 
@@ -95,13 +101,13 @@ def test_a_late_shard_is_labelled_by_an_idle_actor_too(clock):
     for _ in range(5):
         block = shards.take("fast", 0)
         clock(1)
-        shards.done("fast", parts(block))
+        done(shards, "fast", parts(block))
     late = parts(shards.take("fast", 0))
     assert late == held, "five times as long as the others"
     assert shards.take("third", 0) is False, "two are enough"
     clock(0.5)
-    assert shards.done("fast", late) == late
-    assert shards.done("slow", held) == [], "it has been counted"
+    assert done(shards, "fast", late) == late
+    assert done(shards, "slow", held) == [], "it has been counted"
     assert shards.take("slow", 0) is True
 
 
@@ -113,7 +119,7 @@ def test_a_slow_actor_takes_fewer_shards_at_a_time(clock):
             block = shards.take(actor, 0)
             sizes[actor].append(len(block))
             clock(seconds * len(block))
-            shards.done(actor, parts(block))
+            done(shards, actor, parts(block))
     assert sizes["fast"] == [4] * 12 and sizes["slow"] == [4, 1, 1, 1, 1, 1]
 
 
@@ -122,7 +128,7 @@ def test_a_shard_that_takes_as_long_as_others_is_left_alone(clock):
     for actor in "ab":
         block = shards.take(actor, 0)
         clock(10)
-        shards.done(actor, parts(block))
+        done(shards, actor, parts(block))
     shards.take("a", 0)
     clock(15)
     assert shards.take("b", 0) is False
@@ -136,7 +142,7 @@ def test_a_silent_actor_loses_its_shards(clock):
     for _ in range(3):
         block = shards.take("works", 0)
         clock(2)
-        shards.done("works", parts(block))
+        done(shards, "works", parts(block))
     clock(30)
     assert shards.silent() == [], "more than ten times the median, but not a minute"
     block = parts(shards.take("works", 0))
@@ -144,36 +150,55 @@ def test_a_silent_actor_loses_its_shards(clock):
     assert shards.silent() == ["hangs"] and shards.silent() == [], "the other one has taken 25 s, not a minute"
     assert parts(shards.take("third", 0)) == held
     # It comes back all the same: the shard is done, and nobody gets it again.
-    assert shards.done("hangs", held) == held
-    shards.done("works", block)
+    assert done(shards, "hangs", held) == held
+    done(shards, "works", block)
     assert parts(shards.take("works", 0)) != held
 
 
-def test_a_shard_given_back_but_finished_after_all_is_not_handed_out(clock):
+def test_nobody_is_late_or_silent_before_it_is_known_how_long_a_shard_takes(clock):
+    """Else the first shards of a slow ensemble would kill their actors again and again."""
     shards = queue(2, together=1, silent=1)
+    for actor in "ab":
+        shards.take(actor, 0)
+    clock(100_000)
+    assert shards.silent() == [] and shards.take("c", 0) is False
+
+
+def test_a_shard_given_back_but_finished_after_all_is_not_handed_out(clock):
+    shards = queue(3, together=1, silent=1)
     held = parts(shards.take("a", 0))
+    block = shards.take("b", 0)
+    clock(1)
+    done(shards, "b", parts(block))
     clock(700)
     assert shards.silent() == ["a"]
-    assert shards.done("a", held) == held
-    assert parts(shards.take("b", 0)) == [part_name(0, 1)]
-    shards.done("b", [part_name(0, 1)])
+    assert done(shards, "a", held) == held
+    assert parts(shards.take("b", 0)) == [part_name(0, 2)]
+    done(shards, "b", [part_name(0, 2)])
     assert shards.take("a", 0) is True
 
 
-def played(name, folder):
-    out = folder / "scale.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "i3cl.cli", "benchmark", "scale", "--only", name, "--out", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
-    [row] = map(json.loads, out.read_text().splitlines())
-    assert "error" not in row and row["passed"], row
-    assert row["free"] == row["gpus"], "no actor stays behind"
-    return row
+def test_an_actor_that_hangs_is_killed_although_another_has_finished_its_shard(clock):
+    shards = queue(4, together=1, silent=60)
+    held = parts(shards.take("hangs", 0))
+    for _ in range(3):
+        block = shards.take("works", 0)
+        clock(1)
+        done(shards, "works", parts(block))
+    assert done(shards, "works", parts(shards.take("works", 0))) == held
+    clock(61)
+    assert shards.silent() == ["hangs"]
+
+
+def test_what_an_actor_finished_before_it_died_is_reported_and_ends_the_job(clock):
+    """Its own answer is lost with it; a driver that counted those would wait for ever."""
+    shards = queue(1)
+    shards.report("dies", [{"part": part, "images": 2} for part in parts(shards.take("dies", 0))])
+    assert shards.take("dies", 0) is True, "Ray starts it again"
+    shards.report("dies", [{"part": None, "images": 0}])
+    reports, over = shards.news()
+    assert [row["images"] for row in reports] == [2, 0] and over
+    assert shards.news() == ([], True)
 
 
 def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
@@ -184,13 +209,25 @@ def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
     for _ in range(2):
         block = shards.take("fast", 0, "handle of fast")
         clock(1)
-        shards.done("fast", parts(block))
+        done(shards, "fast", parts(block))
     clock(5)
     assert parts(shards.take("fast", 0, "handle of fast")) == held
-    shards.done("fast", held)
+    done(shards, "fast", held)
     assert shards.take("idle", 0, "handle of idle") is True
     shards.end()
     assert killed == [("handle of slow", False)]
+
+
+def played(name, folder):
+    out = folder / "scale.json"
+    command = [sys.executable, "-m", "i3cl.cli", "benchmark", "scale", "--only", name, "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print(run.stdout)
+    [row] = map(json.loads, out.read_text().splitlines())
+    assert "error" not in row and row["passed"], row
+    assert row["free"] == row["gpus"], "no actor stays behind"
+    return row
 
 
 @pytest.mark.slow

@@ -34,9 +34,9 @@ def test_images_checkpoint_and_parts_on_s3(bucket, tiny_checkpoints):
     plan = Plan(out, f"{bucket}/images", {0: {"a": MemberSettings(weights=f"{bucket}/a")}}, (ViewSettings(),), 2, 1, 1, 1, 3)
     tasks = [(part_name(0, k), 0, k) for k in range(2)]
     # A shard that was done before the worker ended is not done again.
-    Labeller(plan)(next(manifest.blocks(tasks[:1], manifest.spans(2), 1)))
+    Labeller(plan)(manifest.block(tasks[:1], manifest.spans(2)))
     assert ledger.finished() == {part_name(0, 0)}
-    reports = Labeller(plan)(next(manifest.blocks(tasks, manifest.spans(2), 2))).to_pylist()
+    reports = Labeller(plan)(manifest.block(tasks, manifest.spans(2))).to_pylist()
     assert [(r["images"], r["errors"]) for r in reports] == [(2, 1), (1, 0)]
     ledger.finish({"images": 3}, ledger.failures())
     rows = {row["image_id"]: row["error"] for rows in read_predictions(out) for row in rows}

@@ -40,10 +40,16 @@ def shared_table(key: str, make: Callable[[], pa.Table]) -> pa.Table:
     with open(folder / f"{name}.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _sweep(folder, path)
-        if not path.exists():
-            _write(make(), path)
-        os.utime(path)
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        # A machine that went down may have left a copy without its content.
+        with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+            os.utime(path)
+            return _mapped(path)
+        _write(make(), path)
+        return _mapped(path)
+
+
+def _mapped(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _write(table: pa.Table, path: Path) -> None:
