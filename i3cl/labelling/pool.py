@@ -305,4 +305,5 @@ def _tickets(plan: Plan, queue: Any, spread: Layout, count: int, labeller: type[
         num_cpus=spread.cpus_per_actor,
         num_gpus=spread.gpus_per_actor,
     )
-    yield from pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    # Not iter_batches: when the loop ends early, its threads would still ask Ray after ray.shutdown, which ends the process.
+    yield from pipeline.iter_internal_ref_bundles()

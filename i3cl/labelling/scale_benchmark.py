@@ -31,7 +31,7 @@ from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
 from i3cl.labelling.layout import Layout
 from i3cl.labelling.ledger import Ledger, part_name
-from i3cl.labelling.manifest import make_manifest
+from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.labelling.pool import labelled
 
 _ROWS = 8
@@ -87,7 +87,7 @@ SCENES = {
 
 
 @dataclass(frozen=True)
-class _Told:
+class Told:
     """What a stand-in is told in place of a plan."""
 
     out: str
@@ -100,7 +100,7 @@ class Sleeper:
 
     group = 0
 
-    def __init__(self, told: _Told) -> None:
+    def __init__(self, told: Told) -> None:
         self.told, self.ledger, self.ready = told, Ledger(told.out), time.time()
         self.odd = told.slow > 1 or told.asleep
         if self.odd:
@@ -123,16 +123,21 @@ class Sleeper:
         return pa.table(counts | {"errors": [0] * len(rows)} | times)
 
 
+def listed(images: int) -> Manifest:
+    """So many images that are not there."""
+    return make_manifest(Dataset("set", "/i", [ImageRecord(k, f"{k}.jpg", 5, 5) for k in range(images)]))
+
+
 def _job(scene: Scene, out: str) -> tuple[list[dict[str, Any]], float]:
     """Label a scene's images; the actors' reports, and the seconds from the moment the first actor was ready."""
     import ray
 
-    manifest = make_manifest(Dataset("set", "/i", [ImageRecord(k, f"{k}.jpg", 5, 5) for k in range(scene.images)]))
+    manifest = listed(scene.images)
     tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(_ROWS)))]
     gpus = int(ray.cluster_resources().get("GPU", 0))
     spread = Layout(min(gpus, scene.most), scene.most, 1, 1, 0.5, 1.0, 4)
     label = LabelSettings(rows_per_block=_ROWS, silent_seconds=scene.silent)
-    told: Any = _Told(out, scene.slow, scene.asleep)
+    told: Any = Told(out, scene.slow, scene.asleep)
     stand_in: Any = Sleeper
     reports = list(labelled(told, manifest, tasks, label, spread, stand_in))
     parts = sorted(row["part"] for row in reports if row["part"])

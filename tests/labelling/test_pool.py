@@ -218,6 +218,32 @@ def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
     assert killed == [("handle of slow", False)]
 
 
+ENDS = """
+import sys
+import ray
+from i3cl.config import LabelSettings
+from i3cl.labelling.layout import Layout
+from i3cl.labelling.ledger import part_name
+from i3cl.labelling.pool import labelled
+from i3cl.labelling.scale_benchmark import Sleeper, Told, listed
+from i3cl.runtime.cluster import connect
+
+connect()
+tasks = [(part_name(0, k), 0, k) for k in range(3)]
+told, label = Told(sys.argv[1], 1.0, False), LabelSettings(rows_per_block=4)
+found = list(labelled(told, listed(12), tasks, label, Layout(1, 1, 1, 1, 1.0, 0.0, 1), Sleeper))
+ray.shutdown()
+print("images", sum(row["images"] for row in found))
+"""
+
+
+def test_a_process_goes_on_when_ray_ends_right_after_a_job(tmp_path):
+    """Threads of Ray Data that asked Ray after its end ended the whole process with status 1."""
+    (tmp_path / "out").mkdir()
+    run = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "images 12" in run.stdout, run.stderr[-2000:]
+
+
 def played(name, folder):
     out = folder / "scale.json"
     command = [sys.executable, "-m", "i3cl.cli", "benchmark", "scale", "--only", name, "--out", str(out)]
