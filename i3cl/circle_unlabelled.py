@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -115,9 +115,9 @@ def _student(settings: Settings, folder: str, labels: PseudoLabels, before: Trai
 def _apart(images: Dataset) -> tuple[Dataset, Dataset]:
     """The images to learn from, and those to check: drawn by chance but always the same, and not learned from."""
     count = min(_CHECKED, len(images) // 4)
-    chosen = set(np.random.default_rng(len(images)).permutation(len(images))[:count].tolist())
-    kept, drawn = ([r for k, r in enumerate(images.records) if (k in chosen) == wanted] for wanted in (False, True))
-    return replace(images, records=kept), Dataset(f"{count} images of {images.name}", images.images_root, drawn)
+    order = np.random.default_rng(len(images)).permutation(len(images))
+    kept, drawn = np.sort(order[count:]), np.sort(order[:count])
+    return images.subset(kept, images.name), images.subset(drawn, f"{count} images of {images.name}")
 
 
 def _measured(settings: Settings, run: str, student: TrainResult) -> dict[str, Any]:

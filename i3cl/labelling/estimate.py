@@ -83,8 +83,7 @@ def estimate(
     if not len(dataset):
         raise UserError(f"{dataset.name}: has no images")
     count = min(_MEASURED, len(dataset))
-    chosen = [dataset.records[int(k)] for k in np.linspace(0, len(dataset) - 1, count)]
-    sample = replace(dataset, records=chosen, annotations="")
+    sample = replace(dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.int64), dataset.name), annotations="")
     work = storage.join(out, "_estimate")
     storage.remove_tree(work)
     try:

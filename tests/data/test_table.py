@@ -12,6 +12,7 @@ import shapely
 from i3cl.config import SourceSettings
 from i3cl.data.formats.coco import read_coco, write_coco
 from i3cl.data.formats.records import (
+    Dataset,
     ImageRecord,
     Instance,
     TableRecords,
@@ -195,3 +196,16 @@ def test_training_order_is_that_of_the_json(tmp_path):
     assert json.rows(order).to_pylist() == table.rows(order).to_pylist()
     instances = itertools.chain.from_iterable(r.instances for r in read_source(sources[1], ".", check_files=False).records)
     assert {i.lossweight for i in instances} == {0.25}
+
+
+def test_a_subset_of_a_table_stays_a_table(tmp_path):
+    """Records of ten million images, one by one, would fill the memory of the driver."""
+    records = [ImageRecord(k, f"{k}.jpg", 40, 60) for k in range(1, 8)]
+    write_parquet(str(tmp_path / "set.parquet"), records, "/i")
+    table = read_coco(str(tmp_path / "set.parquet"), "/i", check_files=False)
+    listed = Dataset("set", "/i", tuple(records))
+    for whole in (table, listed):
+        part = whole.subset(np.array([1, 3, 6]), "three")
+        assert [record.id for record in part.records] == [2, 4, 7] and part.name == "three"
+        assert isinstance(part.records, type(whole.records))
+        assert len(whole.subset(np.zeros(0, np.int64), "none")) == 0

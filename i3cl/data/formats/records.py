@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -90,6 +90,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def subset(self, positions: NDArray[np.int64], name: str) -> Dataset:
+        """The images at (N,) int64 positions as a data set of their own; those of a table stay a table."""
+        if isinstance(self.records, TableRecords):
+            return replace(self, name=name, records=TableRecords(self.records.take(positions)))
+        return replace(self, name=name, records=tuple(self.records[k] for k in positions.tolist()))
 
     def path(self, record: ImageRecord) -> str:
         """Path or URL of a record's image."""
