@@ -21,8 +21,8 @@ from i3cl.errors import UserError
 from i3cl.evaluation.formats.table import check_image_sizes
 from i3cl.geometry import overlaps, polygon_box, short_side
 from i3cl.labelling.calibration import active_members
+from i3cl.labelling.fused import FusedImage, fused_images
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, Ring
-from i3cl.labelling.pseudo import FusedImage, fused_images
 
 Kind = Literal["missing", "unsupported", "loose"]
 

@@ -16,6 +16,7 @@ from i3cl.data.formats.records import Dataset
 from i3cl.data.loading.ingest import read_source
 from i3cl.errors import UserError
 from i3cl.inference.recipe import Given
+from i3cl.labelling.fused import FusedStore
 from i3cl.labelling.member_scores import MemberScores, scores_by_agreement, write_member_scores
 from i3cl.labelling.predict import predict
 from i3cl.labelling.pseudo import make_pseudo_labels, pseudo_path, spread_parts
@@ -67,10 +68,17 @@ def unlabelled_root(settings: Settings) -> str:
     return storage.absolute(storage.join(settings.data_root, source.images)) if source else ""
 
 
-def select_labels(predictions: str, settings: LabelSettings, folder: str, images_root: str, name: str = "pseudo") -> PseudoLabels:
+def select_labels(
+    predictions: str,
+    settings: LabelSettings,
+    folder: str,
+    images_root: str,
+    name: str = "pseudo",
+    store: FusedStore | None = None,
+) -> PseudoLabels:
     """Pseudo labels of stored predictions as <folder>/<name>.json or, as label.select.format says, Parquet in <folder>/<name>."""
     path = pseudo_path(folder, predictions, settings, name)
-    return PseudoLabels(path, images_root, make_pseudo_labels(predictions, settings, path, images_root))
+    return PseudoLabels(path, images_root, make_pseudo_labels(predictions, settings, path, images_root, store))
 
 
 def learn_agreement(predictions: str, settings: LabelSettings) -> MemberScores:

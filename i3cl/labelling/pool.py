@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -82,6 +83,7 @@ class ShardQueue:
         """Actor -> seconds that it took for its last shard."""
         self._handles: dict[str, Any] = {}
         self._news: list[Report] = []
+        self._ended = False
         self._spans = self.manifest.spans(self.rows)
         self._lock = threading.Lock()
 
@@ -97,11 +99,11 @@ class ShardQueue:
             The table; False: there is nothing now, ask again; True: all shards are labelled.
         """
         with self._lock:
-            self._handles[actor] = handle
             # Whoever asks again has lost what it had: it was restarted.
             self._give_back(actor)
-            if not self._left:
+            if not self._left or self._ended:
                 return True
+            self._handles[actor] = handle
             chosen = self._next(actor, group) or self._late(actor)
             if not chosen:
                 return False
@@ -139,9 +141,11 @@ class ShardQueue:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def end(self) -> None:
-        """Kill the actors that still work on shards which others have finished. The others end with their tickets."""
+        """Hand out nothing more and kill all actors: Ray Data ends idle ones only when nobody has a handle of them."""
         with self._lock:
-            left = [self._handles[actor] for actor in self._leases]
+            self._ended = True
+            self._leases.clear()
+            left, self._handles = list(self._handles.values()), {}
         for handle in left:
             _kill(handle, restart=False)
 
@@ -150,7 +154,9 @@ class ShardQueue:
             time.sleep(_WATCH_EVERY)
             for actor in self.silent():
                 observe.note(f"actor {actor[:8]} was silent for too long and starts again", stage="labelling")
-                _kill(self._handles[actor], restart=True)
+                handle = self._handles.get(actor)
+                if handle is not None:
+                    _kill(handle, restart=True)
 
     def _next(self, actor: str, group: int) -> list[Task]:
         tasks = self._todo.get(group) or max(self._todo.values(), key=len)
@@ -251,8 +257,10 @@ def labelled(
     label: LabelSettings,
     spread: Layout,
     labeller: type[Labeller] = Labeller,
-) -> Iterator[Report]:
+) -> Generator[Report]:
     """Run the actors until all tasks are done; yields their reports as they come.
+
+    Close the generator when you leave it early: then the actors end, and lose the shards that they have not finished.
 
     Args:
         plan: What the actors need to know.
@@ -273,18 +281,20 @@ def labelled(
     queue = made.remote(ray.put(manifest), list(tasks), label.rows_per_block, spread.shards_per_task, label.silent_seconds)
     ray.get(queue.watch.remote())
     count, over = min(_TICKETS, 2 * len(tasks) + 8 * spread.most), False
-    while not over:
-        for _ in _tickets(plan, queue, spread, count, labeller):
-            # From the queue, because what a ticket brings back may be lost with its worker.
-            reports, over = ray.get(queue.news.remote())
-            yield from reports
-            if over:
-                break
-    # A job that ends early leaves its actors to finish their shards. The queue goes with the last actor that asks it.
-    ray.get(queue.end.remote())
+    try:
+        while not over:
+            with closing(_tickets(plan, queue, spread, count, labeller)) as tickets:
+                for _ in tickets:
+                    # From the queue, because what a ticket brings back may be lost with its worker.
+                    reports, over = ray.get(queue.news.remote())
+                    yield from reports
+                    if over:
+                        break
+    finally:
+        ray.get(queue.end.remote())
 
 
-def _tickets(plan: Plan, queue: Any, spread: Layout, count: int, labeller: type[Labeller]) -> Iterator[Any]:
+def _tickets(plan: Plan, queue: Any, spread: Layout, count: int, labeller: type[Labeller]) -> Generator[Any]:
     """Something each time that tickets have come back."""
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext

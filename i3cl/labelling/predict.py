@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -389,15 +390,16 @@ class _Job:
     def _drain(self, missing: list[str], spread: Layout, meter: Meter) -> None:
         show, save = Every(5), Every(_COST_EVERY)
         tasks = [(part, *self.parts[part]) for part in missing]
-        for report in labelled(self.plan(spread), self.manifest, tasks, self.label, spread):
-            meter.add(report)
-            observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
-            self._check_share(meter.errors, meter.done + meter.worked, meter.total)
-            self._check_limits(meter)
-            if show():
-                self._say(meter.line(), **meter.numbers())
-            if save():
-                self.cost.write(meter)
+        with closing(labelled(self.plan(spread), self.manifest, tasks, self.label, spread)) as reports:
+            for report in reports:
+                meter.add(report)
+                observe.labelling(self.title, report["images"], report["errors"], meter.numbers())
+                self._check_share(meter.errors, meter.done + meter.worked, meter.total)
+                self._check_limits(meter)
+                if show():
+                    self._say(meter.line(), **meter.numbers())
+                if save():
+                    self.cost.write(meter)
 
     def plan(self, spread: Layout) -> Plan:
         """What the actors need to know."""

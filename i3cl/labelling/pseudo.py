@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from i3cl import claims, observe, storage
 from i3cl.config import LabelSettings, Settings
 from i3cl.data.formats.coco import write_coco
-from i3cl.data.formats.parts import note_command, parts_of, unfinished
-from i3cl.data.formats.predictions import polygons_of, read_batches, read_predictions
+from i3cl.data.formats.parts import note_command, parts_of
+from i3cl.data.formats.predictions import read_batches
 from i3cl.data.formats.records import (
     ImageRecord,
     Instance,
@@ -31,15 +31,12 @@ from i3cl.data.formats.records import (
 from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, read_calibration
-from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
+from i3cl.labelling.fused import FusedStore, fused_images, record_of_predictions
 from i3cl.labelling.ledger import part_name, shard_of
 from i3cl.labelling.manifest import shard_spans
-from i3cl.labelling.member_scores import read_member_scores
 from i3cl.labelling.select import SelectionSummary, select
 from i3cl.runtime.parts import fan_out
 
-_TOGETHER = 64
-"""Images fused in one call."""
 _BUNDLE = 2048
 """Images of one Ray task and one shard, at least."""
 _IN_PROCESS = 4096
@@ -48,74 +45,13 @@ _ONE_JSON = 20_000
 """From this many images on the format 'auto' means Parquet."""
 
 
-@dataclass(frozen=True)
-class FusedImage:
-    """The fused instances of one image."""
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    fused: FusedInstances
-    members: tuple[MemberPrediction, ...] = ()
-    """What was fused."""
-
-
-def fused_images(predictions: str | Sequence[str], settings: LabelSettings) -> Iterator[FusedImage]:
-    """Every readable image of a predictions folder, or of parts that hold all rows of their images, with its members fused."""
-    # A member that cannot take an image, or has no results for it, is not asked there: it neither supports nor contradicts.
-    every = ([row for row in rows if row["error"] is None] for rows in read_predictions(predictions))
-    readable = (rows for rows in every if rows)
-    meaning = None if settings.fusion.member_scores is None else read_member_scores(settings.fusion.member_scores)
-    for group in _batched(readable, _TOGETHER):
-        members = [members_of(rows) for rows in group]
-        if meaning is not None:
-            weights = settings.fusion.member_weights
-            members = [
-                tuple(
-                    # Of a member that is left out nothing was learned, perhaps.
-                    replace(m, scores=meaning(m.member, m.scores)) if weights.get(m.member, 1.0) > 0 else m
-                    for m in parts
-                )
-                for parts in members
-            ]
-        for rows, parts, fused in zip(group, members, fuse_images(members, settings.fusion)):
-            first = rows[0]
-            yield FusedImage(first["image_id"], first["file_name"], first["height"], first["width"], fused, parts)
-
-
-def members_of(rows: Sequence[Mapping[str, Any]]) -> tuple[MemberPrediction, ...]:
-    """The input of fusion, from the rows of one readable image as `read_predictions` gives them."""
-    return tuple(
-        MemberPrediction(
-            row["member"],
-            polygons_of(row),
-            np.asarray(row["scores"]),
-            view=row["view"] or "default",
-            lines=row.get("granularity") == "line",
-        )
-        for row in rows
-    )
-
-
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def label_parts(
-    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None = None
+    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None = None, store: FusedStore | None = None
 ) -> tuple[list[ImageRecord], SelectionSummary]:
     """Pseudo labels of the images in some parts, ordered by image id, and the counts."""
     summary = SelectionSummary()
     records: list[ImageRecord] = []
-    for item in fused_images(parts, settings):
+    for item in fused_images(parts, settings) if store is None else store.images(settings, parts):
         chosen = select(item.fused, settings.select, calibration)
         summary.update(chosen)
         if settings.select.drop_empty and not np.any(~chosen.ignore):
@@ -285,7 +221,9 @@ def pseudo_path(run: str, predictions: str, settings: LabelSettings, name: str =
     return storage.join(run, f"{name}.json" if form == "json" else name)
 
 
-def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, images_root: str = "") -> dict[str, Any]:
+def make_pseudo_labels(
+    predictions: str, settings: LabelSettings, out: str, images_root: str = "", store: FusedStore | None = None
+) -> dict[str, Any]:
     """Write the pseudo labels of stored predictions to `out` and return their counts (`SelectionSummary.summary`).
 
     Args:
@@ -294,6 +232,7 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, imag
         out: A name that ends in .json becomes one COCO json, whole or not at all. Any other becomes a folder of Parquet shards,
             complete once `_done.json` is in it; the same call continues one that was stopped.
         images_root: Put before the file names in the column `path` of the shards.
+        store: Of these predictions, for callers that select from them more than once.
 
     Raises:
         UserError: The predictions cannot be read or are not finished, or the calibration was learned from other members.
@@ -303,24 +242,26 @@ def make_pseudo_labels(predictions: str, settings: LabelSettings, out: str, imag
     if settings.select.calibration is not None:
         calibration = read_calibration(settings.select.calibration)
         calibration.check(found.members, settings.fusion, settings.select.calibration)
-    made_from = _made_from(predictions, settings, calibration)
+    made_from = _made_from(store.predictions if store else record_of_predictions(predictions), settings, calibration)
     if out.endswith(".json"):
-        counts = _one_json(found, settings, calibration, out)
+        counts = _one_json(found, settings, calibration, store, out)
         record = made_from | {"labels": claims.content_hash(out)}
         storage.write_text_atomic(record_of(out), json.dumps(record, indent=1) + "\n")
     else:
-        counts = _shards(found, settings, calibration, out, images_root, made_from)
+        counts = _shards(found, settings, calibration, store, out, images_root, made_from)
     observe.pseudo_labels(out, counts["instances"], counts["ignored"])
     return counts
 
 
-def _one_json(found: Bundles, settings: LabelSettings, calibration: Calibration | None, out: str) -> dict[str, Any]:
+def _one_json(
+    found: Bundles, settings: LabelSettings, calibration: Calibration | None, store: FusedStore | None, out: str
+) -> dict[str, Any]:
     summary = SelectionSummary()
     records: list[ImageRecord] = []
     if found.images <= _IN_PROCESS:
-        records, summary = label_parts([part for group in found.groups for part in group], settings, calibration)
+        records, summary = label_parts([part for group in found.groups for part in group], settings, calibration, store)
     else:
-        calls = [(group, settings, calibration) for group in found.groups]
+        calls = [(group, settings, calibration, store) for group in found.groups]
         for _, (table, counts) in fan_out("select", _labelled_table, calls, in_process=0, unit="bundle"):
             records += from_table(table)
             summary.merge(counts)
@@ -330,9 +271,9 @@ def _one_json(found: Bundles, settings: LabelSettings, calibration: Calibration 
 
 
 def _labelled_table(
-    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None
+    parts: Sequence[str], settings: LabelSettings, calibration: Calibration | None, store: FusedStore | None
 ) -> tuple[pa.Table, dict[str, float]]:
-    records, summary = label_parts(parts, settings, calibration)
+    records, summary = label_parts(parts, settings, calibration, store)
     return record_table(records, ""), summary.summary()
 
 
@@ -342,16 +283,10 @@ def record_of(labels: str) -> str:
     return storage.join(labels, "_settings.json") if stem == labels else f"{stem}.made_from.json"
 
 
-def _made_from(predictions: str, settings: LabelSettings, calibration: Calibration | None) -> dict[str, Any]:
+def _made_from(predictions: Mapping[str, Any], settings: LabelSettings, calibration: Calibration | None) -> dict[str, Any]:
     """What pseudo labels depend on. Equal records mean equal labels."""
-    lacks = None if storage.is_file(predictions) else unfinished(predictions)
     return {
-        "predictions": {
-            "folder": storage.absolute(predictions),
-            "sha256": claims.content_hash(predictions),
-            "job": claims.read(storage.join(predictions, "job.json")),
-            "missing_parts": lacks.missing if lacks else 0,
-        },
+        "predictions": dict(predictions),
         "fusion": settings.fusion.model_dump(mode="json"),
         "select": settings.select.model_dump(mode="json"),
         "member_scores": claims.read(settings.fusion.member_scores) if settings.fusion.member_scores else None,
@@ -378,6 +313,7 @@ def _shards(
     found: Bundles,
     settings: LabelSettings,
     calibration: Calibration | None,
+    store: FusedStore | None,
     out: str,
     images_root: str,
     made_from: dict[str, Any],
@@ -395,7 +331,7 @@ def _shards(
         if {f"_part-{number:05d}.json", f"part-{number:05d}.parquet"} <= present:
             summary.merge(json.loads(storage.read_text(storage.join(out, f"_part-{number:05d}.json"))))
         else:
-            waiting.append((group, settings, calibration, out, number, images_root))
+            waiting.append((group, settings, calibration, store, out, number, images_root))
     if "_done.json" not in present:
         note_command(out)
     in_process = len(waiting) if found.images <= _IN_PROCESS else 0
@@ -410,11 +346,12 @@ def _write_shard(
     parts: Sequence[str],
     settings: LabelSettings,
     calibration: Calibration | None,
+    store: FusedStore | None,
     out: str,
     number: int,
     images_root: str,
 ) -> dict[str, float]:
-    records, summary = label_parts(parts, settings, calibration)
+    records, summary = label_parts(parts, settings, calibration, store)
     write_parquet(storage.join(out, f"part-{number:05d}.parquet"), records, images_root)
     counts = summary.summary()
     # Written after the shard, because it says that the shard is done.

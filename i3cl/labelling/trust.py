@@ -31,8 +31,8 @@ from i3cl.labelling.calibration import (
     fit_calibration,
     reliability,
 )
+from i3cl.labelling.fused import FusedImage, fused_images
 from i3cl.labelling.fusion import FusedInstances, fuse_images
-from i3cl.labelling.pseudo import FusedImage, fused_images
 
 _SIDES = (0.0, 6.0, 10.0, 16.0, 24.0, 40.0, np.inf)
 """Pixels; limits of the rows of the size table."""

@@ -26,9 +26,10 @@ from i3cl.evaluation.metrics.metric import Counts, DetectionMetric
 from i3cl.evaluation.metrics.model_score import image_of_record
 from i3cl.evaluation.metrics.protocols import iou_rules
 from i3cl.labelling.calibration import read_calibration
+from i3cl.labelling.fused import FusedStore, members_of
 from i3cl.labelling.fusion import FusedInstances, MemberPrediction, fuse_images
 from i3cl.labelling.label import select_labels, unlabelled_root
-from i3cl.labelling.pseudo import members_of, with_pseudo_labels
+from i3cl.labelling.pseudo import with_pseudo_labels
 from i3cl.labelling.select import select
 from i3cl.search.space import named
 from i3cl.training.launch import IDENTITY, fit
@@ -119,7 +120,9 @@ def student_folder(run: str, values: Mapping[str, Any], copy: int) -> str:
     return storage.join(run, "students", named(values, copy))
 
 
-def train_student(values: Mapping[str, Any], settings: Settings, folder: str, callbacks: Sequence[Any]) -> None:
+def train_student(
+    values: Mapping[str, Any], settings: Settings, folder: str, callbacks: Sequence[Any], store: FusedStore
+) -> None:
     """Train one student in `folder`, or continue it.
 
     It learns from the labelled sources and from pseudo labels that the trial's settings make of the stored predictions.
@@ -129,13 +132,14 @@ def train_student(values: Mapping[str, Any], settings: Settings, folder: str, ca
         settings: With absolute paths and the search part as data.validation.
         folder: For the pseudo labels and the run `student`.
         callbacks: Of Ray Train.
+        store: Of search.unlabelled, shared by the trials.
 
     Raises:
         UserError: No prediction passed the thresholds, training cannot go on, or `folder` was begun with other labels.
     """
     assert settings.search.unlabelled is not None
     chosen = with_overrides(settings, dict(values), "search.space")
-    labels = select_labels(settings.search.unlabelled, chosen.label, folder, unlabelled_root(chosen)).checked()
+    labels = select_labels(settings.search.unlabelled, chosen.label, folder, unlabelled_root(chosen), store=store).checked()
     sources = with_pseudo_labels(chosen, labels.path, labels.images_root)
     student = with_overrides(chosen, {"data.train": sources, "storage": folder, "name": "student"}, "search")
     claim_run(storage.join(folder, "student"), student, IDENTITY)

@@ -22,6 +22,7 @@ from i3cl.data.tools.splits import split_of
 from i3cl.errors import UserError
 from i3cl.evaluation.metrics.metric import Counts
 from i3cl.inference.recipe import AS_TRAINED
+from i3cl.labelling.fused import FusedStore
 from i3cl.labelling.scoring import score_checkpoints
 from i3cl.runtime.cluster import connect
 from i3cl.runtime.resources import cluster_cores, cluster_gpus, use_gpu
@@ -225,7 +226,7 @@ def _tune(settings: Settings, space: Space, log: TrialLog, run: str, search_part
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     given = settings.search
-    job = trials.Job(settings, run, search_part)
+    job = trials.Job(settings, run, search_part, _store(settings, run) if given.objective == "student" else None)
     gpus = 0.0
     scheduler: Any = FIFOScheduler()
     if given.objective == "select":
@@ -355,7 +356,7 @@ def _students(
         folder = student_folder(run, values, copy)
         if not storage.is_complete(storage.join(folder, "student", "best")):
             observe.say(f"{settings.name}: training the student of the {name} settings to its end")
-            train_student(values, trials.for_student(settings, search_part), folder, ())
+            train_student(values, trials.for_student(settings, search_part), folder, (), _store(settings, run))
         thresholds[name] = student_metrics(folder)["threshold"]
         checkpoints[name] = storage.join(folder, "student", "best")
     out = storage.join(run, "held_out")
@@ -364,6 +365,12 @@ def _students(
         student_counts(name, predictions, parts.held_out.records, settings, thresholds[name]) for name in ("best", "default")
     )
     return first, second
+
+
+def _store(settings: Settings, run: str) -> FusedStore:
+    """Where the students of a sweep find what the first of them has fused."""
+    assert settings.search.unlabelled is not None
+    return FusedStore.of(settings.search.unlabelled, storage.join(run, "fused"))
 
 
 def _write_best(path: str, settings: Settings, values: Mapping[str, Any], config: str | None) -> None:

@@ -12,6 +12,7 @@ from ray import tune
 
 from i3cl import observe
 from i3cl.config import Settings, with_overrides
+from i3cl.labelling.fused import FusedStore
 from i3cl.runtime.pace import Pace, Sparing
 from i3cl.search.space import COPY, SHARE
 from i3cl.search.trial_log import Trial, TrialLog
@@ -26,6 +27,8 @@ class Job:
     run: str
     search_part: str
     """COCO json of the images on which trials are measured."""
+    store: FusedStore | None
+    """Of search.unlabelled, when students are searched."""
 
 
 def values_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -71,10 +74,10 @@ def student_trial(config: dict[str, Any], job: Job) -> None:
 
     from i3cl.search.objectives import student_folder, train_student
 
+    assert job.store is not None
     values = values_of(config)
-    train_student(
-        values, for_student(job.settings, job.search_part), student_folder(job.run, values, config[COPY]), [TuneReportCallback()]
-    )
+    folder = student_folder(job.run, values, config[COPY])
+    train_student(values, for_student(job.settings, job.search_part), folder, [TuneReportCallback()], job.store)
 
 
 def for_student(settings: Settings, search_part: str) -> Settings:

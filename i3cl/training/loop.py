@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -79,6 +78,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
     from ray.exceptions import RayActorError
+    from ray.train import CheckpointUploadMode
     from ray.train.torch import get_device, prepare_model
 
     settings = Settings.model_validate(config["settings"])
@@ -120,18 +120,33 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     observe.note(f"rank {rank} of {workers} on {device}: from step {trainer.step}", **where, rank=rank, step=trainer.step)
     trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs=exchange_options())
 
+    uploading: Path | None = None
+
     def report(metrics: dict[str, Any], step: int) -> None:
+        nonlocal uploading
         if rank:
             ray.train.report(metrics)
             return
         started = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
         trainer.save(folder)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:07d}")
-        shutil.rmtree(folder, ignore_errors=True)
+        # Training goes on while a checkpoint travels to S3. Not while the one before is still on its way, or the disk would fill;
+        # and not when a machine is about to be taken away.
+        waits = (uploading is not None and uploading.exists()) or ray.train.get_preemption_info() is not None
+        mode = CheckpointUploadMode.ASYNC if storage.is_remote(config["run"]) and not waits else CheckpointUploadMode.SYNC
+        uploading = folder
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step_{step:07d}",
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=True,
+        )
         seconds = time.perf_counter() - started
         observe.checkpoint(config["run"], seconds)
-        observe.note(f"checkpoint of step {step} in {seconds:.1f} s", **where, rank=rank, step=step, seconds=seconds)
+        observe.note(
+            f"checkpoint of step {step} held up training {seconds:.1f} s", **where, rank=rank, step=step, seconds=seconds
+        )
 
     try:
         trainer.run(report, lambda: ray.train.get_preemption_info() is not None)

@@ -12,9 +12,9 @@ from i3cl.data.formats.parts import ACCEPT
 from i3cl.data.formats.predictions import member_predictions, read_batches, read_predictions
 from i3cl.data.formats.table import write_parquet
 from i3cl.errors import UserError
+from i3cl.labelling.fused import fused_images
 from i3cl.labelling.label import select_labels
 from i3cl.labelling.predict import predict
-from i3cl.labelling.pseudo import fused_images
 
 SELECT = {"low": 0.0, "ignore": 0.0, "high": 0.9, "min_side": 0, "drop_empty": False}
 LABEL = LabelSettings.model_validate({"select": SELECT, "fusion": {"min_score": 0.0}})

@@ -10,6 +10,7 @@ from i3cl.config import EvaluateSettings, FusionSettings, LabelSettings
 from i3cl.data.formats.predictions import prediction_table
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
+from i3cl.labelling.fused import fused_images
 from i3cl.labelling.member_scores import (
     off_by,
     read_member_scores,
@@ -17,7 +18,6 @@ from i3cl.labelling.member_scores import (
     scores_by_truth,
     write_member_scores,
 )
-from i3cl.labelling.pseudo import fused_images
 
 IMAGES = 60
 PER_IMAGE = 10

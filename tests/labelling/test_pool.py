@@ -201,7 +201,7 @@ def test_what_an_actor_finished_before_it_died_is_reported_and_ends_the_job(cloc
     assert shards.news() == ([], True)
 
 
-def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
+def test_at_the_end_all_are_killed_and_nothing_more_is_handed_out(clock, monkeypatch):
     killed = []
     monkeypatch.setattr(pool, "_kill", lambda handle, restart: killed.append((handle, restart)))
     shards = queue(3, together=1)
@@ -215,11 +215,13 @@ def test_at_the_end_only_those_are_killed_who_still_work(clock, monkeypatch):
     done(shards, "fast", held)
     assert shards.take("idle", 0, "handle of idle") is True
     shards.end()
-    assert killed == [("handle of slow", False)]
+    assert killed == [("handle of slow", False), ("handle of fast", False)]
+    assert shards.take("restarted", 0, "handle of restarted") is True and not shards._handles
 
 
 ENDS = """
-import sys
+import sys, time
+from contextlib import closing
 import ray
 from i3cl.config import LabelSettings
 from i3cl.labelling.layout import Layout
@@ -229,19 +231,35 @@ from i3cl.labelling.scale_benchmark import Sleeper, Told, listed
 from i3cl.runtime.cluster import connect
 
 connect()
-tasks = [(part_name(0, k), 0, k) for k in range(3)]
-told, label = Told(sys.argv[1], 1.0, False), LabelSettings(rows_per_block=4)
-found = list(labelled(told, listed(12), tasks, label, Layout(1, 1, 1, 1, 1.0, 0.0, 1), Sleeper))
+cores = ray.cluster_resources()["CPU"]
+tasks = [(part_name(0, k), 0, k) for k in range(6)]
+told, label = Told(sys.argv[1], 0.3, False), LabelSettings(rows_per_block=4)
+spread = Layout(2, 2, 1, 1, cores / 2, 0.0, 1)
+
+def free():
+    end = time.time() + 20
+    while (now := ray.available_resources().get("CPU", 0)) < cores and time.time() < end:
+        time.sleep(0.2)
+    return now == cores
+
+for _ in range(2):
+    found = list(labelled(told, listed(24), tasks, label, spread, Sleeper))
+    print("images", sum(row["images"] for row in found), "free", free())
+with closing(labelled(told, listed(24), tasks, label, spread, Sleeper)) as reports:
+    next(reports)
+print("left early", "free", free())
+list(labelled(told, listed(24), tasks, label, spread, Sleeper))
 ray.shutdown()
-print("images", sum(row["images"] for row in found))
+print("ended")
 """
 
 
-def test_a_process_goes_on_when_ray_ends_right_after_a_job(tmp_path):
-    """Threads of Ray Data that asked Ray after its end ended the whole process with status 1."""
+def test_a_job_leaves_no_actor_and_no_thread(tmp_path):
+    """Otherwise a training after it waits for ever for cores, and threads that ask Ray after its end end the process."""
     (tmp_path / "out").mkdir()
-    run = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and "images 12" in run.stdout, run.stderr[-2000:]
+    run = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path / "out")], capture_output=True, text=True, timeout=200)
+    said = ["images 24 free True"] * 2 + ["left early free True", "ended"]
+    assert run.returncode == 0 and run.stdout.splitlines()[-4:] == said, run.stdout + run.stderr[-2000:]
 
 
 def played(name, folder):

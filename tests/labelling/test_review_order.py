@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from i3cl.data.tools.splits import image_hash
+from i3cl.labelling.fused import FusedImage
 from i3cl.labelling.fusion import FusedInstances
-from i3cl.labelling.pseudo import FusedImage
 from i3cl.labelling.trust import dispute, diverse_order, spread
 
 

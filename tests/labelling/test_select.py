@@ -11,6 +11,7 @@ from i3cl.data.formats.coco import read_coco
 from i3cl.data.formats.predictions import prediction_table
 from i3cl.errors import UserError
 from i3cl.labelling.calibration import Calibration, write_calibration
+from i3cl.labelling.fused import FusedStore
 from i3cl.labelling.fusion import FusedInstances
 from i3cl.labelling.pseudo import bundles, make_pseudo_labels, pseudo_path
 from i3cl.labelling.select import SelectionSummary, select
@@ -278,6 +279,37 @@ def test_shards_of_an_earlier_version_stay_as_they_are(tmp_path):
     before = (out / "part-00000.parquet").stat().st_mtime_ns
     assert make_pseudo_labels(found, LABEL, str(out)) == counts
     assert (out / "part-00000.parquet").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["pseudo.json", "pseudo"])
+def test_other_thresholds_never_open_the_predictions_again(tmp_path, name):
+    """A sweep of students over 400,000 images would otherwise read and fuse all predictions in each of its trials."""
+    import json
+
+    folder = tmp_path / "predictions"
+    found = predictions(folder, 4)
+    # With job.json the names of the parts say which images they hold.
+    job = {"images": {"count": 12, "sha256": "x"}, "label.rows_per_block": 3, "groups": [["a", "b"]], "members": {}}
+    for part in sorted(folder.glob("part-*.parquet")):
+        part.rename(folder / f"part-00-0{part.stem.removeprefix('part-')}.parquet")
+    for file, content in (("job.json", job), ("done.json", {})):
+        (folder / file).write_text(json.dumps(content))
+    higher = LABEL.model_copy(update={"select": SelectSettings(high=0.8, low=0.6, ignore=0.2)})
+    wanted = make_pseudo_labels(found, higher, str(tmp_path / "without" / name))
+    store = FusedStore.of(found, str(tmp_path / "fused"))
+    first = make_pseudo_labels(found, LABEL, str(tmp_path / "first" / name), store=store)
+    assert first["instances"] != wanted["instances"]
+    for part in folder.glob("*.parquet"):
+        part.write_bytes(b"")
+    assert make_pseudo_labels(found, higher, str(tmp_path / "with" / name), store=store) == wanted
+    one, other = (read_coco(str(tmp_path / each / name), "", check_files=False).records for each in ("without", "with"))
+    assert [[(i.polygon.tolist(), i.score, i.votes, i.outlineweight) for i in r.instances] for r in one] == [
+        [(i.polygon.tolist(), i.score, i.votes, i.outlineweight) for i in r.instances] for r in other
+    ]
+    # Other fusion settings are another set of instances.
+    with pytest.raises(UserError, match="cannot be read as predictions"):
+        fusion = higher.fusion.model_copy(update={"iou": 0.7})
+        make_pseudo_labels(found, higher.model_copy(update={"fusion": fusion}), str(tmp_path / "other" / name), store=store)
 
 
 def test_bundles_keep_every_part_once_and_images_whole(tmp_path):

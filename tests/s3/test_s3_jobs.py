@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -84,6 +85,33 @@ def test_training_through_a_bad_network_killed_and_continued(bucket, tiny_settin
     lines = storage.read_text(f"{bucket.url}/runs/tiny/metrics.jsonl").splitlines()
     assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == list(range(1, STEPS + 1))
     assert any(name.startswith("events") for name in storage.list_dir(f"{bucket.url}/runs/tiny/tensorboard"))
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_a_checkpoint_is_uploaded(bucket, tiny_settings, tiny_set, tmp_path, monkeypatch):
+    """S3 answers the first checkpoint only after it has the log of the second one."""
+    upload(tiny_set, f"{bucket.url}/data")
+    settings = on_s3(tiny_settings, bucket.url, **{"train.steps": STEPS, "train.checkpoint_every": FIRST, "cluster.threads": 1})
+    config, log = tmp_path / "tiny.yaml", tmp_path / "log"
+    config.write_text(to_yaml(settings))
+    plan, logs, went_on = bucket.proxy.plan, Counter(), threading.Event()
+    answers: list[bool] = []
+
+    def hold_first(asked, key):
+        if key.endswith("runs/tiny/metrics.jsonl") and asked == "PUT":
+            logs[key] += 1
+            if logs[key] == STEPS // FIRST:
+                went_on.set()
+        if f"step_{FIRST:07d}/" in key and asked == "PUT":
+            answers.append(went_on.wait(60))
+        return plan(asked, key)
+
+    monkeypatch.setattr(bucket.proxy, "plan", hold_first)
+    process = job("train", "--config", str(config), log=log)
+    assert process.wait(300) == 0, log.read_text()
+    assert answers and all(answers), f"training waited for the upload: {logs}"
+    with storage.local_copy(f"{bucket.url}/runs/tiny/best") as folder:
+        assert json.loads((folder / "metrics.json").read_text())["step"] in (FIRST, STEPS)
 
 
 @pytest.mark.slow
