@@ -121,6 +121,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer.parallel = prepare_model(trainer.model, parallel_strategy_kwargs=exchange_options())
 
     uploading: Path | None = None
+    warned = False
+
+    def leaving() -> bool:
+        nonlocal warned
+        warned = ray.train.get_preemption_info() is not None
+        return warned
 
     def report(metrics: dict[str, Any], step: int) -> None:
         nonlocal uploading
@@ -132,7 +138,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         trainer.save(folder)
         # Training goes on while a checkpoint travels to S3. Not while the one before is still on its way, or the disk would fill;
         # and not when a machine is about to be taken away.
-        waits = (uploading is not None and uploading.exists()) or ray.train.get_preemption_info() is not None
+        waits = warned or (uploading is not None and uploading.exists())
         mode = CheckpointUploadMode.ASYNC if storage.is_remote(config["run"]) and not waits else CheckpointUploadMode.SYNC
         uploading = folder
         ray.train.report(
@@ -149,7 +155,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         )
 
     try:
-        trainer.run(report, lambda: ray.train.get_preemption_info() is not None)
+        trainer.run(report, leaving)
     except MachineLeaves as notice:
         observe.note(str(notice), **where, level="WARNING", rank=rank, step=trainer.step)
         # Ray must have registered the checkpoint before the workers end. It does not count this error as a failure: it starts
