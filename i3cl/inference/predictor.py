@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +24,13 @@ from i3cl.inference.recipe import AS_TRAINED, Given, test_size, tiles
 from i3cl.inference.tiles import Found, Tile, join, tiles_of
 from i3cl.model.checkpoint import STATE, load_weights
 from i3cl.model.network import I3CL
+from i3cl.model.placement import to_device
 from i3cl.model.shipped import folder_of, not_a_checkpoint
 
 ImageArray = NDArray[np.uint8]
 """(H, W, 3) RGB."""
+_Output = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+"""Boxes (N, 4), scores (N,) and masks (N, S, S) of one image, in the CPU's memory."""
 _TILES = 4
 """Tiles that go through the network together, unless a call has more images than this."""
 
@@ -46,6 +51,7 @@ class Predictor:
         given: Given = AS_TRAINED,
         precision: Precision | None = None,
         upright: bool | None = None,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Wrap a network where it is.
 
@@ -55,12 +61,15 @@ class Predictor:
             given: What the user gives in place of the recipe's test size and tiles.
             precision: In place of the recipe's train.precision; None keeps that.
             upright: Whether image files are turned as their EXIF orientation says; None: as data.exif of the recipe.
+            turn: Held while the network works, for threads that share a device; preparing images and tracing outlines goes on
+                beside it.
         """
         self.network = network
         self.recipe = recipe
         self.size = test_size(recipe, given)
         self.tile = tiles(recipe, given)
         self.upright = recipe.data.upright if upright is None else upright
+        self.turn = turn or nullcontext()
         self.precision: Precision = precision or recipe.train.precision
         full_float32(self.precision)
 
@@ -72,11 +81,12 @@ class Predictor:
         given: Given = AS_TRAINED,
         precision: Precision | None = None,
         upright: bool | None = None,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> Predictor:
         """The predictor of a checkpoint directory; arguments and errors as `load` and the constructor."""
         network = load(checkpoint, device)
         assert network.recipe is not None
-        return cls(network, network.recipe, given, precision, upright)
+        return cls(network, network.recipe, given, precision, upright, turn)
 
     @property
     def device(self) -> torch.device:
@@ -116,22 +126,28 @@ class Predictor:
     @torch.inference_mode()
     def _whole(self, images: Sequence[ImageArray], view: ViewSettings) -> list[Detections]:
         """The images, or tiles, as they are, through the network together."""
-        device = self.device
         tensors, scales = [], []
         for image in images:
             sized = resize(image, self.size.scale(image.shape[0], image.shape[1], view.short_side))
             scales.append(np.array([sized.shape[1] / image.shape[1], sized.shape[0] / image.shape[0]], np.float32))
-            tensor = torch.from_numpy(np.ascontiguousarray(sized[:, ::-1] if view.flip else sized)).permute(2, 0, 1)
-            tensors.append(tensor.to(device).float())
-        was_training = self.network.training
-        self.network.eval()
-        with autocast(self.precision, device):
-            outputs = self.network(tensors)
-        self.network.train(was_training)
+            tensors.append(torch.from_numpy(np.ascontiguousarray(sized[:, ::-1] if view.flip else sized)).permute(2, 0, 1))
+        with self.turn:
+            outputs = self._through_network(tensors)
         return [
             _to_detections(output, image, scale, tensor.shape[2] if view.flip else None)
             for output, image, scale, tensor in zip(outputs, images, scales, tensors, strict=True)
         ]
+
+    def _through_network(self, tensors: Sequence[torch.Tensor]) -> list[_Output]:
+        """The output for each uint8 image (3, H, W), in the CPU's memory."""
+        device = self.device
+        was_training = self.network.training
+        self.network.eval()
+        with autocast(self.precision, device):
+            outputs = self.network([to_device(tensor, device).float() for tensor in tensors])
+        self.network.train(was_training)
+        boxes, scores, masks = ([output[key].float().cpu().numpy() for output in outputs] for key in ("boxes", "scores", "masks"))
+        return list(zip(boxes, scores, masks, strict=True))
 
     def detect(self, images: Sequence[str | ImageArray], score_threshold: float = 0.5, batch: int = 4) -> list[Detections]:
         """As the function `detect`."""
@@ -204,13 +220,10 @@ def _joined(image: ImageArray, parts: Sequence[tuple[Tile, Detections]]) -> Dete
     return Detections(*join(moved, height, width), height=height, width=width)
 
 
-def _to_detections(
-    output: dict[str, torch.Tensor], image: ImageArray, scale: NDArray[np.float32], mirrored_width: int | None
-) -> Detections:
+def _to_detections(output: _Output, image: ImageArray, scale: NDArray[np.float32], mirrored_width: int | None) -> Detections:
     """One image's output in the frame that the network saw, as polygons in original pixels."""
-    boxes = output["boxes"].float().cpu().numpy()
-    scores = output["scores"].float().cpu().numpy()
-    outlines = outlines_from_masks(output["masks"].float().cpu().numpy(), boxes)
+    boxes, scores, masks = output
+    outlines = outlines_from_masks(masks, boxes)
     kept = [i for i, outline in enumerate(outlines) if outline is not None]
     polygons = []
     for i in kept:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,8 @@ Decoded = NDArray[np.uint8] | str
 """(H, W, 3) RGB, or the reason why there are no pixels."""
 Views = dict[tuple[str, str], Detections | str]
 """(member, view) -> what was found in one image, or the reason why this member cannot take it."""
+Answer = tuple[list[Decoded], list[Views]]
+"""The images of a batch, and what was found in those that could be read."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Plan:
     """What takes the place of the checkpoints' own test size and tiles."""
     upright: bool = False
     """Turn images as their EXIF orientation says."""
+    together: int = 1
+    """Batches that are worked on at the same time: while the network has one, another is prepared or its outlines are traced."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,23 @@ def view_name(view: ViewSettings) -> str:
     return scale + ("-flip" if view.flip else "")
 
 
+class Turn:
+    """The right to use the device. One thread has it at a time; `seconds` counts for how long somebody had it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._lock = threading.Lock()
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+        self._lock.release()
+
+
 class Labeller:
     """Called with tables of ``Manifest.block``. It writes the parts itself and returns only counts."""
 
@@ -101,11 +124,12 @@ class Labeller:
         self.plan = plan
         self.ledger = Ledger(plan.out)
         self.pool = ThreadPoolExecutor(plan.decode_threads, "decode")
+        self.workers = ThreadPoolExecutor(plan.together, "label")
         self.writer = ThreadPoolExecutor(1, "write")
+        self.turn = Turn()
         self.group = -1
         self.members: dict[str, Member] = {}
         self.granularity: dict[str, Granularity] = {}
-        self.busy = 0.0
         self._use(min(plan.groups))
         self.ready = time.time()
 
@@ -116,14 +140,14 @@ class Labeller:
         """
         shards = [Shard(row) for row in block.to_pylist()]
         todo = [shard for shard in shards if not self.ledger.is_finished(shard.part)]
-        busy = self.busy
+        busy = self.turn.seconds
         for group in sorted({shard.group for shard in todo}):
             self._use(group)
             suspects: list[tuple[Shard, Attempt]] = []
             writes = []
             fresh = self._begin([shard for shard in todo if shard.group == group], suspects)
-            for shard, entries, images in self._ahead(fresh):
-                self._label(shard, entries, [image.result() for image in images])
+            for shard, entries, answer in self._in_work(self._ahead(fresh)):
+                self._add(shard, entries, *answer.result())
                 if not shard.left:
                     writes.append(self.writer.submit(self._write, shard))
             for write in writes:
@@ -137,7 +161,7 @@ class Labeller:
             if shard not in todo:
                 shard.failures = list(self.ledger.part_failures(shard.part))
         labelled, errors = sum(len(shard.entries) for shard in todo), sum(len(shard.failures) for shard in todo)
-        seconds = self.busy - busy
+        seconds = self.turn.seconds - busy
         text = f"{self.plan.title}: {labelled} images, {errors} errors, the network worked {seconds:.1f} s"
         observe.note(text, stage=self.plan.title, images=labelled, errors=errors, busy_seconds=seconds)
         return pa.table(
@@ -147,7 +171,7 @@ class Labeller:
                 "errors": [len(shard.failures) for shard in shards],
                 "ready": [self.ready] * count,
                 "ended": [time.time()] * count,
-                "busy": [(self.busy - busy) / count] * count,
+                "busy": [seconds / count] * count,
             }
         )
 
@@ -155,7 +179,7 @@ class Labeller:
         """Load the members of this group and drop all others."""
         if group != self.group:
             self.members = {}
-            place = Place(self.plan.device, self.plan.threads, self.plan.given)
+            place = Place(self.plan.device, self.plan.threads, self.plan.given, self.turn)
             for name, member in self.plan.groups[group].items():
                 key = f"label.members.{name}"
                 try:
@@ -190,6 +214,22 @@ class Labeller:
         while queue:
             yield queue.popleft()
 
+    def _in_work(
+        self, batches: Iterable[tuple[Shard, list[Entry], list[Future[Decoded]]]]
+    ) -> Iterator[tuple[Shard, list[Entry], Future[Answer]]]:
+        """The batches in their order, each with what comes of it, while `together` of them are in work."""
+        queue: deque[tuple[Shard, list[Entry], Future[Answer]]] = deque()
+        for shard, entries, images in batches:
+            queue.append((shard, entries, self.workers.submit(self._answer, images)))
+            if len(queue) >= self.plan.together:
+                yield queue.popleft()
+        while queue:
+            yield queue.popleft()
+
+    def _answer(self, decoding: Sequence[Future[Decoded]]) -> Answer:
+        images = [image.result() for image in decoding]
+        return images, self._detect([image for image in images if not isinstance(image, str)])
+
     def _read(self, entry: Entry) -> Decoded:
         try:
             return decode_image(storage.join(self.plan.images_root, entry.file_name), upright=self.plan.upright)
@@ -198,10 +238,12 @@ class Labeller:
         except MemoryError:
             return f"{entry.file_name}: does not fit into memory"
 
-    def _label(self, shard: Shard, entries: list[Entry], images: list[Decoded]) -> None:
-        """Label a batch and add its rows to its shard."""
-        readable = [image for image in images if not isinstance(image, str)]
-        found = iter(self._detect(readable))
+    def _add(self, shard: Shard, entries: list[Entry], images: list[Decoded], views: list[Views]) -> None:
+        """Add the rows of a batch to its shard.
+
+        images: of all entries; views: of those that could be read.
+        """
+        found = iter(views)
         for entry, image in zip(entries, images, strict=True):
             if isinstance(image, str):
                 self._fail(shard, entry, image)
@@ -226,7 +268,8 @@ class Labeller:
                 shard.left -= 1
                 continue
             self.ledger.hold(shard.part, attempt, entry.image_id)
-            self._label(shard, [entry], [self._read(entry)])
+            image = self._read(entry)
+            self._add(shard, [entry], [image], self._detect([] if isinstance(image, str) else [image]))
 
     def _detect(self, images: list[NDArray[np.uint8]]) -> list[Views]:
         """What every member finds in every view of each image."""
@@ -249,9 +292,9 @@ class Labeller:
         member = self.members[name]
         # What code of others may raise is not known.
         caught = (RuntimeError, ValueError, MemoryError) if self._is_ours(name) else Exception
-        started = time.perf_counter()
         try:
-            return list(checked(member(images, view), images))
+            with nullcontext() if member.takes_turns else self.turn:
+                return list(checked(member(images, view), images))
         except caught as error:
             # After an error of the device itself this process can do nothing more.
             if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
@@ -259,8 +302,6 @@ class Labeller:
             # Text alone: the error holds the whole failed pass in memory.
             reason = f"the network cannot take it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             full = isinstance(error, torch.OutOfMemoryError)
-        finally:
-            self.busy += time.perf_counter() - started
         if full:
             torch.cuda.empty_cache()
         if len(images) > 1:

@@ -418,6 +418,8 @@ class _Job:
             "cuda" if spread.gpus_per_actor else "cpu",
             self.given,
             self.upright,
+            # A CPU has nothing to do beside the network.
+            2 if spread.gpus_per_actor else 1,
         )
 
     def _check_limits(self, meter: Meter) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -45,6 +46,8 @@ class Place:
     """CPU threads that it may use."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Test size and tiles that the user gives for every member that has them (`i3cl.inference.recipe.Given`)."""
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    """Held by a member that `takes_turns` while its network works."""
 
 
 class Member(ABC):
@@ -54,6 +57,9 @@ class Member(ABC):
     """What one polygon encloses: a word, or a whole line, as PP-OCR finds it."""
     takes_views: ClassVar[bool] = False
     """Whether it predicts in every one of label.views. Others see the image once, as it is."""
+    takes_turns: ClassVar[bool] = False
+    """Whether several threads may call it at the same time, because it holds `Place.turn` around its network. Others are called
+    by one thread at a time."""
     licence: ClassVar[str] = "not stated"
     """Of the code and the weights, for `i3cl members`."""
     about: ClassVar[str] = ""

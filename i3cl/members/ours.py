@@ -30,6 +30,7 @@ class OurMember(Member):
 
     granularity: ClassVar[Granularity] = "word"
     takes_views: ClassVar[bool] = True
+    takes_turns: ClassVar[bool] = True
     licence: ClassVar[str] = "code and the packaged weights Apache-2.0; your own checkpoints are yours"
     about: ClassVar[str] = "I3CL: words. weights: a checkpoint directory, or the name of a detector in the package"
 
@@ -45,7 +46,7 @@ class OurMember(Member):
         # Here, because it needs torch, and a fingerprint does not.
         from i3cl.inference.predictor import Predictor
 
-        return cls(Predictor.load(checkpoint, place.device, place.given))
+        return cls(Predictor.load(checkpoint, place.device, place.given, turn=place.turn))
 
     @staticmethod
     def _checkpoint(settings: MemberSettings) -> str:

@@ -7,6 +7,8 @@ import io
 import json
 import multiprocessing
 import os
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -167,6 +169,41 @@ def test_errors_count_only_with_their_part_and_work_files_go_at_the_end(tmp_path
 
 
 # ---------------------------------------------------------------------------------------------------------------- actor
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_network_works_while_outlines_are_traced(tmp_path, tiny_checkpoints, monkeypatch, together):
+    """On a GPU: its network would otherwise wait for the CPU after every batch. On a CPU there is nothing to gain."""
+    from i3cl.inference import predictor
+
+    names = write_images(tmp_path / "images", 4)
+    tasks = [(part_name(0, 0), 0, 0)]
+    manifest = make_manifest(dataset(tmp_path / "images", names))
+    out = tmp_path / "out"
+    labeller = Labeller(plan(tmp_path / "images", out, {"a": tiny_checkpoints["a"]}, views=VIEWS[:1], together=together))
+    ours, trace = labeller.members["a"].predictor, predictor._to_detections
+    passes, second, met, inside = [], threading.Event(), [], []
+
+    def network(tensors):
+        passes.append(len(tensors))
+        inside.append(labeller.turn._lock.locked())
+        if len(passes) == 2:
+            second.set()
+        return ours.network.forward(tensors)
+
+    def traced(*arguments):
+        met.append(second.wait(20 if together == 2 else 0.1))
+        return trace(*arguments)
+
+    monkeypatch.setattr(type(ours.network), "__call__", lambda self, tensors: network(tensors))
+    monkeypatch.setattr(predictor, "_to_detections", traced)
+    began = time.perf_counter()
+    labeller(manifest.block(tasks, manifest.spans(4)))
+    assert passes == [2, 2] and all(inside), "one batch at a time has the device"
+    assert met == ([True] * 4 if together == 2 else [False, False, True, True])
+    assert 0 < labeller.turn.seconds < time.perf_counter() - began
+    found = [row["file_name"] for rows in read_predictions(str(out)) for row in rows]
+    assert found == ["0.jpg", "3.jpg", "1.jpg", "2.jpg"], "by size, whichever is ready first"
 
 
 def test_the_actor_writes_every_image_member_and_view_once(tiny_checkpoints, tmp_path):
