@@ -16,6 +16,7 @@ from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.predictions import prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError
+from i3cl.inference.recipe import Given, test_size
 from i3cl.labelling.actor import view_name
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, joined
@@ -33,6 +34,25 @@ def view_names(label: LabelSettings) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
     return names
+
+
+def check_views(label: LabelSettings, recipes: Mapping[str, Settings], given: Given) -> None:
+    """UserError when two views show a member, of which `recipes` has the recipe, the same picture.
+
+    It would be paid twice, and outlines that are the same would count as outlines that agree.
+    """
+    for member, recipe in recipes.items():
+        size = test_size(recipe, given)
+        seen: dict[tuple[int, bool], str] = {}
+        for view in label.views:
+            # The short side of an image never exceeds the long one, so more than that has no effect.
+            key = (min(view.short_side or size.short_side, size.long_side), view.flip)
+            if key in seen:
+                raise UserError(
+                    f"label.views: {view_name(view)} shows {member} the same picture as {seen[key]}, because its test size is "
+                    f"{size}; leave the view out, or give data.test_long_side={view.short_side or size.short_side} or more"
+                )
+            seen[key] = view_name(view)
 
 
 def images_of_job(manifest: Manifest, dataset: Dataset) -> dict[str, Any]:

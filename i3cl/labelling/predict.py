@@ -27,6 +27,7 @@ from i3cl.labelling.actor import Plan, view_name
 from i3cl.labelling.cost import COST, ESTIMATE, CostFile, Meter, compared, line
 from i3cl.labelling.identity import (
     as_member,
+    check_views,
     claim_job,
     fingerprint,
     groups_of,
@@ -103,6 +104,7 @@ def predict(
     hashes = {name: fingerprint(name, member) for name, member in detectors.items()}
     recipes = {name: recipe_of(m.weights) for name, m in detectors.items() if m.use == OURS and m.weights is not None}
     given = given_size(settings) if given is None else given
+    check_views(label, recipes, given)
     exif = chosen_exif(recipes, settings)
     ledger = Ledger(out)
     there = ledger.job()

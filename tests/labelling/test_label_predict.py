@@ -449,6 +449,12 @@ def test_mistakes_are_told_before_anything_starts(tiny_checkpoints, tmp_path):
         call({})
     with pytest.raises(UserError, match="every view once"):
         call(tiny_checkpoints, views=[{}, {}])
+    with pytest.raises(
+        UserError, match=r"label\.views: s6000 shows a the same picture as s5000, .*data\.test_long_side=6000 or more"
+    ):
+        call(tiny_checkpoints, views=[{"short_side": 5000}, {"short_side": 6000}])
+    with pytest.raises(UserError, match=r"label\.views: s96 shows a the same picture as default"):
+        call(tiny_checkpoints, views=[{}, {"short_side": 96, "flip": True}, {"short_side": 96}])
     with pytest.raises(UserError, match="not a checkpoint directory"):
         call({"a": str(tmp_path / "nowhere")})
     assert not (tmp_path / "out").exists()
