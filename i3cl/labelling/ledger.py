@@ -151,6 +151,20 @@ class Ledger:
                 found |= {failure.image_id: failure for failure in failures}
         return [found[key] for key in sorted(found)]
 
+    def forget_failed(self, finished: Iterable[str]) -> list[str]:
+        """Remove those of the finished parts in which images could not be labelled; returns their names."""
+        names = {name.removesuffix(".json") for name in storage.list_dir(storage.join(self.out, _WORK, "errors"))}
+        parts = sorted(names.intersection(finished))
+
+        def forget(part: str) -> None:
+            # First the part: as long as it counts, its errors must.
+            for path in (storage.join(self.out, part), self._errors(part), self._tries(part)):
+                storage.remove_tree(path)
+
+        with ThreadPoolExecutor(_TOGETHER) as pool:
+            list(pool.map(forget, parts))
+        return parts
+
     def finish(self, summary: Mapping[str, Any], failures: Iterable[Failure]) -> None:
         """Write errors.csv, then done.json, which ends the job, and remove what only an unfinished job needs."""
         text = io.StringIO()
@@ -194,6 +208,9 @@ class Ledger:
         if failures:
             rows = [[f.image_id, f.file_name, f.reason] for f in failures]
             storage.write_text_atomic(self._errors(part), json.dumps(rows))
+        elif storage.is_file(self._errors(part)):
+            # Of an earlier try, whose images have been repaired since.
+            storage.remove_tree(self._errors(part))
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         storage.write_bytes_atomic(storage.join(self.out, part), buffer.getvalue())

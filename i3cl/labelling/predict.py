@@ -255,7 +255,7 @@ class _Job:
 
     def run(self) -> None:
         """Label what is missing and finish the job."""
-        finished = self.ledger.finished()
+        finished = self._less_failed(self.ledger.finished())
         missing = [part for part in self.parts if part not in finished]
         if missing and self.earlier is not None:
             taken = self._from_earlier(self.earlier, set(missing))
@@ -287,6 +287,17 @@ class _Job:
             else (f"{len(self.manifest) - len(failures)} images labelled, {len(failures)} with errors: {errors}")
         )
         self._say(text, images=len(self.manifest), errors=len(failures))
+
+    def _less_failed(self, finished: set[str]) -> set[str]:
+        """The finished parts, less those with errors when there are so many that the job has stopped: they may be repaired."""
+        finished &= self.parts.keys()
+        seen = sum(self.spans[shard][1] for shard in {self.parts[part][1] for part in finished})
+        failed = len(self.ledger.failures(finished)) if finished else 0
+        if failed <= self.label.max_error_share * seen:
+            return finished
+        forgotten = self.ledger.forget_failed(finished)
+        self._say(f"{failed} images that could not be labelled are tried again, and what is in the same shards", failed=failed)
+        return finished - set(forgotten)
 
     def _from_earlier(self, folder: str, missing: set[str]) -> set[str]:
         """Take the missing parts that an earlier job has from it; returns their names."""

@@ -230,3 +230,25 @@ def test_the_parts_of_a_job_are_bundled_by_their_names(photographs, tiny_checkpo
     assert (found.images, found.members) == (4, ["a", "b"])
     sizes, members = by_content({f"{k:06d}": [f"{out}/{part_name(0, k)}"] for k in range(3)})
     assert (list(sizes.values()), members) == ([2, 1, 1], {"a", "b"})
+
+
+def test_images_that_were_repaired_are_tried_again(photographs, tiny_checkpoints, tmp_path, ray_cluster, capfd):
+    """A wrong or missing folder stops a job with errors for good images; the same command has to work once it is there."""
+    images, out = photographs(1, 2, 3, 4, 5, 6), str(tmp_path / "out")
+    folder, away = tmp_path / "images", tmp_path / "away"
+    away.mkdir()
+    for number in (1, 4, 5, 6):
+        (folder / f"{number}.jpg").rename(away / f"{number}.jpg")
+    members = {"a": tiny_checkpoints["a"]}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"4 of 6 images cannot be labelled, .*repair them or raise label\.max_error_share"):
+            predict(images, members, SETTINGS, out, "t")
+    for number in (1, 4, 5):
+        (away / f"{number}.jpg").rename(folder / f"{number}.jpg")
+    with observe.console():
+        predict(images, members, SETTINGS, out, "t")
+    assert "t: 4 images that could not be labelled are tried again" in capfd.readouterr().out
+    assert json.loads((tmp_path / "out" / "done.json").read_text())["failed"] == 1
+    assert (tmp_path / "out" / "errors.csv").read_text().splitlines()[1].startswith("6,6.jpg,")
+    errors = {rows[0]["image_id"]: rows[0]["error"] for rows in read_predictions(out)}
+    assert sorted(errors) == [1, 2, 3, 4, 5, 6] and [k for k, reason in errors.items() if reason] == [6]
