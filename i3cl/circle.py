@@ -284,7 +284,7 @@ def verdict(gained: Gain | None, settings: Settings) -> str:
     lost = (
         "The pseudo labels made it worse."
         if gained.high < 0
-        else "This cannot be told from zero: the pseudo labels brought nothing."
+        else "This cannot be told from zero, so nothing shows that the pseudo labels help."
     )
     return f"{text} {lost} {_levers(settings)}"
 
@@ -293,6 +293,7 @@ def _levers(settings: Settings) -> str:
     """What most often helps and is not in use, the most likely first."""
     circle = settings.selftrain
     untried = [
+        (not circle.members, "let a detector that learned elsewhere label too (selftrain.members.scene=lite0-scene)"),
         (circle.pseudo_per_step is None, "put pseudo-labelled images on top of the labelled ones (selftrain.pseudo_per_step)"),
         (not settings.train.average_decay, "average the weights (train.average_decay)"),
         (not circle.pseudo_transform, "augment pseudo-labelled images strongly (selftrain.pseudo_transform)"),

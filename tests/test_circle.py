@@ -24,6 +24,7 @@ def test_a_gain_that_cannot_be_told_from_zero_names_levers(tiny_settings):
     assert "cannot be told from zero" in text and "selftrain.pseudo_per_step" in text and "train.average_decay" in text
     assert "made it worse" in verdict(Gain(-0.03, -0.05, -0.01), tiny_settings)
     every = {
+        "selftrain.members": {"scene": "lite0-scene"},
         "selftrain.calibrate": True,
         "selftrain.pseudo_per_step": 1,
         "selftrain.pseudo_transform": {"blur": 0.5},
