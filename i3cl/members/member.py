@@ -59,7 +59,7 @@ class Member(ABC):
     """Whether it predicts in every one of label.views. Others see the image once, as it is."""
     takes_turns: ClassVar[bool] = False
     """Whether several threads may call it at the same time, because it holds `Place.turn` around its network. Others are called
-    by one thread at a time."""
+    by one thread at a time, not always the one that called `load`."""
     licence: ClassVar[str] = "not stated"
     """Of the code and the weights, for `i3cl members`."""
     about: ClassVar[str] = ""
