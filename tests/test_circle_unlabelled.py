@@ -97,6 +97,9 @@ def test_mistakes(recipe):
     with pytest.raises(UserError, match="student is a teacher or the student"):
         with_overrides(recipe, {"selftrain.members": {"student": "x"}}, "test")
     assert load_settings("unlabelled").selftrain.members["ppocr"] == MemberSettings(use="ppocr")
+    assert list(load_settings("unlabelled").selftrain.members) == ["ours", "craft", "ppocr"]
+    other = load_settings("unlabelled", ["selftrain.members.craft=null", "selftrain.members.mine={use: doctr}"])
+    assert list(other.selftrain.members) == ["ours", "ppocr", "mine"]
 
 
 def answers(path, images, threshold=0.5):

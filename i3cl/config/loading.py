@@ -129,7 +129,9 @@ def _parse(key: str, value: str) -> Any:
             return quoted if isinstance(quoted, str) else value
         return value
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        # label.members.NAME=CHECKPOINT: a name such as 20240105 is text.
+        # label.members.NAME=CHECKPOINT: a name such as 20240105 is text. null takes a member out.
+        if value.strip() in ("null", "~"):
+            return None
         try:
             group = _from_yaml(value)
         except (yaml.YAMLError, ValueError):

@@ -580,10 +580,10 @@ class MemberSettings(_Settings):
 
 
 def _checkpoints(members: Any) -> Any:
-    """Members as given, with a checkpoint in the place of each text."""
+    """Members as given, with a checkpoint in the place of each text, and without those that are null."""
     if not isinstance(members, dict):
         return members
-    return {name: {"weights": each} if isinstance(each, str) else each for name, each in members.items()}
+    return {name: {"weights": each} if isinstance(each, str) else each for name, each in members.items() if each is not None}
 
 
 Members = Annotated[dict[str, MemberSettings], BeforeValidator(_checkpoints)]
@@ -593,7 +593,7 @@ class LabelSettings(_Settings):
     """Labelling with an ensemble."""
 
     members: Members = {}
-    """Name -> detector; a text is a checkpoint directory, local or s3://."""
+    """Name -> detector; a text is a checkpoint directory, local or s3://, null takes a member of an extended recipe out."""
     views: Annotated[tuple[ViewSettings, ...], Field(min_length=1)] = (ViewSettings(),)
     """Ways in which every member sees every image."""
     source: SourceSettings | None = None
@@ -740,7 +740,7 @@ class SelfTrainSettings(_Settings):
     teachers: tuple[TeacherSettings, ...] = ()
     members: Members = {}
     """Name -> detector that labels beside the teachers, or in their place where data.train names no labelled set; a text is a
-    checkpoint."""
+    checkpoint, null takes a member of an extended recipe out."""
     student: TeacherSettings = TeacherSettings(name="student")
     student_starts_from_best_teacher: bool = True
     """As the paper's ssl stage starts from mixtrain; false: from the teachers' initial weights."""
