@@ -95,6 +95,12 @@ def view_name(view: ViewSettings) -> str:
     return scale + ("-flip" if view.flip else "")
 
 
+def view_of(name: str) -> ViewSettings:
+    """The view of that name."""
+    scale, _, flip = name.partition("-")
+    return ViewSettings(short_side=None if scale == "default" else int(scale[1:]), flip=bool(flip))
+
+
 class Turn:
     """The right to use the device. One thread has it at a time; `seconds` counts for how long somebody had it."""
 

@@ -16,7 +16,7 @@ from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.predictions import prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError
-from i3cl.inference.recipe import Given, test_size
+from i3cl.inference.recipe import Given, recipe_of, test_size
 from i3cl.labelling.actor import view_name
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, joined
@@ -34,6 +34,11 @@ def view_names(label: LabelSettings) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise UserError(f"label.views: {', '.join(names) or 'is empty'}; name every view once")
     return names
+
+
+def recipes_of(detectors: Mapping[str, MemberSettings]) -> dict[str, Settings]:
+    """The recipes of those detectors that are checkpoints of this project."""
+    return {name: recipe_of(m.weights) for name, m in detectors.items() if m.use == OURS and m.weights is not None}
 
 
 def check_views(label: LabelSettings, recipes: Mapping[str, Settings], given: Given) -> None:

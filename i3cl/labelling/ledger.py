@@ -74,6 +74,8 @@ class Ledger:
 
     def __init__(self, out: str) -> None:
         self.out = out
+        self._known: dict[str, list[Failure]] = {}
+        """Failures of finished parts that were read before: what a part says never changes."""
 
     # ------------------------------------------------------------------------------------------------- whole job
 
@@ -139,16 +141,18 @@ class Ledger:
     def failures(self, finished: set[str] | None = None) -> list[Failure]:
         """Images that could not be labelled so far, each once, ordered by id.
 
-        Costs one listing and one request for each part with such images, many at a time. finished: as `finished` found it.
+        Costs one listing, and one request for each part with such images that was not asked before, many at a time.
+
+        finished: as `finished` found it.
         """
         finished = self.finished() if finished is None else finished
         names = storage.list_dir(storage.join(self.out, _WORK, "errors"))
         # A worker that died between the two writes leaves errors of a part that will be made again.
         parts = [part for part in (name.removesuffix(".json") for name in names) if part in finished]
-        found: dict[int, Failure] = {}
+        new = [part for part in parts if part not in self._known]
         with ThreadPoolExecutor(_TOGETHER) as pool:
-            for failures in pool.map(self._read_failures, parts):
-                found |= {failure.image_id: failure for failure in failures}
+            self._known |= zip(new, pool.map(self._read_failures, new), strict=True)
+        found = {failure.image_id: failure for part in parts for failure in self._known[part]}
         return [found[key] for key in sorted(found)]
 
     def forget_failed(self, finished: Iterable[str]) -> list[str]:
@@ -157,6 +161,7 @@ class Ledger:
         parts = sorted(names.intersection(finished))
 
         def forget(part: str) -> None:
+            self._known.pop(part, None)
             # First the part: as long as it counts, its errors must.
             for path in (storage.join(self.out, part), self._errors(part), self._tries(part)):
                 storage.remove_tree(path)
@@ -205,6 +210,7 @@ class Ledger:
 
     def write(self, part: str, table: pa.Table, failures: list[Failure]) -> None:
         """Put a finished part in place, its errors first."""
+        self._known.pop(part, None)
         if failures:
             rows = [[f.image_id, f.file_name, f.reason] for f in failures]
             storage.write_text_atomic(self._errors(part), json.dumps(rows))

@@ -22,8 +22,8 @@ from i3cl.data.formats.parts import check_finished, note_command
 from i3cl.data.formats.predictions import PREDICTION_SCHEMA, prediction_table, read_predictions
 from i3cl.data.formats.records import Dataset
 from i3cl.errors import UserError, inside
-from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size, recipe_of
-from i3cl.labelling.actor import Plan, view_name
+from i3cl.inference.recipe import AS_TRAINED, Given, chosen_exif, describe_sizes, effective, given_size
+from i3cl.labelling.actor import Plan, view_name, view_of
 from i3cl.labelling.cost import COST, ESTIMATE, CostFile, Meter, compared, line
 from i3cl.labelling.identity import (
     as_member,
@@ -35,6 +35,7 @@ from i3cl.labelling.identity import (
     known_groups,
     located_member,
     made_from_of,
+    recipes_of,
     results_have_grown,
     sources_of,
     view_names,
@@ -45,7 +46,7 @@ from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.labelling.pool import labelled
 from i3cl.labelling.results import Found, check_frame, read_member, result_row
-from i3cl.members.member import OURS, granularity_of
+from i3cl.members.member import granularity_of
 from i3cl.runtime.pace import Every
 
 _COPIED = 16
@@ -102,7 +103,7 @@ def predict(
     # By name, so that the order in a settings file means nothing.
     detectors = {name: located_member(as_member(members[name])) for name in sorted(members)}
     hashes = {name: fingerprint(name, member) for name, member in detectors.items()}
-    recipes = {name: recipe_of(m.weights) for name, m in detectors.items() if m.use == OURS and m.weights is not None}
+    recipes = recipes_of(detectors)
     given = given_size(settings) if given is None else given
     check_views(label, recipes, given)
     exif = chosen_exif(recipes, settings)
@@ -181,6 +182,10 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     else:
         claim_job(ledger, job, job | {"images": images}, manifest, dataset, title)
         job |= {"images": images}
+    # The job's own, whatever the settings say.
+    views = tuple(view_of(each) for each in job["views"])
+    label = settings.label.model_copy(update={"rows_per_block": job["label.rows_per_block"], "views": views})
+    check_views(label, recipes_of({name: member}), AS_TRAINED)
     there = job["members"].get(name)
     added: dict[str, Any] = job.get("added", {})
     record = sources_of({name: member}, {name: sha})[name]
@@ -204,7 +209,6 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
         return out
     note_command(out)
     upright = job.get("data.exif") == "upright"
-    label = settings.label.model_copy(update={"rows_per_block": job["label.rows_per_block"]})
     own = settings.model_copy(update={"label": label})
     numbered = {job["groups"].index([name]): {name: member}}
     # Where the others lie, the end of the job before this member said.

@@ -352,11 +352,13 @@ def _students(
 
     connect()
     thresholds, checkpoints = {}, {}
+    store: FusedStore | None = None
     for name, values, copy in (("best", best.values, best.copy), ("default", present, 0)):
         folder = student_folder(run, values, copy)
         if not storage.is_complete(storage.join(folder, "student", "best")):
             observe.say(f"{settings.name}: training the student of the {name} settings to its end")
-            train_student(values, trials.for_student(settings, search_part), folder, (), _store(settings, run))
+            store = store or _store(settings, run)
+            train_student(values, trials.for_student(settings, search_part), folder, (), store)
         thresholds[name] = student_metrics(folder)["threshold"]
         checkpoints[name] = storage.join(folder, "student", "best")
     out = storage.join(run, "held_out")

@@ -16,6 +16,7 @@ from i3cl.config import LabelSettings, MemberSettings, Settings
 from i3cl.data.formats.predictions import read_predictions
 from i3cl.data.formats.records import Dataset, ImageRecord
 from i3cl.errors import UserError
+from i3cl.labelling.actor import view_name, view_of
 from i3cl.labelling.label import select_labels
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import SCHEMA, joined, make_manifest, make_manifest_of, shard_spans
@@ -252,3 +253,19 @@ def test_images_that_were_repaired_are_tried_again(photographs, tiny_checkpoints
     assert (tmp_path / "out" / "errors.csv").read_text().splitlines()[1].startswith("6,6.jpg,")
     errors = {rows[0]["image_id"]: rows[0]["error"] for rows in read_predictions(out)}
     assert sorted(errors) == [1, 2, 3, 4, 5, 6] and [k for k, reason in errors.items() if reason] == [6]
+
+
+def test_an_added_member_sees_the_views_of_the_job(photographs, tiny_checkpoints, tmp_path):
+    """Its recipe may have others since; rows of other views would not belong to the images of the job."""
+    images, out = photographs(1, 2), str(tmp_path / "out")
+    views = [{"short_side": 64}, {"short_side": 48, "flip": True}]
+    begun = SETTINGS.model_copy(update={"label": SETTINGS.label.model_copy(update={"views": LabelSettings(views=views).views})})
+    predict(images, {"x": results(tmp_path / "x.json", images)}, begun, out, "t")
+    add_member(images, "y", results(tmp_path / "y.json", images), SETTINGS, out, "t")
+    assert {row["view"] for rows in read_predictions(out) for row in rows} == {"s64"}
+    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    assert [view_name(view_of(name)) for name in job["views"]] == job["views"] == ["s64", "s48-flip"]
+    same = begun.label.model_copy(update={"views": LabelSettings(views=[{"short_side": 5000}, {"short_side": 6000}]).views})
+    predict(images, {"x": results(tmp_path / "x.json", images)}, SETTINGS.model_copy(update={"label": same}), out + "2", "t")
+    with pytest.raises(UserError, match="s6000 shows z the same picture as s5000"):
+        add_member(images, "z", MemberSettings(weights=tiny_checkpoints["a"]), SETTINGS, out + "2", "t")
