@@ -12,7 +12,9 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -136,6 +138,21 @@ def _client(process: int, environment: tuple[tuple[str, str], ...], attempts: in
     except ValueError as error:
         raise failures.InvalidConfigError(error_msg=f"{error}") from error
     return client
+
+
+@contextmanager
+def counted(url: str) -> Iterator[Counter[str]]:
+    """Requests that s3fs sends from this process meanwhile, by operation (GetObject, ListObjectsV2, ...), repeated ones too."""
+    found: Counter[str] = Counter()
+
+    def note(event_name: str, **_: Any) -> None:
+        found[event_name.rpartition(".")[2]] += 1
+
+    ask(url, lambda fs: fs.s3.meta.events.register("before-send.s3", note))
+    try:
+        yield found
+    finally:
+        ask(url, lambda fs: fs.s3.meta.events.unregister("before-send.s3", note))
 
 
 def _refusal(error: BaseException | None) -> failures.ClientError | None:

@@ -27,9 +27,9 @@ import pyarrow.fs
 
 from i3cl import s3
 from i3cl.errors import UserError
-from i3cl.s3 import AccessError, Changed, Missing, NoAnswer
+from i3cl.s3 import AccessError, Changed, Missing, NoAnswer, counted
 
-__all__ = ["AccessError", "NoAnswer"]
+__all__ = ["AccessError", "NoAnswer", "counted"]
 
 UNFINISHED = "_unfinished"
 """Empty file in a folder on S3 while `atomic_directory` uploads it, because S3 cannot move a folder in one step."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Rooms whose tests need a running Ray, or which are one file that the tests of other rooms use.
-ELSEWHERE = {"runtime", "circle", "circle_unlabelled", "study", "errors", "s3", "claims", "deploy", "lineage"}
+ELSEWHERE = {"runtime", "circle", "circle_unlabelled", "study", "errors", "s3", "claims", "deploy", "lineage", "scale"}
 
 
 def test_the_fast_tests_exist_and_use_every_room():

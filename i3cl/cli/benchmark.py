@@ -1,4 +1,4 @@
-"""Times the network, labelling and fusion, and what labelling does at scale; every command has its own --help."""
+"""Times the network, labelling and fusion, and what happens at scale; every command has its own --help."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def gpu(options: argparse.Namespace) -> str:
 
 
 def scale(options: argparse.Namespace) -> str:
-    """Labelling with GPUs that come, go, slow down and hang, and lists of up to ten million images."""
-    from i3cl.labelling.scale_benchmark import scale_report
+    """Labelling with GPUs that come, go, slow down and hang, ten million images, a thousand trials, requests to S3."""
+    from i3cl.scale import scale_report
 
-    print("| scene | measured | limit | within |\n|---|---|---|---|", flush=True)
-    rows = scale_report(options.only, options.out, lambda line: print(line, flush=True))
+    print("| row | measured | limit | within |\n|---|---|---|---|", flush=True)
+    rows = scale_report(options.only, options.s3, options.out, lambda line: print(line, flush=True))
     return f"{sum(row.get('passed', False) for row in rows)} of {len(rows)} rows are within their limits; {options.out}"
 
 
@@ -75,7 +75,7 @@ COMMANDS = {
     "model": (model, "images per second, peak memory and the share of each part"),
     "label": (label, "images per second of the labelling pipeline beside a plain loop over decoded images"),
     "fusion": (fusion, "seconds to fuse an ensemble's predictions of 1,000 images"),
-    "scale": (scale, "labelling on pretended GPUs that come, go, slow down and hang; lists of up to ten million images"),
+    "scale": (scale, "pretended GPUs that come, go, slow down and hang; ten million images, a thousand trials, requests"),
     "gpu": (gpu, "parity, training beside torchvision, waits, labelling and resumption on one GPU, as JSON"),
 }
 
@@ -91,6 +91,8 @@ def parser() -> Parser:
             command.add_argument("--out", default=f"docs/{name}.json", metavar="FILE", help="where the lines go")
             if name == "scale":
                 command.add_argument("--only", nargs="*", default=[], metavar="ROW", help="names of rows, e.g. joins slow")
+                text = "also count requests, in new folders below this one, which are removed afterwards"
+                command.add_argument("--s3", metavar="URL", help=text)
             continue
         command.add_argument("--threads", type=int, default=0 if name == "label" else 2, help="CPU threads")
         if name != "fusion":

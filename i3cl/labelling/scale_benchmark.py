@@ -1,21 +1,19 @@
 """Labelling at a scale that this machine does not have: GPUs that are only pretended, actors that sleep in place of networks.
 
-Everything else is the product's: Ray Data's pool, the queue of shards, the ledger, the list of images. Each row is measured in a
-process of its own, beside what would be ideal, and has a limit that it should stay within.
+Everything else is the product's: Ray Data's pool, the queue of shards, the ledger, the list of images. `i3cl.scale` measures each
+of these in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,15 @@ from i3cl import storage
 from i3cl.config import LabelSettings, SourceSettings
 from i3cl.data.formats.records import INSTANCE_TYPE, Dataset, ImageRecord
 from i3cl.data.loading.ingest import read_source
-from i3cl.errors import UserError
 from i3cl.labelling.layout import Layout
 from i3cl.labelling.ledger import Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.labelling.pool import labelled
 
-_ROWS = 8
-"""Images of a shard."""
 _SECONDS = 0.1
 """That a stand-in sleeps for each image."""
-_LISTS = (2_000, 400_000, 10_000_000)
+_SHARD = 256
+"""Images of a shard of a long list, as label.rows_per_block has them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,8 @@ class Scene:
     """Whether the last node leaves then."""
     silent: float = 120.0
     """As label.silent_seconds."""
+    rows: int = 8
+    """Images of a shard."""
 
     def ideal(self, until: float) -> float:
         """Seconds that the job would take without any loss. until: seconds after its start at which the cluster changed."""
@@ -83,6 +81,7 @@ SCENES = {
     "slow": Scene("8 GPUs, one of them four times slower", (8,), 2000, 1.2, slow=4.0),
     "asleep": Scene("4 GPUs, one actor never comes back", (4,), 800, 1.3, asleep=True, silent=8.0),
     "together": Scene("two jobs of 4 actors on 8 GPUs", (8,), 800, 1.3, jobs=2, most=4),
+    "many": Scene("64 GPUs of 8 machines", (8,) * 8, 38_400, 1.25, rows=40),
 }
 
 
@@ -133,10 +132,10 @@ def _job(scene: Scene, out: str) -> tuple[list[dict[str, Any]], float]:
     import ray
 
     manifest = listed(scene.images)
-    tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(_ROWS)))]
+    tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(scene.rows)))]
     gpus = int(ray.cluster_resources().get("GPU", 0))
     spread = Layout(min(gpus, scene.most), scene.most, 1, 1, 0.5, 1.0, 4)
-    label = LabelSettings(rows_per_block=_ROWS, silent_seconds=scene.silent)
+    label = LabelSettings(rows_per_block=scene.rows, silent_seconds=scene.silent)
     told: Any = Told(out, scene.slow, scene.asleep)
     stand_in: Any = Sleeper
     reports = list(labelled(told, manifest, tasks, label, spread, stand_in))
@@ -168,7 +167,7 @@ def play(scene: Scene, folder: Path) -> dict[str, Any]:
         os.makedirs(out)
         thread.start()
     if scene.joins or scene.leaves:
-        while len(Ledger(outs[0]).finished()) * _ROWS < scene.images / 4:
+        while len(Ledger(outs[0]).finished()) * scene.rows < scene.images / 4:
             time.sleep(0.2)
         if scene.joins:
             cluster.add_node(num_gpus=scene.joins, **node)
@@ -206,12 +205,44 @@ def read_list(images: int, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     source = SourceSettings(annotations=str(folder), images="/images")
     manifest = make_manifest(read_source(source, "", False, check_files=False))
-    shards = len(manifest.spans(256))
+    shards = len(manifest.spans(_SHARD))
     seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 1), "gigabytes": peak_memory(), "shards": shards}
+
+
+def peak_memory() -> float:
+    """GB that this process has had at most."""
     # Not getrusage, which counts what the parent process had as well.
     with open("/proc/self/status", encoding="ascii") as file:
-        memory = next(int(row.split()[1]) for row in file if row.startswith("VmHWM")) / 1e6
-    return {"seconds": round(seconds, 1), "gigabytes": round(memory, 2), "shards": shards}
+        return round(next(int(row.split()[1]) for row in file if row.startswith("VmHWM")) / 1e6, 2)
+
+
+def begin(images: int, folder: Path) -> dict[str, Any]:
+    """Begin a job of so many images on eight pretended GPUs, and leave it when the first shard is done.
+
+    Returns:
+        seconds from the start to the first shard, the list of images included; waited, those of them after the first actor was
+        ready; gigabytes, peak memory of the driver.
+    """
+    import ray
+
+    code = f"from i3cl.labelling import scale_benchmark as s; s.write_list({images}, {str(folder / 'list')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (folder / "out").mkdir()
+    ray.init(num_cpus=4, num_gpus=8, object_store_memory=2 << 30, log_to_driver=False, logging_level=logging.ERROR)
+    started = time.time()
+    source = SourceSettings(annotations=str(folder / "list"), images="/images")
+    manifest = make_manifest(read_source(source, "", False, check_files=False))
+    tasks = [(part_name(0, k), 0, k) for k in range(len(manifest.spans(_SHARD)))]
+    told: Any = Told(str(folder / "out"), 1.0, False)
+    stand_in: Any = Sleeper
+    spread = Layout(8, 8, 1, 1, 0.5, 1.0, 1)
+    with closing(labelled(told, manifest, tasks, LabelSettings(rows_per_block=_SHARD), spread, stand_in)) as reports:
+        first = next(reports)
+        ended = time.time()
+    ray.shutdown()
+    waited = ended - first["ready"] - _SHARD * _SECONDS
+    return {"seconds": round(ended - started, 1), "waited": round(waited, 1), "gigabytes": peak_memory(), "shards": len(tasks)}
 
 
 def write_list(images: int, folder: str) -> None:
@@ -227,52 +258,3 @@ def write_list(images: int, folder: str) -> None:
             "instances": pa.array([[]] * len(ids), pa.list_(INSTANCE_TYPE)),
         }
         pq.write_table(pa.table(columns), storage.join(folder, f"part-{number:05d}.parquet"))
-
-
-def scale_report(only: Sequence[str], out: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure the rows, say each as it is there, and write them all to `out` as JSON.
-
-    only: names of rows; empty for all. UserError for a name that is not one.
-    """
-    known = [*SCENES, *(f"list-{images}" for images in _LISTS)]
-    wrong = [name for name in only if name not in known]
-    if wrong:
-        raise UserError(f"--only: {wrong[0]} is none of {', '.join(known)}")
-    rows = []
-    for name in only or known:
-        with tempfile.TemporaryDirectory(prefix="i3cl-scale-") as folder:
-            command = [sys.executable, "-m", "i3cl.labelling.scale_benchmark", name, folder]
-            environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-            environment |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        found = [line for line in done.stdout.splitlines() if line.startswith('{"row"')]
-        row = json.loads(found[0]) if found else {"row": name, "error": done.stderr.strip()[-300:] or "no answer"}
-        rows.append(row)
-        say(_line(row))
-    storage.write_text_atomic(out, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"| {row['row']} | failed: {row['error']} | | |"
-    if "ratio" in row:
-        took = f"{row['seconds']:.0f} s, ideal {row['ideal']:.0f} s: {row['ratio']:.2f}"
-        return f"| {row['text']} | {took} | {row['limit']:.2f} | {'yes' if row['passed'] else 'NO'} |"
-    took = f"{row['seconds']:.1f} s, {row['gigabytes']:.2f} GB"
-    return f"| {row['text']} | {took} | 120 s, 3 GB | {'yes' if row['passed'] else 'NO'} |"
-
-
-def _row(name: str, folder: Path) -> dict[str, Any]:
-    if name in SCENES:
-        scene = SCENES[name]
-        found = play(scene, folder)
-        return {"row": name, "text": scene.text, "limit": scene.limit, "passed": found["ratio"] <= scene.limit, **found}
-    images = int(name.removeprefix("list-"))
-    found = read_list(images, folder / "list")
-    passed = found["seconds"] <= 120 and found["gigabytes"] <= 3
-    return {"row": name, "text": f"list of {images:,} images read and cut into shards", "passed": passed, **found}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_row(sys.argv[1], Path(sys.argv[2]))), flush=True)

@@ -64,38 +64,6 @@ def test_a_broken_trial_says_why_in_the_words_of_the_error():
     assert _reason(trace.format("ValueError")) == "ValueError: search.space: low: must be below 1"
 
 
-def test_a_thousand_short_trials_spend_their_time_elsewhere(tmp_path, monkeypatch):
-    """Writing everything at every change took 271 ms a time at a thousand trials."""
-    import time
-    from types import SimpleNamespace
-
-    from i3cl import observe, storage
-    from i3cl.config import Settings
-    from i3cl.search.space import COPY
-    from i3cl.search.trials import Watch
-
-    written, pages = [], []
-    write = storage.write_text_atomic
-    monkeypatch.setattr(storage, "write_text_atomic", lambda url, text: (written.append(len(text)), write(url, text)))
-    monkeypatch.setattr(observe, "say", lambda *_, **__: None)
-    settings = Settings.model_validate({"search": {"objective": "select", "space": {}}})
-    log = TrialLog(str(tmp_path))
-    watch = Watch(settings, 1000, {"label.select.low": 0.5}, log, lambda: pages.append(1), every=10.0)
-    started = time.perf_counter()
-    for number in range(1000):
-        trial = SimpleNamespace(trial_id=str(number), config={"label.select.low": number / 1000, COPY: 0}, error_file=None)
-        watch.on_trial_start(0, [], trial)
-        result = {"hmean": number / 2000, "time_total_s": 0.3, "training_iteration": 1, "labels": 5}
-        watch.on_trial_result(0, [], trial, result)
-        watch.on_trial_complete(0, [], trial)
-        watch.on_step_end(0, [])
-    watch.close()
-    assert time.perf_counter() - started < 10
-    assert sum(written) < 20e6 and len(pages) == 1
-    again = TrialLog(str(tmp_path))
-    assert again.trials == log.trials and len(again.done()) == 1000
-
-
 def test_what_could_not_be_written_at_once_is_written_later(tmp_path):
     import json
     import time
