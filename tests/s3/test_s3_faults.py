@@ -331,10 +331,10 @@ def test_the_log_of_training_costs_few_requests(bucket, capsys):
     assert "step 20/20" in capsys.readouterr().out
 
 
-def test_of_many_writers_of_a_new_object_one_succeeds(bucket, s3_server):
+def test_of_many_writers_of_a_new_object_one_succeeds(bucket):
     from concurrent.futures import ThreadPoolExecutor
 
-    url = f"{bucket}/claims/job.json"
+    url = f"{bucket.url}/claims/job.json"
     with ThreadPoolExecutor(20) as pool:
         won = list(pool.map(lambda number: storage.write_text_new(url, str(number)), range(20)))
     assert won.count(True) == 1
