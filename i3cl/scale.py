@@ -99,8 +99,10 @@ def tables(folder: Path, images: int = 400_000, workers: int = 8) -> Found:
         for given in (str(folder / "few"), *[str(folder / "set")] * workers)
     )
     try:
-        if any((process.stdout or sys.stdin).readline().strip() != _LOADED for process in (few, *others)):
-            raise RuntimeError("a worker ended with an error, see above")
+        for process in (few, *others):
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != _LOADED:
+                raise RuntimeError("a worker ended with an error, see above")
         seconds = time.perf_counter() - started
         # Shares of memory that several processes map, so that it counts once.
         more = sum(_held(process.pid) - _held(few.pid) for process in others) / 1e6
@@ -122,7 +124,7 @@ def stand_in(annotations: str) -> None:
 
 
 def _held(process: int) -> int:
-    """KB of a process: its own and its share of what it has in common with others."""
+    """Kilobytes of a process: its own and its share of what it has in common with others."""
     with open(f"/proc/{process}/smaps_rollup", encoding="ascii") as file:
         return next(int(row.split()[1]) for row in file if row.startswith("Pss:"))
 

@@ -60,6 +60,16 @@ def test_the_command_measures_rows_on_s3_and_leaves_nothing_there(bucket, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("work", "ready", "end"),
+    [(10, [0, 0], 5), (10, [0, 4], 7), (3, [0, 4], 3), (10, [0, 100, 2], 6), (4, [1], 5)],
+)
+def test_when_workers_that_begin_one_after_another_are_done(work, ready, end):
+    from i3cl.labelling.scale_benchmark import _shared_end
+
+    assert _shared_end(work, ready) == end
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--only", "nothing"], "--only: nothing is none of steady, joins"),
