@@ -53,10 +53,11 @@ def claim(path: str, identity: Mapping[str, Any], holds: str, absent: Mapping[st
 
 def read(path: str) -> Any:
     """What was claimed in the JSON file `path`; None when it is not there. UserError when it is damaged."""
-    if not storage.exists(path):
+    text = storage.read_text_if_there(path)
+    if text is None:
         return None
     try:
-        return json.loads(storage.read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError:
         raise UserError(f"{path}: damaged; remove the folder and give the command again") from None
 

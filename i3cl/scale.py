@@ -194,10 +194,9 @@ def grouping(url: str, parts: int = 6250) -> Found:
         found = bundles(url)
     if found.images != parts * rows or sum(map(len, found.groups)) != parts:
         raise RuntimeError(f"{url}: not every part is in a group")
-    passed = counts.total() <= 10 + parts // 1000 and len(found.groups) >= 2
+    passed = counts.total() <= 10 and len(found.groups) >= 2
     told = f"{_requests(counts)}, {len(found.groups)} groups"
-    # A listing has a thousand names.
-    return Found(told, f"{10 + parts // 1000} requests", passed, {**counts, "groups": len(found.groups)})
+    return Found(told, "10 requests", passed, {**counts, "groups": len(found.groups)})
 
 
 def claimed(url: str, drivers: int = 20) -> Found:

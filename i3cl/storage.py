@@ -157,6 +157,16 @@ def read_text(url: str) -> str:
         raise UserError(f"{url}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
+def read_text_if_there(url: str) -> str | None:
+    """As `read_text`; None when there is no such file. One request on S3."""
+    if not is_remote(url) and not os.path.exists(_local(url)):
+        return None
+    try:
+        return read_text(url)
+    except Missing:
+        return None
+
+
 def write_bytes_atomic(url: str, data: bytes) -> None:
     """Write a file so that readers see either the old content or the new, never a part. Creates missing folders.
 
@@ -261,12 +271,10 @@ def make_dirs(url: str) -> None:
 def list_dir(url: str) -> list[str]:
     """List the names (not paths) of what lies directly in a folder, sorted; empty when there is no such folder.
 
-    On S3 this takes one request, and one more for every thousand names; what lies deeper costs nothing.
+    On S3 this takes a request for every thousand names; what lies deeper costs nothing.
     """
     if is_remote(url):
-        # For an empty folder, s3fs would list the parent folder.
-        found = s3.ask(url, lambda fs: fs.ls(_path(url), detail=False)) if is_dir(url) else []
-        return sorted({posixpath.basename(name) for name in found if not name.endswith("/")})
+        return sorted(_names(url))
     with _user_errors(url):
         try:
             return sorted(os.listdir(_local(url)))
@@ -473,6 +481,24 @@ def _some_keys(url: str) -> list[str]:
     bucket, key = s3.split(url)
     page = s3.ask(url, lambda fs: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key + "/" if key else "", MaxKeys=2))
     return [found["Key"] for found in page.get("Contents", ())]
+
+
+def _names(url: str) -> set[str]:
+    """Names of files and folders directly under the folder `url`."""
+    # Not with s3fs, which would list the parent of an empty folder.
+    bucket, key = s3.split(url)
+    where = {"Bucket": bucket, "Prefix": key + "/" if key else "", "Delimiter": "/"}
+    names: set[str] = set()
+    while True:
+        page = s3.ask(url, lambda fs: fs.call_s3("list_objects_v2", **where))
+        found = [each["Key"] for each in page.get("Contents", ())] + [
+            each["Prefix"][:-1] for each in page.get("CommonPrefixes", ())
+        ]
+        names.update(map(posixpath.basename, found))
+        if not page.get("IsTruncated"):
+            # The object that only stands for the folder itself has no name in it.
+            return names - {""}
+        where["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _versions(url: str) -> dict[str, str]:
