@@ -1,10 +1,13 @@
 """The order of a run, the mixture, and Ray Data against threads."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from i3cl.config import Settings, SourceSettings, with_overrides
+from i3cl.config import Settings, SourceSettings, to_yaml, with_overrides
 from i3cl.data.loading.ingest import Mixture, mix, source_names, training_batches
 from i3cl.data.loading.transforms import to_target
 from i3cl.errors import UserError
@@ -187,3 +190,34 @@ def test_an_unreadable_image_stops_or_is_passed_over(tiny_settings, tiny_set, tm
     samples = [s for batch in batches(with_overrides(broken, {"data.skip_bad": True}, "test"), range(3)) for s in batch]
     (skipped,) = [s for s in samples if not s.record.instances]
     assert "3.jpg: not an image" in skipped.problem and skipped.weight == 0 and to_target(skipped)[1]["image_weight"] == 0
+
+
+AHEAD = """
+import os, sys, time
+from i3cl.config import load_settings
+from i3cl.data.loading.ingest import mix, training_batches
+from i3cl.runtime.cluster import connect
+
+connect()
+settings = load_settings(sys.argv[1], ["data.ray_data=true", "data.transform.short_sides=[320]"])
+mixed = mix(settings.data.train, settings.data_root)
+stream = training_batches(mixed, settings.data, steps=range(500), batch=4, shares=[0], of=1, seed=7)
+for _ in range(5):
+    next(stream)
+used, started = time.process_time(), time.perf_counter()
+for _ in range(6):
+    time.sleep(0.5)
+    next(stream)
+print((time.process_time() - used) / (time.perf_counter() - started), flush=True)
+# Ray's threads of a stream that is left would end the process with an error.
+os._exit(0)
+"""
+
+
+def test_a_pipeline_that_is_ahead_takes_no_time_from_training(tiny_settings, tmp_path):
+    """Ray Data's loop ran without a pause while batches waited, and training on few cores was half as fast."""
+    (tmp_path / "settings.yaml").write_text(to_yaml(tiny_settings))
+    command = [sys.executable, "-c", AHEAD, str(tmp_path / "settings.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert float(run.stdout.split()[-1]) < 0.3
