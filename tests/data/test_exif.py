@@ -148,6 +148,7 @@ def test_training_sees_the_same_pixels_and_polygons(sets, tiny_settings, tmp_pat
         list(training_batches(mix(data.train, ""), data, steps=range(4), batch=2, shares=[0], of=1, seed=3))
 
 
+@pytest.mark.slow
 def test_validation_prediction_labelling_and_reports_agree(
     sets, tiny_settings, tiny_checkpoints, tmp_path, ray_cluster, monkeypatch
 ):

@@ -283,6 +283,7 @@ def test_what_ray_cannot_do_is_said(option, tmp_path):
     assert done.returncode == 2 and option[0] in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_over_ray(tmp_path):
     truth, found = write_corpus(tmp_path)
     # What a labelling job leaves beside its parts, and what macOS adds.

@@ -28,6 +28,7 @@ def images(tmp_path):
     return Dataset("set", str(folder), [ImageRecord(k, f"{k}.jpg", 60 + k, 90) for k in range(COUNT)])
 
 
+@pytest.mark.slow
 def test_a_forecast_of_the_job_that_follows(images, tiny_checkpoints, tmp_path, ray_cluster, monkeypatch):
     out, said = str(tmp_path / "predictions"), []
     monkeypatch.setattr(observe, "say", lambda text, **_: said.append(text))

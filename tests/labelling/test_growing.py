@@ -215,6 +215,7 @@ def test_the_parts_of_a_job_are_bundled_by_their_names(photographs, tiny_checkpo
     assert (list(sizes.values()), members) == ([2, 1, 1], {"a", "b"})
 
 
+@pytest.mark.slow
 def test_images_that_were_repaired_are_tried_again(photographs, tiny_checkpoints, tmp_path, ray_cluster, capfd):
     """A wrong or missing folder stops a job with errors for good images; the same command has to work once it is there."""
     images, out = photographs(1, 2, 3, 4, 5, 6), str(tmp_path / "out")

@@ -70,6 +70,7 @@ def test_skip_bad_trains_on_the_rest_and_counts_what_it_left_out(recipe, ray_clu
     assert "left out: " in printed and "3.jpg: not an image" in printed and "left out so far: 1 images" in printed
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_one_of_several_workers_is_not_tried_again(recipe, ray_cluster, tmp_path, monkeypatch):
     """The step would fail again and again, max_failures times; the workers that Ray starts once more only carry the message."""
     settings, _ = recipe
