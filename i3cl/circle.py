@@ -31,7 +31,7 @@ class Stages:
 
     def __init__(self, run: str) -> None:
         self.path = storage.join(run, "stages.json")
-        self.seconds: dict[str, float] = json.loads(storage.read_text(self.path)) if storage.exists(self.path) else {}
+        self.seconds: dict[str, float] = json.loads(storage.read_text_if_there(self.path) or "{}")
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

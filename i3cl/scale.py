@@ -1,7 +1,8 @@
 """The table of `i3cl benchmark scale`: what must hold for ten million images, 64 GPUs or a thousand trials.
 
-Each row is measured in a process of its own and has a limit. Nothing of the product is replaced but networks, which sleep, and
-GPUs, which are pretended. Rows that count requests need an empty folder on S3.
+Each row is measured in a process of its own and has a limit. Networks are replaced by sleep, GPUs are pretended, training workers
+read their annotations and train nothing, trials report numbers that nobody measured; all else is the product's. Rows that count
+requests need a folder on S3.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from i3cl import claims, observe, storage
+from i3cl import claims, storage
 from i3cl.config import Settings, SourceSettings
 from i3cl.data.formats.predictions import PREDICTION_SCHEMA
 from i3cl.data.formats.records import ImageRecord, Instance
@@ -54,14 +55,15 @@ class Row:
     """One row of the table."""
 
     text: str
-    measure: Callable[[Path], Found] | None = None
-    on_s3: Callable[[str], Found] | None = None
-    """In place of `measure`: is given the URL of an empty folder."""
+    measure: Callable[[str], Found]
+    """Is given the path of an empty folder."""
+    on_s3: bool = False
+    """Whether that folder has to be on S3."""
 
 
 def _scene(scene: Scene) -> Row:
-    def measure(folder: Path) -> Found:
-        found = play(scene, folder)
+    def measure(folder: str) -> Found:
+        found = play(scene, Path(folder))
         told = f"{found['seconds']:.0f} s, ideal {found['ideal']:.0f} s: {found['ratio']:.2f}"
         return Found(told, f"{scene.limit:.2f}", found["ratio"] <= scene.limit, found)
 
@@ -69,40 +71,40 @@ def _scene(scene: Scene) -> Row:
 
 
 def _list(images: int) -> Row:
-    def measure(folder: Path) -> Found:
-        found = read_list(images, folder / "list")
+    def measure(folder: str) -> Found:
+        found = read_list(images, Path(folder, "list"))
         passed = found["seconds"] <= 120 and found["gigabytes"] <= 3
         return Found(f"{found['seconds']:.1f} s, {found['gigabytes']:.2f} GB", "120 s, 3 GB", passed, found)
 
     return Row(f"list of {images:,} images read and cut into shards", measure)
 
 
-def beginning(folder: Path, images: int = 10_000_000) -> Found:
+def beginning(folder: str, images: int = 10_000_000) -> Found:
     """How long a large job takes to its first shard, and how much memory its driver."""
-    found = begin(images, folder)
+    found = begin(images, Path(folder))
     told = f"{found['waited']:.0f} s after the first actor was ready, {found['gigabytes']:.2f} GB"
     return Found(told, "120 s, 3 GB", found["waited"] <= 120 and found["gigabytes"] <= 3, found)
 
 
-def tables(folder: Path, images: int = 400_000, workers: int = 8) -> Found:
+def tables(folder: str, images: int = 400_000, workers: int = 8) -> Found:
     """By how much more memory training workers of one machine take for the annotations of so many images than for a thousand."""
     for name, count in (("few", 1000), ("set", images)):
         rows = (
             ImageRecord(k, f"{k // 1000:03d}/{k:06d}.jpg", 720, 1280, tuple(Instance(_box(9 * word)) for word in range(3)))
             for k in range(count)
         )
-        write_shards(str(folder / name), rows)
+        write_shards(os.path.join(folder, name), rows)
     started = time.perf_counter()
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "TMPDIR": str(folder)}}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "TMPDIR": folder}}
     few, *others = (
         subprocess.Popen([sys.executable, "-c", f"from i3cl import scale; scale.stand_in({given!r})"], **pipes)
-        for given in (str(folder / "few"), *[str(folder / "set")] * workers)
+        for given in (os.path.join(folder, "few"), *[os.path.join(folder, "set")] * workers)
     )
     try:
         for process in (few, *others):
             assert process.stdout is not None
             if process.stdout.readline().strip() != _LOADED:
-                raise RuntimeError("a worker ended with an error, see above")
+                raise RuntimeError("a worker ended with an error")
         seconds = time.perf_counter() - started
         # Shares of memory that several processes map, so that it counts once.
         more = sum(_held(process.pid) - _held(few.pid) for process in others) / 1e6
@@ -133,39 +135,35 @@ def _box(left: int) -> Any:
     return np.array([[left, 4], [left + 8, 4], [left + 8, 12], [left, 12]], np.float32)
 
 
-def trials(folder: Path, count: int = 1000) -> Found:
+def trials(folder: str, count: int = 1000) -> Found:
     """What the driver of a sweep spends on so many trials that end at once."""
     from i3cl.search.space import COPY
     from i3cl.search.trial_log import TrialLog
     from i3cl.search.trials import Watch
 
+    pages: list[int] = []
     settings = Settings.model_validate({"search": {"objective": "select", "space": {}}})
-    log = TrialLog(str(folder))
-    watch = Watch(settings, count, {"label.select.low": 0.5}, log, lambda: None, every=10.0)
-    written, write = [], storage.write_text_atomic
-
-    def counting(url: str, text: str) -> None:
-        written.append(len(text))
-        write(url, text)
-
-    storage.write_text_atomic, say, observe.say = counting, observe.say, lambda *_, **__: None
-    started = time.perf_counter()
-    try:
-        for number in range(count):
-            trial = SimpleNamespace(trial_id=str(number), config={"label.select.low": number / count, COPY: 0}, error_file=None)
-            watch.on_trial_start(0, [], trial)
-            result = {"hmean": number / 2000, "time_total_s": 0.3, "training_iteration": 1, "labels": 5}
-            watch.on_trial_result(0, [], trial, result)
-            watch.on_trial_complete(0, [], trial)
-            watch.on_step_end(0, [])
-        watch.close()
-    finally:
-        storage.write_text_atomic, observe.say = write, say
-    seconds, megabytes = time.perf_counter() - started, sum(written) / 1e6
-    done = len(TrialLog(str(folder)).done())
-    numbers = {"seconds": round(seconds, 2), "megabytes": round(megabytes, 2), "trials": done}
+    watch = Watch(settings, count, {"label.select.low": 0.5}, TrialLog(folder), lambda: pages.append(1), every=10.0)
+    started, written = time.perf_counter(), _written()
+    for number in range(count):
+        trial = SimpleNamespace(trial_id=str(number), config={"label.select.low": number / count, COPY: 0}, error_file=None)
+        watch.on_trial_start(0, [], trial)
+        result = {"hmean": number / 2000, "time_total_s": 0.3, "training_iteration": 1, "labels": 5}
+        watch.on_trial_result(0, [], trial, result)
+        watch.on_trial_complete(0, [], trial)
+        watch.on_step_end(0, [])
+    watch.close()
+    seconds, megabytes = time.perf_counter() - started, (_written() - written) / 1e6
+    done = len(TrialLog(folder).done())
+    numbers = {"seconds": round(seconds, 2), "megabytes": round(megabytes, 2), "trials": done, "pages": len(pages)}
     passed = seconds <= 10 and megabytes <= 20 and done == count
     return Found(f"{seconds:.1f} s, {megabytes:.1f} MB written", "10 s, 20 MB", passed, numbers)
+
+
+def _written() -> int:
+    """Bytes that this process has written so far."""
+    with open("/proc/self/io", encoding="ascii") as file:
+        return next(int(row.split()[1]) for row in file if row.startswith("wchar:"))
 
 
 def failures(url: str, parts: int = 400) -> Found:
@@ -229,9 +227,9 @@ ROWS = {
     "begin": Row("job of 10,000,000 images up to its first shard", beginning),
     "tables": Row("8 training workers of one machine with 400,000 images of three words each", tables),
     "trials": Row("1,000 trials that end at once, in the driver of a sweep", trials),
-    "failures": Row("400 parts with an image that could not be labelled, read on S3", on_s3=failures),
-    "parts": Row("6,250 parts on S3 grouped for pseudo labels", on_s3=grouping),
-    "claims": Row("20 drivers claim one folder on S3", on_s3=claimed),
+    "failures": Row("400 parts with an image that could not be labelled, read on S3", failures, on_s3=True),
+    "parts": Row("6,250 parts on S3 grouped for pseudo labels", grouping, on_s3=True),
+    "claims": Row("20 drivers claim one folder on S3", claimed, on_s3=True),
 }
 
 
@@ -278,15 +276,11 @@ def _line(row: dict[str, Any]) -> str:
 
 def _measured(name: str, place: str) -> dict[str, Any]:
     row = ROWS[name]
-    if row.on_s3 is None:
-        assert row.measure is not None
-        found = row.measure(Path(place))
-    else:
-        try:
-            found = row.on_s3(place)
-        finally:
+    try:
+        numbers = asdict(row.measure(place))
+    finally:
+        if row.on_s3:
             storage.remove_tree(place)
-    numbers = asdict(found)
     return {"row": name, "text": row.text, **numbers.pop("numbers"), **numbers}
 
 

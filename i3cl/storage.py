@@ -159,8 +159,6 @@ def read_text(url: str) -> str:
 
 def read_text_if_there(url: str) -> str | None:
     """As `read_text`; None when there is no such file. One request on S3."""
-    if not is_remote(url) and not os.path.exists(_local(url)):
-        return None
     try:
         return read_text(url)
     except Missing:
@@ -486,15 +484,13 @@ def _some_keys(url: str) -> list[str]:
 def _names(url: str) -> set[str]:
     """Names of files and folders directly under the folder `url`."""
     # Not with s3fs, which would list the parent of an empty folder.
-    bucket, key = s3.split(url)
+    bucket, _, key = _path(url).partition("/")
     where = {"Bucket": bucket, "Prefix": key + "/" if key else "", "Delimiter": "/"}
     names: set[str] = set()
     while True:
         page = s3.ask(url, lambda fs: fs.call_s3("list_objects_v2", **where))
-        found = [each["Key"] for each in page.get("Contents", ())] + [
-            each["Prefix"][:-1] for each in page.get("CommonPrefixes", ())
-        ]
-        names.update(map(posixpath.basename, found))
+        names |= {posixpath.basename(each["Key"]) for each in page.get("Contents", ())}
+        names |= {posixpath.basename(each["Prefix"][:-1]) for each in page.get("CommonPrefixes", ())}
         if not page.get("IsTruncated"):
             # The object that only stands for the folder itself has no name in it.
             return names - {""}
@@ -632,7 +628,8 @@ def _user_errors(url: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _REMEDY:
-            raise UserError(f"{url}: {_REMEDY[error.errno]}") from error
+            kind = Missing if error.errno in (errno.ENOENT, errno.ENOTDIR) else UserError
+            raise kind(f"{url}: {_REMEDY[error.errno]}") from error
         raise
     except ValueError as error:
         if "null byte" in str(error) or "null character" in str(error):

@@ -124,7 +124,8 @@ class CostFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.runs: list[dict[str, Any]] = json.loads(storage.read_text(path))["runs"] if storage.exists(path) else []
+        there = storage.read_text_if_there(path)
+        self.runs: list[dict[str, Any]] = [] if there is None else json.loads(there)["runs"]
 
     def total(self, meter: Meter) -> dict[str, Any]:
         """The earlier runs and this one, as `summary` has them."""

@@ -196,7 +196,8 @@ class Ledger:
     def begin(self, part: str) -> Attempt:
         """Record that this process starts a part, before it reads any of the part's images."""
         path = self._tries(part)
-        before = json.loads(storage.read_text(path)) if storage.is_file(path) else {"number": 0, "at": None, "deaths": {}}
+        there = storage.read_text_if_there(path)
+        before = json.loads(there) if there is not None else {"number": 0, "at": None, "deaths": {}}
         attempt = Attempt(before["number"] + 1, {int(key): count for key, count in before["deaths"].items()})
         if before["at"] is not None:
             attempt.deaths[before["at"]] = attempt.deaths.get(before["at"], 0) + 1

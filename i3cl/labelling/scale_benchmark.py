@@ -215,9 +215,7 @@ def read_list(images: int, folder: Path) -> dict[str, Any]:
     Returns:
         seconds to read and cut; peak memory of this process in GB, the libraries included.
     """
-    # In a process of its own, because its memory would count.
-    code = f"from i3cl.labelling import scale_benchmark as s; s.write_list({images}, {str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    _write_list_elsewhere(images, folder)
     started = time.perf_counter()
     source = SourceSettings(annotations=str(folder), images="/images")
     manifest = make_manifest(read_source(source, "", False, check_files=False))
@@ -242,8 +240,7 @@ def begin(images: int, folder: Path) -> dict[str, Any]:
     """
     import ray
 
-    code = f"from i3cl.labelling import scale_benchmark as s; s.write_list({images}, {str(folder / 'list')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    _write_list_elsewhere(images, folder / "list")
     (folder / "out").mkdir()
     ray.init(num_cpus=4, num_gpus=8, object_store_memory=2 << 30, log_to_driver=False, logging_level=logging.ERROR)
     started = time.time()
@@ -259,6 +256,12 @@ def begin(images: int, folder: Path) -> dict[str, Any]:
     ray.shutdown()
     waited = ended - first["ready"] - _SHARD * _SECONDS
     return {"seconds": round(ended - started, 1), "waited": round(waited, 1), "gigabytes": peak_memory(), "shards": len(tasks)}
+
+
+def _write_list_elsewhere(images: int, folder: Path) -> None:
+    """As `write_list`, in a process of its own, because its memory would count."""
+    code = f"from i3cl.labelling import scale_benchmark as s; s.write_list({images}, {str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def write_list(images: int, folder: str) -> None:

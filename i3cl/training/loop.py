@@ -83,9 +83,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     settings = Settings.model_validate(config["settings"])
     note = storage.join(config["run"], STOPPED)
-    if storage.is_file(note):
+    stopped = storage.read_text_if_there(note)
+    if stopped is not None:
         # Ray starts the workers again after any failure; this one would come again.
-        return {"stopped": storage.read_text(note)}
+        return {"stopped": stopped}
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     # Blocks of memory that grow leave fewer unusable gaps when image sizes change from step to step.

@@ -423,7 +423,12 @@ def test_a_zip_without_annotations_and_no_zip(pseudo, tmp_path):
     data[6] |= 1
     data[data.rindex(b"PK\1\2") + 8] |= 1
     (tmp_path / "encrypted.zip").write_bytes(data)
-    for name in ("empty.zip", "text.zip", "damaged.zip", "encrypted.zip"):
+    for name, method in (("bzip2.zip", zipfile.ZIP_BZIP2), ("lzma.zip", zipfile.ZIP_LZMA)):
+        with zipfile.ZipFile(tmp_path / name, "w", method) as archive:
+            archive.writestr("annotations.xml", "<annotations/>" + " " * 99)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: body + 12] + b"\xff" * 9 + data[body + 21 :])
+    for name in ("empty.zip", "text.zip", "damaged.zip", "encrypted.zip", "bzip2.zip", "lzma.zip"):
         with pytest.raises(UserError, match=name):
             import_corrections("cvat", str(tmp_path / name), pseudo, str(tmp_path / "c.json"))
 

@@ -297,6 +297,21 @@ def test_broken_json_results(tmp_path, content):
         read_results(write(tmp_path / "r.json", content))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_of_any_compression_is_a_users_mistake(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", method) as archive:
+        archive.writestr("res_1.txt", "\n".join(f"{n},{n},99,{n},99,99,{n},99" for n in range(90)))
+    whole = (tmp_path / "whole.zip").read_bytes()
+    start, end = whole.index(b"res_1.txt") + 9, whole.index(b"PK\x01\x02")
+    # Not the header and the end mark of LZMA, in which some bits mean nothing.
+    for place in range(start + 12, end - 20, (end - start) // 12):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        (tmp_path / "r.zip").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"r\.zip: the zip cannot be unpacked"):
+            read_results(str(tmp_path / "r.zip"))
+
+
 def test_unreadable_files(tmp_path):
     (tmp_path / "cut.json").write_text('{"res_1": [')
     (tmp_path / "none.zip").write_bytes(b"nothing")

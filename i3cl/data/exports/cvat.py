@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -18,7 +16,7 @@ from defusedxml.ElementTree import iterparse
 
 from i3cl import storage
 from i3cl.data.exports.common import ExportOptions, Format, Region, Reviewed, box_points, label_of, points_of, with_size
-from i3cl.data.formats.checks import shown
+from i3cl.data.formats.checks import ZIP_FAULTS, shown
 from i3cl.data.formats.records import ImageRecord, Instance
 from i3cl.errors import UserError
 
@@ -113,8 +111,7 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
                     yield inside
         except KeyError:
             raise UserError(f"{source}: has no annotations.xml; export as 'CVAT for images 1.1'") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, io.UnsupportedOperation) as error:
-            # RuntimeError: it is encrypted, or compressed by an unknown method.
+        except ZIP_FAULTS as error:
             raise UserError(f"{source}: not a usable zip ({' '.join(str(error).split())}); export it again") from None
 
 

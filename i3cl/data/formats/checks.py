@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import posixpath
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +32,8 @@ OTHER_CATEGORY = "other category"
 DUPLICATE_ANNOTATION = "duplicate annotation id"
 _SAYS_NOTHING_OF_TEXT = {OTHER_CATEGORY, DUPLICATE_ANNOTATION}
 """Kinds of left-out annotations that hide no text: the annotation is of something else, or is read under its first id."""
+ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)
+"""What zipfile raises: for damage in each of its compressions, for passwords, unknown methods, and offsets before the start."""
 JOIN_REMEDY = "give the file one id, or join the labels with: prepare.py export coco --join-same-files"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 
 from i3cl import claims, storage
+from i3cl.data.formats.checks import ZIP_FAULTS
 from i3cl.errors import UserError
 
 MAX_FILES = 1_000_000
@@ -69,8 +69,7 @@ def _unzipped(path: str, packed: bytes) -> dict[str, bytes]:
                     raise UserError(f"{path}: {name!r:.80} unpacks to more than {limit} bytes; is it the right zip?")
                 left -= len(data)
                 files[name] = data
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        # What zipfile raises for damage, for a compression it does not know, and for offsets before the start.
+    except ZIP_FAULTS as error:
         raise UserError(f"{path}: the zip cannot be unpacked ({str(error)[:120]}); zip it again") from error
     if not files:
         raise UserError(f"{path}: the zip holds no .txt or .json file")
