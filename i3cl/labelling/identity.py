@@ -93,7 +93,7 @@ def claim_job(
     ledger.extend(job)
 
 
-def results_have_grown(
+def may_be_replaced(
     ledger: Ledger,
     job: Mapping[str, Any],
     manifest: Manifest,
@@ -102,14 +102,17 @@ def results_have_grown(
     member: MemberSettings,
     settings: Settings,
 ) -> bool:
-    """Whether a member's results say what its finished parts say, and other parts of it are missing."""
-    if not member.results:
-        return False
+    """Whether a member that was added to the job may be this one from now on.
+
+    So it is when no part of it is finished; or when its results say what its finished parts say, and other parts are missing.
+    """
     group, finished = job["groups"].index([name]), ledger.finished()
     spans = manifest.spans(job["label.rows_per_block"])
     parts = [part_name(group, shard) for shard in range(len(spans))]
     done = [part for part in parts if part in finished]
-    if len(done) == len(parts) or not done:
+    if not done:
+        return True
+    if len(done) == len(parts) or not member.results:
         return False
     results = read_member(name, member, dataset, settings.data.skip_bad)
     for part in done:

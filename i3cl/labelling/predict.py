@@ -35,8 +35,8 @@ from i3cl.labelling.identity import (
     known_groups,
     located_member,
     made_from_of,
+    may_be_replaced,
     recipes_of,
-    results_have_grown,
     sources_of,
     view_names,
     with_joined_images,
@@ -45,7 +45,7 @@ from i3cl.labelling.layout import Layout, plan_of_cluster
 from i3cl.labelling.ledger import Failure, Ledger, part_name
 from i3cl.labelling.manifest import Manifest, make_manifest
 from i3cl.labelling.pool import labelled
-from i3cl.labelling.results import Found, check_frame, read_member, result_row
+from i3cl.labelling.results import Found, Results, check_frame, read_member, result_row
 from i3cl.members.member import granularity_of
 from i3cl.runtime.pace import Every
 
@@ -127,16 +127,9 @@ def predict(
         # As it was begun, also when the earlier job is not there any more.
         groups = there["groups"][: len(there["groups"]) - len(added)]
     identity |= {"groups": groups + [[name] for name in added]} | ({"added": added} if added else {})
-    claim_job(ledger, there, identity, manifest, dataset, title)
-    if ledger.is_done():
-        ledger.clean()
-        check_finished(out, storage.list_dir(out))
-        return out
-    note_command(out)
     sizes = describe_sizes(recipes, given) if recipes else ""
     sizes += ", images turned upright (data.exif)" if exif == "upright" else ""
     numbered = {number: {name: detectors[name] for name in group} for number, group in enumerate(groups)}
-    made_from = made_from_of(dataset, own_images, added | sources_of(detectors, hashes))
     copies = {groups.index(names): number for number, names in known.items() if names in groups}
     upright = exif == "upright"
     job = _Job(
@@ -149,12 +142,19 @@ def predict(
         given,
         sizes,
         upright,
-        made_from,
         identity["groups"],
         earlier,
         copies,
     )
-    job.run()
+    if there is None:
+        job.read_results()
+    claim_job(ledger, there, identity, manifest, dataset, title)
+    if ledger.is_done():
+        ledger.clean()
+        check_finished(out, storage.list_dir(out))
+        return out
+    note_command(out)
+    job.run(made_from_of(dataset, own_images, added | sources_of(detectors, hashes)))
     return out
 
 
@@ -163,10 +163,12 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
 
     What the other members have predicted stays. Without a job, a job with this one member begins. The same call continues when it
     was stopped. The job's own views, image frame and shard size count; otherwise as `predict`. Results may grow with the job: new
-    files under the same name count when they say of the images that are done what the earlier ones said.
+    files under the same name count when they say of the images that are done what the earlier ones said. A member of which
+    nothing is there yet may be replaced.
 
     Raises:
-        UserError: As `predict`; or the job has a member of this name that is another one.
+        UserError: As `predict`; or the job has a member of this name that is another one. Of results that cannot be used the job
+            never knows.
     """
     own_images = make_manifest(dataset)
     member = located_member(member)
@@ -188,33 +190,26 @@ def add_member(dataset: Dataset, name: str, member: MemberSettings, settings: Se
     check_views(label, recipes_of({name: member}), AS_TRAINED)
     there = job["members"].get(name)
     added: dict[str, Any] = job.get("added", {})
-    record = sources_of({name: member}, {name: sha})[name]
-    if there is None:
-        groups, hashes = [*job["groups"], [name]], job["members"] | {name: sha}
-        job = job | {"members": hashes, "groups": groups, "added": added | {name: record}}
+    if there is not None and (
+        name not in added or (there != sha and not may_be_replaced(ledger, job, manifest, dataset, name, member, settings))
+    ):
+        raise UserError(f"{out}: has a member {name} already, which is another one; choose another name")
+    upright = job.get("data.exif") == "upright"
+    own = settings.model_copy(update={"label": label})
+    groups = job["groups"] if there is not None else [*job["groups"], [name]]
+    work = _Job(dataset, manifest, {groups.index([name]): {name: member}}, own, ledger, title, upright=upright, all_groups=groups)
+    if there != sha:
+        work.read_results()
+        added = added | {name: sources_of({name: member}, {name: sha})[name]}
+        job = job | {"members": job["members"] | {name: sha}, "groups": groups, "added": added}
         ledger.extend(job)
         ledger.write_manifest(manifest, replace=False)
-    elif (
-        name in added
-        and there != sha
-        and member.results
-        and results_have_grown(ledger, job, manifest, dataset, name, member, settings)
-    ):
-        job = job | {"members": job["members"] | {name: sha}, "added": added | {name: record}}
-        ledger.extend(job)
-    elif there != sha or name not in added:
-        raise UserError(f"{out}: has a member {name} already, which is another one; choose another name")
-    added = job["added"]
     if ledger.is_done():
         return out
     note_command(out)
-    upright = job.get("data.exif") == "upright"
-    own = settings.model_copy(update={"label": label})
-    numbered = {job["groups"].index([name]): {name: member}}
     # Where the others lie, the end of the job before this member said.
     others = {other: {"sha256": each} for other, each in job["members"].items()} | ledger.made_from_before()
-    made_from = made_from_of(dataset, own_images, others | added)
-    _Job(dataset, manifest, numbered, own, ledger, title, AS_TRAINED, "", upright, made_from, job["groups"]).run()
+    work.run(made_from_of(dataset, own_images, others | added))
     return out
 
 
@@ -232,7 +227,6 @@ class _Job:
         given: Given = AS_TRAINED,
         sizes: str = "",
         upright: bool = False,
-        made_from: Mapping[str, Any] | None = None,
         all_groups: Sequence[Sequence[str]] | None = None,
         earlier: str | None = None,
         copies: Mapping[int, int] | None = None,
@@ -240,13 +234,11 @@ class _Job:
         """The groups to predict with, by their numbers in the job.
 
         sizes: a line that says at which test size the members see the images; upright: as `Plan.upright`.
-        made_from: for done.json; files and hashes of members and image list.
         all_groups: names of the members of every group of the job; None: it has no others.
         earlier: folder of an earlier job.
         copies: number of a group -> number of the group of the earlier job that has predicted the same.
         """
         self.earlier, self.copies = earlier, copies or {}
-        self.made_from = made_from or {}
         self.dataset, self.manifest, self.groups, self.ledger, self.title = dataset, manifest, dict(groups), ledger, title
         self.settings, self.label, self.given, self.sizes, self.upright = settings, settings.label, given, sizes, upright
         self.all_groups = [list(group) for group in groups.values()] if all_groups is None else all_groups
@@ -256,9 +248,18 @@ class _Job:
         self.detectors = {k: group for k, group in groups.items() if not any(m.results for m in group.values())}
         """The groups that actors predict with; the findings of the others lie in files."""
         self.cost = CostFile(storage.join(ledger.out, COST))
+        self.results: dict[int, Results] = {}
+        """Group -> what the files of its only member hold, of those that have been read."""
 
-    def run(self) -> None:
-        """Label what is missing and finish the job."""
+    def read_results(self) -> None:
+        """Read the files of all members that have some. UserError when they do not fit the images."""
+        self.results = {group: self._read(group) for group in self.groups if group not in self.detectors}
+
+    def run(self, made_from: Mapping[str, Any]) -> None:
+        """Label what is missing and finish the job.
+
+        made_from: For done.json; files and hashes of members and image list.
+        """
         finished = self._less_failed(self.ledger.finished())
         missing = [part for part in self.parts if part not in finished]
         if missing and self.earlier is not None:
@@ -284,7 +285,7 @@ class _Job:
         for failure in failures[:_SHOWN]:
             self._say(f"skipped {failure.reason}", level="WARNING")
         errors = storage.join(self.ledger.out, "errors.csv")
-        self.ledger.finish({"images": len(self.manifest), "failed": len(failures), "made_from": self.made_from}, failures)
+        self.ledger.finish({"images": len(self.manifest), "failed": len(failures), "made_from": dict(made_from)}, failures)
         text = (
             f"{len(self.manifest)} images labelled"
             if not failures
@@ -330,16 +331,9 @@ class _Job:
             if not parts or group in self.detectors:
                 continue
             [(name, member)] = members.items()
-            results = read_member(name, member, self.dataset, self.settings.data.skip_bad)
-            check_frame(name, results, self.dataset, self._found_by_others(group))
+            results = self.results.get(group) or self._read(group)
             for note in results.notes:
                 self._say(note)
-            absent = len(self.manifest) - len(results.found)
-            if absent > self.label.max_error_share * len(self.manifest):
-                raise UserError(
-                    f"label.members.{name}.results: hold {len(results.found)} of {len(self.manifest)} images; give the files of "
-                    f"all images or raise label.max_error_share ({self.label.max_error_share:g})"
-                )
             granularity = granularity_of(member)
             for part in parts:
                 shard = self.manifest.shard(self.spans[self.parts[part][1]]).to_pylist()
@@ -347,6 +341,18 @@ class _Job:
                 failures = [Failure(row["image_id"], row["file_name"], row["error"]) for row in table if row["error"]]
                 self.ledger.write(part, prediction_table(table), failures)
             self._say(f"{name}: results of {len(results.found)} images from {', '.join(member.results)}")
+
+    def _read(self, group: int) -> Results:
+        """What the files of the only member of a group hold, checked against the images and what others have found there."""
+        [(name, member)] = self.groups[group].items()
+        results = read_member(name, member, self.dataset, self.settings.data.skip_bad)
+        check_frame(name, results, self.dataset, self._found_by_others(group))
+        if len(self.manifest) - len(results.found) > self.label.max_error_share * len(self.manifest):
+            raise UserError(
+                f"label.members.{name}.results: hold {len(results.found)} of {len(self.manifest)} images; give the files of "
+                f"all images or raise label.max_error_share ({self.label.max_error_share:g})"
+            )
+        return results
 
     def _found_by_others(self, own: int) -> dict[int, list[Found]]:
         """Image id -> what members of finished parts have found, of the first images of the job."""

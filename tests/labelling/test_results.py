@@ -312,6 +312,39 @@ def test_broken_files_are_one_line(tmp_path, images):
     assert not (tmp_path / "p").exists()
 
 
+def test_results_that_cannot_be_used_leave_a_finished_job_as_it_was(tmp_path, images, begun):
+    """The job would be unfinished, and the repaired file another member of a name that is taken."""
+    out, settings = begun
+    source = coco_results(tmp_path, images)
+    good = storage.read_text(source)
+    before = {name: storage.read_text(f"{out}/{name}") for name in ("job.json", "done.json")}
+    for broken in ('[{"broken', '[{"image_id": 3, "category_id": 1, "segmentation": [[1, 2, 3]], "score": 0.5}]'):
+        storage.write_text_atomic(source, broken)
+        with pytest.raises(UserError):
+            add_member(images, "craft", MemberSettings(results=(source,)), settings, out, "t")
+        assert before == {name: storage.read_text(f"{out}/{name}") for name in before}
+    storage.write_text_atomic(source, good)
+    add_member(images, "craft", MemberSettings(results=(source,)), settings, out, "t")
+    assert len(rows_of(out)) == 2 * COUNT and storage.exists(f"{out}/done.json")
+    storage.write_text_atomic(source, '[{"broken')
+    with pytest.raises(UserError, match="not valid JSON"):
+        predict(images, {"craft": MemberSettings(results=(source,))}, settings, str(tmp_path / "new"), "t")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_member_that_could_not_be_loaded_may_be_given_again(tmp_path, images, begun, tiny_checkpoints):
+    out, settings = begun
+    (tmp_path / "wrong.pth").write_bytes(b"not weights")
+    wrong = MemberSettings(use="torchvision", weights=str(tmp_path / "wrong.pth"))
+    with pytest.raises(UserError, match=r"wrong\.pth"):
+        add_member(images, "b", wrong, settings, out, "t")
+    assert not storage.exists(f"{out}/done.json"), "the job waits for it"
+    add_member(images, "b", MemberSettings(weights=tiny_checkpoints["b"]), settings, out, "t")
+    assert len(rows_of(out)) == 2 * COUNT and lineage(out).fresh
+    with pytest.raises(UserError, match="has a member b already, which is another one"):
+        add_member(images, "b", wrong, settings, out, "t")
+
+
 def test_the_hash_of_a_folder_depends_on_its_files_and_not_on_their_order(tmp_path, images):
     (tmp_path / "texts").mkdir()
     for k in range(40):
